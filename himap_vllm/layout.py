@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where everything lies in one step: token ranges, sequence lengths, rows that vote.
+
+Integer arithmetic on the host, before the forward pass; neither torch nor vLLM. Index spaces:
+
+* *prompt*: position in a request's sequence, text and image tokens alike;
+* *stage s*: position in a request's KV sequence of stage s, after the cuts before it;
+* *step s*: row in the step's flat batch as stage s sees it (requests concatenated);
+* *flat images s*: the image tokens of all pruned prompts of the step that enter cut s,
+  concatenated in batch order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from himap_vllm.budget import NUM_STAGES, ImageTokens, PromptPlan
+
+IntArray = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class StageGeometry:
+    """The step as the layers of one stage see it.
+
+    Attributes:
+        query_start_loc: [num_reqs + 1] first row of each request, in step s.
+        seq_lens: [num_reqs] KV entries of each request after this step, in stage s.
+        positions: [num_tokens] KV position of each new token, in stage s.
+    """
+
+    query_start_loc: Int32Array
+    seq_lens: Int32Array
+    positions: IntArray
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.query_start_loc[-1])
+
+    @property
+    def max_query_len(self) -> int:
+        return int(np.diff(self.query_start_loc).max())
+
+    @property
+    def max_seq_len(self) -> int:
+        return int(self.seq_lens.max())
+
+
+@dataclass(frozen=True, slots=True)
+class ImageVote:
+    """Who votes on one image: slices into the request's `rows` and `image tokens`."""
+
+    rows: slice
+    tokens: slice
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedRequest:
+    """One pruned prompt at one cut.
+
+    Attributes:
+        request: row in the batch.
+        tokens: the request's rows in step s.
+        num_cached: KV entries computed in earlier steps (all of them before the first image).
+        image_tokens: slice of flat images s.
+        rows: [num_rows] voting rows relative to `tokens`, or None: the image tokens themselves.
+        votes: per image, in order; slices relative to `rows` and to `image_tokens`.
+    """
+
+    request: int
+    tokens: slice
+    num_cached: int
+    image_tokens: slice
+    rows: IntArray | None
+    votes: tuple[ImageVote, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One cut of one step; cut s leads from stage s to stage s + 1.
+
+    Attributes:
+        requests: the prompts pruned in this step.
+        image_tokens: [num flat images s] their rows in step s; None after the first cut, where
+            which rows they are depends on the data (how many does not).
+        padded: [num_images, longest image] index into flat images s; padding points one past it.
+        keep: [num_images] tokens that survive.
+        protected: indices into flat images s that survive whatever their score: a prompt's last
+            row, where the next token is read, if an image token stands there.
+        num_tokens: rows of step s + 1.
+    """
+
+    requests: tuple[PrunedRequest, ...]
+    image_tokens: IntArray | None
+    padded: IntArray
+    keep: IntArray
+    protected: IntArray
+    num_tokens: int
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.requests[-1].image_tokens.stop
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """One step: geometry per stage, and the cuts if a prompt is pruned in it."""
+
+    stages: tuple[StageGeometry, StageGeometry, StageGeometry]
+    cuts: tuple[Cut, Cut] | None
+
+
+def step_layout(
+    num_computed: npt.ArrayLike,
+    num_scheduled: npt.ArrayLike,
+    plans: Sequence[PromptPlan | None],
+) -> StepLayout:
+    """Lay out one step of a continuous batch.
+
+    Args:
+        num_computed: [num_reqs] tokens computed before this step.
+        num_scheduled: [num_reqs] tokens of this step.
+        plans: [num_reqs] None for requests that run unpruned.
+
+    Raises:
+        ValueError: a chunk of a pruned prompt ends inside its one-step part.
+    """
+    start = np.asarray(num_computed, dtype=np.int64)
+    end = start + np.asarray(num_scheduled, dtype=np.int64)
+    gone_before = np.zeros((NUM_STAGES, len(plans)), dtype=np.int64)
+    gone_after = np.zeros_like(gone_before)
+    pruned: list[int] = []
+    for row, plan in enumerate(plans):
+        if plan is None or end[row] <= plan.first_image_token:
+            continue
+        gone_after[:, row] = plan.removed
+        if start[row] >= plan.num_prompt_tokens:
+            gone_before[:, row] = plan.removed
+        elif start[row] <= plan.first_image_token and end[row] >= plan.num_prompt_tokens:
+            pruned.append(row)
+        else:
+            raise ValueError(
+                f"a chunk [{start[row]}, {end[row]}) splits the one-step part "
+                f"[{plan.first_image_token}, {plan.num_prompt_tokens}) of a pruned prompt"
+            )
+    stages = tuple(
+        _geometry(start - gone_before[stage], end - gone_after[stage])
+        for stage in range(NUM_STAGES)
+    )
+    cuts = None
+    if pruned:
+        chosen = [(row, plan) for row in pruned if (plan := plans[row]) is not None]
+        cuts = (_first_cut(chosen, start, stages), _second_cut(chosen, start, stages))
+    return StepLayout(stages=stages, cuts=cuts)  # type: ignore[arg-type]
+
+
+def _geometry(start: IntArray, end: IntArray) -> StageGeometry:
+    lengths = end - start
+    query_start_loc = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=query_start_loc[1:])
+    first_position = np.repeat(start - query_start_loc[:-1], lengths)
+    return StageGeometry(
+        query_start_loc=query_start_loc,
+        seq_lens=end.astype(np.int32),
+        positions=first_position + np.arange(query_start_loc[-1], dtype=np.int64),
+    )
+
+
+def _first_cut(
+    pruned: Sequence[tuple[int, PromptPlan]],
+    start: IntArray,
+    stages: Sequence[StageGeometry],
+) -> Cut:
+    """Text rows vote, each for the images before it."""
+    requests, image_tokens, protected = [], [], []
+    offset = 0
+    for row, plan in pruned:
+        computed = int(start[row])
+        tokens = _rows(stages[0], row)
+        positions = np.concatenate([_positions(image) for image in plan.images])
+        image_tokens.append(positions - computed + tokens.start)
+        rows, votes = _text_votes(plan, positions)
+        requests.append(
+            PrunedRequest(
+                request=row,
+                tokens=tokens,
+                num_cached=computed,
+                image_tokens=slice(offset, offset + len(positions)),
+                rows=rows - computed,
+                votes=votes,
+            )
+        )
+        offset += len(positions)
+        if plan.images[-1].last == plan.num_prompt_tokens - 1:
+            protected.append(offset - 1)
+    return _cut(pruned, 0, requests, np.concatenate(image_tokens), protected, stages)
+
+
+def _second_cut(
+    pruned: Sequence[tuple[int, PromptPlan]],
+    start: IntArray,
+    stages: Sequence[StageGeometry],
+) -> Cut:
+    """The surviving rows of each image vote for that image."""
+    requests, protected = [], []
+    offset = 0
+    for row, plan in pruned:
+        votes, begin = [], 0
+        for _, count, _ in plan.counts:
+            own = slice(begin, begin + count)
+            votes.append(ImageVote(rows=own, tokens=own))
+            begin += count
+        requests.append(
+            PrunedRequest(
+                request=row,
+                tokens=_rows(stages[1], row),
+                num_cached=int(start[row]),
+                image_tokens=slice(offset, offset + begin),
+                rows=None,
+                votes=tuple(votes),
+            )
+        )
+        offset += begin
+        if plan.images[-1].last == plan.num_prompt_tokens - 1:
+            protected.append(offset - 1)
+    return _cut(pruned, 1, requests, None, protected, stages)
+
+
+def _cut(
+    pruned: Sequence[tuple[int, PromptPlan]],
+    index: int,
+    requests: Sequence[PrunedRequest],
+    image_tokens: IntArray | None,
+    protected: Sequence[int],
+    stages: Sequence[StageGeometry],
+) -> Cut:
+    counts = np.array([count for _, plan in pruned for count in plan.counts], dtype=np.int64)
+    entering, keep = counts[:, index], counts[:, index + 1]
+    first = np.cumsum(entering) - entering
+    column = np.arange(entering.max())
+    padded = np.where(column < entering[:, None], first[:, None] + column, entering.sum())
+    return Cut(
+        requests=tuple(requests),
+        image_tokens=image_tokens,
+        padded=padded,
+        keep=keep,
+        protected=np.array(protected, dtype=np.int64),
+        num_tokens=stages[index + 1].num_tokens,
+    )
+
+
+def _rows(geometry: StageGeometry, row: int) -> slice:
+    return slice(int(geometry.query_start_loc[row]), int(geometry.query_start_loc[row + 1]))
+
+
+def _positions(image: ImageTokens) -> IntArray:
+    return np.concatenate([np.arange(*run, dtype=np.int64) for run in image.runs])
+
+
+def _text_votes(
+    plan: PromptPlan, image_positions: IntArray
+) -> tuple[IntArray, tuple[ImageVote, ...]]:
+    """Voting rows (prompt positions) and, per image, which of them vote for it."""
+    last_row = plan.num_prompt_tokens - 1
+    text = np.ones(plan.num_prompt_tokens, dtype=bool)
+    text[image_positions] = False
+    text[: plan.images[0].last] = False
+    rows = np.flatnonzero(text)
+    votes, begin = [], 0
+    no_text_after = not len(rows) or plan.images[-1].last > rows[-1]
+    if no_text_after:  # the prompt's last row votes for those images
+        rows = np.append(rows, last_row)
+    num_text = len(rows) - int(no_text_after)
+    for image in plan.images:
+        first_after = int(np.searchsorted(rows[:num_text], image.last))
+        voters = slice(first_after, num_text)
+        if first_after == num_text:
+            voters = slice(num_text, num_text + 1)
+        votes.append(ImageVote(rows=voters, tokens=slice(begin, begin + image.count)))
+        begin += image.count
+    return rows, tuple(votes)

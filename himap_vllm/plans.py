@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans from vLLM's own request data; the same function serves scheduler, worker and admission."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.config import ModelConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+from himap_vllm.budget import ImageTokens, PromptPlan, Ratios, make_plan
+from himap_vllm.config import DEEP_ARG, SHALLOW_ARG, EngineSettings
+
+
+def image_tokens(mm_features: Sequence[MultiModalFeatureSpec] | None) -> list[ImageTokens]:
+    """The images of a prompt, in order: vLLM's placeholder positions that hold embeddings."""
+    images = [
+        ImageTokens(
+            tuple((start, end + 1) for start, end in feature.mm_position.extract_embeds_range())
+        )
+        for feature in mm_features or ()
+        if feature.modality == "image" and feature.mm_position.get_num_embeds()
+    ]
+    return sorted(images, key=lambda image: image.first)
+
+
+def plan_of(
+    num_prompt_tokens: int,
+    mm_features: Sequence[MultiModalFeatureSpec] | None,
+    sampling_params: Any,
+) -> PromptPlan | None:
+    """The plan of an admitted request: admission has put the ratios it decided on into it."""
+    args = getattr(sampling_params, "extra_args", None)
+    if not args or SHALLOW_ARG not in args or not mm_features:
+        return None
+    ratios = Ratios(args[SHALLOW_ARG], args[DEEP_ARG])
+    return make_plan(num_prompt_tokens, image_tokens(mm_features), ratios)
+
+
+def stage_layers(settings: EngineSettings, model_config: ModelConfig) -> tuple[int, int, int]:
+    """Number of decoder layers of each stage."""
+    num_layers = model_config.hf_text_config.num_hidden_layers
+    return (
+        settings.shallow_layer,
+        settings.deep_layer - settings.shallow_layer,
+        num_layers - settings.deep_layer,
+    )

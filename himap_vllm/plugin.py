@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point `vllm.general_plugins`: runs in every vLLM process, possibly more than once.
+
+Two methods of vLLM are wrapped; both do what they always did unless `additional_config` has
+`himap`:
+
+* `VllmConfig.__post_init__`. The plugin must check and choose (scheduler, worker) when the
+  configuration is complete, for every architecture, unsupported ones included. vLLM's per-model
+  hook, `MODELS_CONFIG_MAP`, runs before async scheduling and worker are settled, and only for
+  architectures registered in advance. Can go when plugins get a configuration hook.
+* `InputProcessor.process_inputs`. The only place in the API process that sees a request's
+  parameters and the positions of its images together, before it goes to the engine core. vLLM's
+  own request hook, `LogitsProcessor.validate_params`, sees no prompt and would put a logits
+  processor into every sampling step. Can go when plugins get a request hook.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+_MARK = "_himap_wrapped"
+
+
+def register() -> None:
+    """Install the plugin in this process; repeatable."""
+    from himap_vllm.kv_cache import register_specs
+
+    register_specs()
+    _wrap_config()
+    _wrap_admission()
+
+
+def _wrap_config() -> None:
+    from vllm.config import VllmConfig
+
+    original = VllmConfig.__post_init__
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def post_init(self: Any) -> None:
+        original(self)
+        from himap_vllm.support import check_and_configure
+
+        check_and_configure(self)
+
+    setattr(post_init, _MARK, True)
+    VllmConfig.__post_init__ = post_init  # type: ignore[method-assign]
+
+
+def _wrap_admission() -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        from vllm.exceptions import VLLMValidationError
+
+        from himap_vllm.admission import admit
+        from himap_vllm.config import HiMAPError, engine_settings
+
+        settings = engine_settings(self.vllm_config.additional_config)
+        if settings is not None:
+            try:
+                admit(request, settings, self.vllm_config)
+            except HiMAPError as error:
+                raise VLLMValidationError(str(error), parameter=error.parameter) from error
+        return request
+
+    setattr(process_inputs, _MARK, True)
+    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]

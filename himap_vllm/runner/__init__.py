@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters to vLLM's model runners and workers; nothing else knows them by name."""

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scheduler: knows each request's plan, and never splits the one-step part of a pruned prompt.
+
+vLLM seams (0.32), all in `vllm.v1.core.sched.scheduler.Scheduler`, reached through its
+`--scheduler-cls` option; they can go when vLLM lets a request declare an unsplittable range:
+
+* `add_request` is the only place where the scheduler and the KV cache managers can learn of a
+  request before its first allocation;
+* `_try_schedule_encoder_inputs` may shorten or postpone the chunk of any request that has images,
+  for running and waiting requests alike, before blocks are allocated;
+* `_free_request` ends every request, finished or aborted. Preemption does not pass there: the
+  plan stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from himap_vllm.budget import PromptPlan
+from himap_vllm.config import engine_settings
+from himap_vllm.kv_cache import StageKVCacheManager, group_stages
+from himap_vllm.plans import plan_of, stage_layers
+
+logger = init_logger("vllm.himap")
+
+
+class _PruningMixin:
+    """What both schedulers add; `Scheduler` is next in the method resolution order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = engine_settings(self.vllm_config.additional_config)  # type: ignore[attr-defined]
+        assert settings is not None, "this scheduler is chosen only with himap settings"
+        manager = self.kv_cache_manager  # type: ignore[attr-defined]
+        stages = group_stages(
+            manager.kv_cache_config,
+            stage_layers(settings, self.vllm_config.model_config),  # type: ignore[attr-defined]
+        )
+        logger.info(
+            "HiMAP: cuts before layers %d and %d; KV cache groups per stage: %s",
+            settings.shallow_layer,
+            settings.deep_layer,
+            [stages.count(stage) for stage in sorted(set(stages))],
+        )
+        self.himap_plans: dict[str, PromptPlan] = {}
+        for group_manager in manager.coordinator.single_type_managers:
+            assert isinstance(group_manager, StageKVCacheManager)
+            group_manager.plans = self.himap_plans
+
+    def add_request(self, request: Request) -> None:
+        plan = plan_of(request.num_prompt_tokens, request.mm_features, request.sampling_params)
+        if plan is not None:
+            self.himap_plans[request.request_id] = plan
+            # Read nothing from the first image on (StageKVCacheManager publishes nothing there),
+            # and stop hashing: later blocks hold other tokens than their position's hash says.
+            hash_block_size = self.hash_block_size  # type: ignore[attr-defined]
+            del request.block_hashes[plan.first_image_token // hash_block_size :]
+            request._block_hasher = None
+        super().add_request(request)  # type: ignore[misc]
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        plan = self.himap_plans.get(request.request_id)
+        schedule = super()._try_schedule_encoder_inputs  # type: ignore[misc]
+        if plan is None:
+            return schedule(  # type: ignore[no-any-return]
+                request, num_computed_tokens, num_new_tokens, encoder_compute_budget,
+                *args, **kwargs,
+            )  # fmt: skip
+        chunk = plan.chunk(num_computed_tokens, num_new_tokens)
+        result: tuple[Any, ...] = schedule(
+            request, num_computed_tokens, chunk, encoder_compute_budget, *args, **kwargs
+        )
+        allowed = plan.chunk(num_computed_tokens, result[1])
+        if allowed == result[1]:
+            return result
+        # Room for the prompt, but not for all its images: wait. What was pinned in the encoder
+        # cache for it is released, or two waiting prompts could block each other.
+        self.encoder_cache_manager.free(request)  # type: ignore[attr-defined]
+        return [], allowed, encoder_compute_budget, [], []
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.himap_plans.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+
+class PruningScheduler(_PruningMixin, Scheduler):
+    """For engines without async scheduling (CPU)."""
+
+
+class PruningAsyncScheduler(_PruningMixin, AsyncScheduler):
+    """For engines with async scheduling."""

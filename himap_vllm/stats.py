@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters of what was really pruned, kept in the worker beside the blocks themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class PruningStats:
+    """Monotonic since the worker started. A prompt counts once, whatever preemption does to it.
+
+    Attributes:
+        requests: prompts with images, by outcome: `pruned`, `unpruned` (asked for or defaulted to
+            ratio 0), or `bypassed_<reason>`: only the server's default asked for pruning, and it
+            could not be done.
+        recomputed: pruned prompts computed again after a preemption.
+        image_tokens: image tokens of pruned prompts.
+        image_tokens_kept_shallow: of these, alive after the first cut.
+        image_tokens_kept_deep: of these, alive after the second cut.
+        kv_blocks: blocks that the scheduler allocated to pruned prompts, all KV cache groups, when
+            their prompt was computed; counted from the block tables.
+        kv_blocks_saved: blocks these prompts would have held on top, had every group needed as
+            many as the first stage's.
+        kv_bytes_saved: the same in bytes, on this worker.
+        steps: steps that pruned something.
+        pruning_seconds: host time of scoring, selection and gathers in those steps; on a device
+            that runs asynchronously this is the time to launch them.
+        last_step_pruning_seconds: the same for the latest such step.
+    """
+
+    requests: Counter[str] = field(default_factory=Counter)
+    recomputed: int = 0
+    image_tokens: int = 0
+    image_tokens_kept_shallow: int = 0
+    image_tokens_kept_deep: int = 0
+    kv_blocks: int = 0
+    kv_blocks_saved: int = 0
+    kv_bytes_saved: int = 0
+    steps: int = 0
+    pruning_seconds: float = 0.0
+    last_step_pruning_seconds: float = 0.0
+
+    def count_step(self, seconds: float) -> None:
+        """Account for the time of one pruning step."""
+        self.steps += 1
+        self.pruning_seconds += seconds
+        self.last_step_pruning_seconds = seconds
+
+    def count_blocks(
+        self, blocks_per_group: Sequence[int], stages: Sequence[int], bytes_per_block: int
+    ) -> None:
+        """Account for one prompt's blocks.
+
+        Args:
+            blocks_per_group: [num_groups] length of the prompt's block table in each group.
+            stages: [num_groups] stage of each group.
+            bytes_per_block: the same for all groups, as they share one pool.
+        """
+        full = blocks_per_group[stages.index(0)]
+        saved = sum(full - blocks for blocks in blocks_per_group)
+        self.kv_blocks += sum(blocks_per_group)
+        self.kv_blocks_saved += saved
+        self.kv_bytes_saved += saved * bytes_per_block
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready copy."""
+        return {**vars(self), "requests": dict(self.requests)}

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What works together with pruning: checked once, when vLLM has put its configuration together."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+
+from himap_vllm.config import EngineSettings, HiMAPError, engine_settings
+from himap_vllm.models import FAMILIES
+
+_SCHEDULERS = {
+    False: "himap_vllm.scheduler.PruningScheduler",
+    True: "himap_vllm.scheduler.PruningAsyncScheduler",
+}
+_WORKERS = {"vllm.v1.worker.cpu_worker.CPUWorker": "himap_vllm.runner.worker.PruningCPUWorker"}
+
+
+def check_and_configure(vllm_config: VllmConfig) -> None:
+    """Choose the pruning scheduler and worker, or say why this engine can't prune.
+
+    Does nothing without `additional_config["himap"]`. Repeatable.
+
+    Raises:
+        HiMAPError: a bad setting, or a feature that does not go together with pruning.
+    """
+    settings = engine_settings(vllm_config.additional_config)
+    if settings is None or vllm_config.model_config is None:
+        return
+    _check_model(vllm_config, settings)
+    _check_features(vllm_config)
+    scheduler = vllm_config.scheduler_config
+    wanted = _SCHEDULERS[bool(scheduler.async_scheduling)]
+    if scheduler.scheduler_cls not in (None, *_SCHEDULERS.values()):
+        raise HiMAPError(
+            "scheduler_cls", "himap needs its own scheduler; --scheduler-cls can't be combined"
+        )
+    scheduler.scheduler_cls = wanted
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in _WORKERS.values():
+        if parallel.worker_cls not in _WORKERS:
+            raise HiMAPError(
+                "worker_cls",
+                f"himap does not support the worker {parallel.worker_cls} yet; "
+                f"supported: {', '.join(_WORKERS)} (the CPU backend)",
+            )
+        parallel.worker_cls = _WORKERS[parallel.worker_cls]
+
+
+def _check_model(vllm_config: VllmConfig, settings: EngineSettings) -> None:
+    model_config = vllm_config.model_config
+    family = FAMILIES.get(model_config.architecture)
+    if family is None:
+        raise HiMAPError(
+            "model",
+            f"himap does not support {model_config.architecture}; supported: "
+            f"{', '.join(sorted(FAMILIES))}",
+        )
+    decoder = model_config.hf_text_config.model_type
+    if decoder not in family.decoders:
+        raise HiMAPError(
+            "model",
+            f"himap does not support {family.architecture} with a {decoder} decoder; supported: "
+            f"{', '.join(family.decoders)}",
+        )
+    settings.check_depth(model_config.hf_text_config.num_hidden_layers)
+
+
+def _check_features(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    scheduler = vllm_config.scheduler_config
+    refused = {
+        "pipeline_parallel_size": (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism: the cuts lie inside one worker's layers",
+        ),
+        "decode_context_parallel_size": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism: a score needs all rows of a prompt on one worker",
+        ),
+        "kv_transfer_config": (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors: they assume that every layer has every token",
+        ),
+        "speculative_config": (
+            vllm_config.speculative_config is not None,
+            "speculative decoding: drafts need the hidden states of all tokens",
+        ),
+        "disable_hybrid_kv_cache_manager": (
+            bool(scheduler.disable_hybrid_kv_cache_manager),
+            "--disable-hybrid-kv-cache-manager: stages need KV cache groups of their own",
+        ),
+        "kv_cache_dtype": (
+            vllm_config.cache_config.cache_dtype.startswith("fp8"),
+            "a quantised KV cache",
+        ),
+        "lora_config": (vllm_config.lora_config is not None, "LoRA"),
+        "enable_dbo": (parallel.use_ubatching, "dual batch overlap"),
+        "use_v2_model_runner": (
+            vllm_config.use_v2_model_runner,
+            "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER)",
+        ),
+        "runner": (
+            vllm_config.model_config.runner_type != "generate",
+            "pooling: only text generation is pruned",
+        ),
+    }
+    for parameter, (present, what) in refused.items():
+        if present:
+            raise HiMAPError(parameter, f"himap can't be combined with {what} yet")
