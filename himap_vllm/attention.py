@@ -55,9 +55,9 @@ def install_stage(attention: Attention, stage: int, state: PruningState) -> None
             )
         return StageAttentionSpec.of(spec, stage)
 
-    attention.get_kv_cache_spec = get_kv_cache_spec  # type: ignore[method-assign]
+    attention.get_kv_cache_spec = get_kv_cache_spec
     attention.attn_backend = _stage_backend(attention.attn_backend)
-    attention.himap_state = state  # type: ignore[assignment]
+    attention.himap_state = state
 
 
 def install_votes(attention: Attention, cut: int, state: PruningState) -> None:
@@ -100,7 +100,7 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
     """`base` with a metadata builder that sees each step as its layers' stage does."""
     base_builder: Any = base.get_builder_cls()
 
-    class StageBuilder(base_builder):  # type: ignore[misc]
+    class StageBuilder(base_builder):
         # The groups of a stage differ in block tables only; saves rebuilding the rest for each.
         supports_update_block_table = True
 
@@ -129,8 +129,8 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         ) -> Any:
             if base_builder.supports_update_block_table:
                 return super().update_block_table(metadata, blk_table, slot_mapping)
-            assert is_dataclass(metadata)
-            return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)  # type: ignore[type-var]
+            assert is_dataclass(metadata) and not isinstance(metadata, type)
+            return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)
 
     return subclass_attention_backend("HiMAP", base, StageBuilder)
 

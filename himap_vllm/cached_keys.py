@@ -19,9 +19,7 @@ KeyReader = Callable[[Any, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 @functools.cache
-def _cpu_key_order(
-    isa: str, dtype: torch.dtype, block_size: int, head_size: int
-) -> torch.Tensor:
+def _cpu_key_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> torch.Tensor:
     """[block_size, head_size] where vLLM's CPU kernel puts each element of one block and head.
 
     The kernel stores keys in an order of its own per instruction set, undocumented and private.

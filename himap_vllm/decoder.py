@@ -31,9 +31,7 @@ _DYNAMIC = {"positions": -1, "hidden_states": 0}
 class FirstSegment(nn.Module):
     """Layers before the first cut; there is no residual yet."""
 
-    def __init__(
-        self, *, vllm_config: VllmConfig, layers: Sequence[nn.Module], prefix: str = ""
-    ) -> None:
+    def __init__(self, *, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
@@ -51,9 +49,7 @@ class FirstSegment(nn.Module):
 class MiddleSegment(nn.Module):
     """Layers between the cuts."""
 
-    def __init__(
-        self, *, vllm_config: VllmConfig, layers: Sequence[nn.Module], prefix: str = ""
-    ) -> None:
+    def __init__(self, *, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
@@ -69,14 +65,7 @@ class MiddleSegment(nn.Module):
 class LastSegment(nn.Module):
     """Layers after the second cut, and the final norm."""
 
-    def __init__(
-        self,
-        *,
-        vllm_config: VllmConfig,
-        layers: Sequence[nn.Module],
-        norm: nn.Module,
-        prefix: str = "",
-    ) -> None:
+    def __init__(self, *, layers: Sequence[nn.Module], norm: nn.Module) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm
@@ -110,7 +99,9 @@ class _SegmentedDecoder(nn.Module):
     ) -> torch.Tensor:
         assert intermediate_tensors is None, "pipeline parallelism is refused at start-up"
         if inputs_embeds is None:
-            inputs_embeds = self.embed_input_ids(input_ids)
+            embed_input_ids: Any = self.embed_input_ids
+            inputs_embeds = embed_input_ids(input_ids)
+            assert inputs_embeds is not None
         step = self.himap_state.step
         if step is not None and step.prunes:
             return self._forward_pruning(step, positions, inputs_embeds)
@@ -151,11 +142,11 @@ def install_segments(decoder: Any, state: PruningState, vllm_config: VllmConfig)
     shallow, deep = settings.shallow_layer, settings.deep_layer
     with set_current_vllm_config(vllm_config):
         with set_model_tag("himap_first"):
-            first = FirstSegment(vllm_config=vllm_config, layers=layers[:shallow])
+            first = FirstSegment(layers=layers[:shallow])
         with set_model_tag("himap_middle"):
-            middle = MiddleSegment(vllm_config=vllm_config, layers=layers[shallow:deep])
+            middle = MiddleSegment(layers=layers[shallow:deep])
         with set_model_tag("himap_last"):
-            last = LastSegment(vllm_config=vllm_config, layers=layers[deep:], norm=decoder.norm)
+            last = LastSegment(layers=layers[deep:], norm=decoder.norm)
     base = type(decoder)
     decoder.__class__ = type(f"Segmented{base.__name__}", (_SegmentedDecoder, base), {})
     decoder.himap_segments = (first, middle, last)

@@ -56,11 +56,13 @@ class StageKVCacheManager(FullAttentionManager):
     vLLM's managers see request ids only; the scheduler lends its `plans` (himap_vllm.scheduler).
     """
 
-    plans: Mapping[str, PromptPlan] = {}  # noqa: RUF012 - replaced per instance, never written
+    plans: Mapping[str, PromptPlan] = {}
 
     def _stage_tokens(self, request_id: str, num_tokens: int) -> int:
         plan = self.plans.get(request_id)
-        return num_tokens if plan is None else plan.stage_tokens(self.kv_cache_spec.stage, num_tokens)
+        return (
+            num_tokens if plan is None else plan.stage_tokens(self.kv_cache_spec.stage, num_tokens)
+        )
 
     def get_num_blocks_to_allocate(
         self,

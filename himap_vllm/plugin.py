@@ -46,7 +46,7 @@ def _wrap_config() -> None:
         check_and_configure(self)
 
     setattr(post_init, _MARK, True)
-    VllmConfig.__post_init__ = post_init  # type: ignore[method-assign]
+    VllmConfig.__post_init__ = post_init
 
 
 def _wrap_admission() -> None:
@@ -73,4 +73,4 @@ def _wrap_admission() -> None:
         return request
 
     setattr(process_inputs, _MARK, True)
-    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]
+    InputProcessor.process_inputs = process_inputs

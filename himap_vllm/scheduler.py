@@ -14,7 +14,7 @@ vLLM seams (0.32), all in `vllm.v1.core.sched.scheduler.Scheduler`, reached thro
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -29,17 +29,23 @@ from himap_vllm.plans import plan_of, stage_layers
 logger = init_logger("vllm.himap")
 
 
-class _PruningMixin:
-    """What both schedulers add; `Scheduler` is next in the method resolution order."""
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as _Base
+else:  # the scheduler class itself is next in the method resolution order
+    _Base = object
+
+
+class _PruningMixin(_Base):
+    """What both schedulers add."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        settings = engine_settings(self.vllm_config.additional_config)  # type: ignore[attr-defined]
+        settings = engine_settings(self.vllm_config.additional_config)
         assert settings is not None, "this scheduler is chosen only with himap settings"
-        manager = self.kv_cache_manager  # type: ignore[attr-defined]
+        manager = self.kv_cache_manager
         stages = group_stages(
             manager.kv_cache_config,
-            stage_layers(settings, self.vllm_config.model_config),  # type: ignore[attr-defined]
+            stage_layers(settings, self.vllm_config.model_config),
         )
         logger.info(
             "HiMAP: cuts before layers %d and %d; KV cache groups per stage: %s",
@@ -58,10 +64,10 @@ class _PruningMixin:
             self.himap_plans[request.request_id] = plan
             # Read nothing from the first image on (StageKVCacheManager publishes nothing there),
             # and stop hashing: later blocks hold other tokens than their position's hash says.
-            hash_block_size = self.hash_block_size  # type: ignore[attr-defined]
+            hash_block_size = self.hash_block_size
             del request.block_hashes[plan.first_image_token // hash_block_size :]
             request._block_hasher = None
-        super().add_request(request)  # type: ignore[misc]
+        super().add_request(request)
 
     def _try_schedule_encoder_inputs(
         self,
@@ -73,9 +79,9 @@ class _PruningMixin:
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         plan = self.himap_plans.get(request.request_id)
-        schedule = super()._try_schedule_encoder_inputs  # type: ignore[misc]
+        schedule = super()._try_schedule_encoder_inputs
         if plan is None:
-            return schedule(  # type: ignore[no-any-return]
+            return schedule(
                 request, num_computed_tokens, num_new_tokens, encoder_compute_budget,
                 *args, **kwargs,
             )  # fmt: skip
@@ -88,12 +94,12 @@ class _PruningMixin:
             return result
         # Room for the prompt, but not for all its images: wait. What was pinned in the encoder
         # cache for it is released, or two waiting prompts could block each other.
-        self.encoder_cache_manager.free(request)  # type: ignore[attr-defined]
+        self.encoder_cache_manager.free(request)
         return [], allowed, encoder_compute_budget, [], []
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.himap_plans.pop(request.request_id, None)
-        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        return super()._free_request(request, *args, **kwargs)
 
 
 class PruningScheduler(_PruningMixin, Scheduler):

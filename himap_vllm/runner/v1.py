@@ -15,7 +15,7 @@ Model Runner V1 itself:
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,10 +28,15 @@ from himap_vllm.layout import step_layout
 from himap_vllm.plans import image_tokens, plan_of, stage_layers
 from himap_vllm.pruning import ActiveStep, PruningState
 
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
+else:  # the class of the adopted runner is next in the method resolution order
+    _Base = object
+
 Trace = dict[str, list[list[int]]]
 
 
-class PruningRunnerMixin:
+class PruningRunnerMixin(_Base):
     """Put in front of the runner's own class by `adopt`."""
 
     himap: PruningState
@@ -40,20 +45,20 @@ class PruningRunnerMixin:
     himap_traces: OrderedDict[str, Trace]
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)  # type: ignore[misc]
-        vllm_config = self.vllm_config  # type: ignore[attr-defined]
+        super().load_model(*args, **kwargs)
+        vllm_config = self.vllm_config
         settings = engine_settings(vllm_config.additional_config)
         assert settings is not None
-        self.himap = install(self.get_model(), settings, vllm_config)  # type: ignore[attr-defined]
+        self.himap = install(self.get_model(), settings, vllm_config)
         self.himap_plans = {}
         self.himap_counted = set()
         self.himap_traces = OrderedDict()
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        layers = stage_layers(self.himap.settings, self.model_config)  # type: ignore[attr-defined]
+        layers = stage_layers(self.himap.settings, self.model_config)
         self.himap_group_stages = group_stages(kv_cache_config, layers)
         self.himap_bytes_per_block = bytes_per_block(kv_cache_config)
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)  # type: ignore[misc]
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
 
     def _update_states(self, scheduler_output: Any) -> Any:
         for request_id in scheduler_output.finished_req_ids:
@@ -71,35 +76,35 @@ class PruningRunnerMixin:
                 reason = (request.sampling_params.extra_args or {}).get(BYPASS_ARG)
                 outcome = f"bypassed_{reason}" if reason else "unpruned"
                 self.himap.stats.requests[outcome] += 1
-        return super()._update_states(scheduler_output)  # type: ignore[misc]
+        return super()._update_states(scheduler_output)
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
-        batch = self.input_batch  # type: ignore[attr-defined]
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        batch = self.input_batch
         plans = [self.himap_plans.get(request_id) for request_id in batch.req_ids]
         if any(plan is not None for plan in plans):
             layout = step_layout(
                 batch.num_computed_tokens_cpu[: batch.num_reqs], num_scheduled_tokens, plans
             )
-            self.himap.step = ActiveStep(layout, self.device)  # type: ignore[attr-defined]
+            self.himap.step = ActiveStep(layout, self.device)
         return prepared
 
     def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        by_group, by_layer = super()._get_slot_mappings(*args, **kwargs)  # type: ignore[misc]
+        by_group, by_layer = super()._get_slot_mappings(*args, **kwargs)
         step = self.himap.step
         if step is None:
             return by_group, by_layer
-        num_reqs = self.input_batch.num_reqs  # type: ignore[attr-defined]
+        num_reqs = self.input_batch.num_reqs
         tensors = [
             (torch.from_numpy(stage.query_start_loc), torch.from_numpy(stage.positions))
             for stage in step.layout.stages
         ]
-        groups = self.kv_cache_config.kv_cache_groups  # type: ignore[attr-defined]
+        groups = self.kv_cache_config.kv_cache_groups
         for group_id, stage in enumerate(self.himap_group_stages):
             if stage == 0:
                 continue
             query_start_loc, positions = tensors[stage]
-            table = self.input_batch.block_table[group_id]  # type: ignore[attr-defined]
+            table = self.input_batch.block_table[group_id]
             table.compute_slot_mapping(num_reqs, query_start_loc, positions)
             by_group[group_id] = table.slot_mapping.gpu[: len(positions)]
             for layer_name in groups[group_id].layer_names:
@@ -109,7 +114,7 @@ class PruningRunnerMixin:
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+            output = super().execute_model(scheduler_output, *args, **kwargs)
             if self.himap.step is not None and self.himap.step.prunes:
                 self._account(self.himap.step)
             return output
@@ -121,7 +126,7 @@ class PruningRunnerMixin:
         stats.count_step(step.seconds)
         assert step.layout.cuts is not None
         for pruned in step.layout.cuts[0].requests:
-            request_id = self.input_batch.req_ids[pruned.request]  # type: ignore[attr-defined]
+            request_id = self.input_batch.req_ids[pruned.request]
             if self.himap.settings.trace_requests:
                 self._trace(request_id, step, pruned.request)
             if request_id in self.himap_counted:
@@ -129,15 +134,14 @@ class PruningRunnerMixin:
                 continue
             self.himap_counted.add(request_id)
             seen, shallow, deep = (
-                sum(column)
-                for column in zip(*self.himap_plans[request_id].counts, strict=True)
+                sum(column) for column in zip(*self.himap_plans[request_id].counts, strict=True)
             )
             stats.requests["pruned"] += 1
             stats.image_tokens += seen
             stats.image_tokens_kept_shallow += shallow
             stats.image_tokens_kept_deep += deep
             stats.count_blocks(
-                [len(blocks) for blocks in self.requests[request_id].block_ids],  # type: ignore[attr-defined]
+                [len(blocks) for blocks in self.requests[request_id].block_ids],
                 self.himap_group_stages,
                 self.himap_bytes_per_block,
             )
@@ -147,7 +151,9 @@ class PruningRunnerMixin:
         plan = self.himap_plans[request_id]
         first, second = step.rows
         begin = step.layout.stages[0].query_start_loc[row]
-        offset = int(step.layout.stages[0].seq_lens[row] - step.layout.stages[0].query_start_loc[row + 1])
+        offset = int(
+            step.layout.stages[0].seq_lens[row] - step.layout.stages[0].query_start_loc[row + 1]
+        )
         trace: Trace = {}
         for name, rows in (("shallow", first), ("deep", first[second])):
             alive = {int(r) + offset for r in rows.tolist() if r >= begin}

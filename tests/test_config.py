@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad settings become clear errors that name the field and the allowed range."""
+
+from typing import Any
+
+import pytest
+
+from himap_vllm.budget import Ratios
+from himap_vllm.config import EngineSettings, HiMAPError, engine_settings, requested_ratios
+
+
+@pytest.mark.parametrize(
+    ("raw", "parameter", "message"),
+    [
+        ({"shallow_ratio": -0.1}, "shallow_ratio", r"in \[0, 1\), got -0.1"),
+        ({"shallow_ratio": 1}, "shallow_ratio", r"in \[0, 1\), got 1"),
+        ({"deep_ratio": float("nan")}, "deep_ratio", r"in \[0, 1\), got nan"),
+        ({"deep_ratio": float("inf")}, "deep_ratio", r"in \[0, 1\), got inf"),
+        ({"deep_ratio": "0.5"}, "deep_ratio", "must be a number in .* got str"),
+        ({"deep_ratio": True}, "deep_ratio", "must be a number in .* got bool"),
+        ({"deep_ratio": None}, "deep_ratio", "must be a number in .* got NoneType"),
+        ({"max_deep_ratio": 0.5}, "deep_ratio", r"in \[0, 0.5\], got 0.75"),
+        ({"max_deep_ratio": 1.0}, "max_deep_ratio", r"in \[0, 1\), got 1"),
+        ({"ratio": 0.5}, "ratio", "unknown himap setting 'ratio'; known: shallow_layer"),
+        ({"shallow_layer": 0}, "shallow_layer", "integer >= 1, got 0"),
+        ({"shallow_layer": 2.0}, "shallow_layer", "integer >= 1, got 2.0"),
+        ({"deep_layer": True}, "deep_layer", "integer >= 2, got True"),
+        ({"shallow_layer": 8}, "deep_layer", r"greater than shallow_layer \(8\), got 8"),
+        ({"trace_requests": -1}, "trace_requests", "integer >= 0"),
+        ([], "himap", "must be an object, got list"),
+    ],
+)
+def test_bad_engine_settings(raw: Any, parameter: str, message: str) -> None:
+    with pytest.raises(HiMAPError, match=message) as error:
+        EngineSettings.parse(raw)
+    assert error.value.parameter == parameter
+
+
+def test_second_cut_lies_inside_the_decoder() -> None:
+    EngineSettings().check_depth(9)
+    with pytest.raises(HiMAPError, match="below the decoder's 8 layers, got 8"):
+        EngineSettings().check_depth(8)
+
+
+@pytest.mark.parametrize("additional_config", [None, {}, {"other": 1}, {"himap": None}])
+def test_off_unless_asked_for(additional_config: Any) -> None:
+    assert engine_settings(additional_config) is None
+
+
+def test_request_overrides_defaults_field_by_field() -> None:
+    settings = EngineSettings.parse({"shallow_ratio": 0.25})
+    assert requested_ratios(settings, None) == (Ratios(0.25, 0.75), False)
+    assert requested_ratios(settings, {"other": "x"}) == (Ratios(0.25, 0.75), False)
+    assert requested_ratios(settings, {"himap_deep_ratio": 0.5}) == (Ratios(0.25, 0.5), True)
+    off = {"himap_shallow_ratio": 0, "himap_deep_ratio": 0}
+    assert requested_ratios(settings, off) == (Ratios(0.0, 0.0), False)
+
+
+@pytest.mark.parametrize(
+    ("args", "parameter", "message"),
+    [
+        ({"himap_shallow_ratio": 1.0}, "himap_shallow_ratio", r"in \[0, 1\), got 1.0"),
+        ({"himap_deep_ratio": -1}, "himap_deep_ratio", r"in \[0, 0.8\], got -1"),
+        ({"himap_deep_ratio": 0.81}, "himap_deep_ratio", r"in \[0, 0.8\], got 0.81"),
+        ({"himap_deep_ratio": float("nan")}, "himap_deep_ratio", "got nan"),
+        ({"himap_deep_ratio": "0.5"}, "himap_deep_ratio", "must be a number in .* got str"),
+        ({"himap_deep_ratio": [0.5]}, "himap_deep_ratio", "must be a number in .* got list"),
+        ({"himap_ratio": 0.5}, "himap_ratio", "unknown parameter 'himap_ratio'"),
+        ({"himap_bypass": "x"}, "himap_bypass", "unknown parameter 'himap_bypass'"),
+    ],
+)
+def test_bad_requests(args: dict[str, Any], parameter: str, message: str) -> None:
+    settings = EngineSettings.parse({"max_deep_ratio": 0.8})
+    with pytest.raises(HiMAPError, match=message) as error:
+        requested_ratios(settings, args)
+    assert error.value.parameter == parameter
