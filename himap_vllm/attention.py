@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -129,8 +128,10 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         ) -> Any:
             if base_builder.supports_update_block_table:
                 return super().update_block_table(metadata, blk_table, slot_mapping)
-            assert is_dataclass(metadata) and not isinstance(metadata, type)
-            return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)
+            metadata = copy.copy(metadata)
+            metadata.block_table = blk_table
+            metadata.slot_mapping = slot_mapping
+            return metadata
 
     return subclass_attention_backend("HiMAP", base, StageBuilder)
 
