@@ -69,3 +69,11 @@ class PruningStats:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready copy."""
         return {**vars(self), "requests": dict(self.requests)}
+
+
+def merge_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One engine's counters from those of its tensor-parallel workers.
+
+    All ranks see every request and hold the same blocks; each holds its own part of the bytes.
+    """
+    return {**ranks[0], "kv_bytes_saved": sum(rank["kv_bytes_saved"] for rank in ranks)}
