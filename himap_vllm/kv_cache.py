@@ -148,6 +148,8 @@ def group_stages(kv_cache_config: KVCacheConfig, stage_layers: Sequence[int]) ->
 
 
 def bytes_per_block(kv_cache_config: KVCacheConfig) -> int:
-    """Memory of one block of the shared pool, on this worker."""
-    total = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
-    return total // kv_cache_config.num_blocks
+    """Memory of one block of the shared pool, on this worker: that of the largest group."""
+    return max(
+        len(group.layer_names) * group.kv_cache_spec.page_size_bytes
+        for group in kv_cache_config.kv_cache_groups
+    )

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only lose by more threads
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,7 @@ class Engine:
 
         args = {}
         if case.ratios is not None:
-            args = dict(
-                zip(("himap_shallow_ratio", "himap_deep_ratio"), case.ratios, strict=True)
-            )
+            args = dict(zip(("himap_shallow_ratio", "himap_deep_ratio"), case.ratios, strict=True))
         settings: dict[str, Any] = {
             "temperature": 0,
             "max_tokens": case.max_tokens,
@@ -180,8 +178,8 @@ class World:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    yield World(tmp_path_factory.mktemp("checkpoints"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("checkpoints"))
 
 
 def assert_equals_oracle(world: World, engine: Engine, shape: str, case: Case, output: Any) -> None:

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving semantics on a real engine: chunking, prefix caching, preemption, aborts, blocks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import sample_images
+from tests.conftest import (
+    BLOCK_SIZE,
+    DEEP_LAYER,
+    SHALLOW_LAYER,
+    Case,
+    Engine,
+    World,
+    assert_equals_oracle,
+)
+
+PICTURES = tuple(sample_images(8, seed=1))
+QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
+LONG_TEXT = "Many words come before the picture, and they say little of it. " * 4  # 256 tokens
+
+
+@contextmanager
+def watched(engine: Engine, look: Any) -> Iterator[None]:
+    """Call `look(scheduler_output)` after every scheduled step."""
+    scheduler = engine.scheduler
+    schedule = scheduler.schedule
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        look(output)
+        return output
+
+    scheduler.schedule = watching
+    try:
+        yield
+    finally:
+        del scheduler.schedule
+
+
+def free_blocks(engine: Engine) -> int:
+    blocks: int = engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    return blocks
+
+
+def equal_to_stock(engine: Engine, stock: Engine, cases: list[Case]) -> None:
+    for ours, theirs in zip(engine.generate(cases), stock.generate(cases), strict=True):
+        for completion, expected in zip(ours.outputs, theirs.outputs, strict=True):
+            assert completion.text == expected.text
+            assert list(completion.token_ids) == list(expected.token_ids)
+            assert completion.finish_reason == expected.finish_reason
+
+
+def test_ratio_zero_equals_stock_token_for_token(world: World) -> None:
+    engine = world.engine(himap={"shallow_ratio": 0, "deep_ratio": 0})
+    cases = [
+        Case(QUESTION, PICTURES[:1], (0, 0), max_tokens=40),
+        Case(QUESTION, PICTURES[1:2], None, max_tokens=40),
+        Case(QUESTION, PICTURES[2:3], (0, 0), 40, {"temperature": 0.8, "seed": 7, "n": 2}),
+        Case("No picture at all. Go on:", (), None, 40, {"stop": ["a", "7"], "ignore_eos": False}),
+    ]
+    equal_to_stock(engine, world.stock(), cases)
+
+
+def test_long_prompts_are_chunked_and_pruned_ones_only_before_the_image(world: World) -> None:
+    """Keys of the chunked text come back from the KV cache for the votes."""
+    engine = world.engine(max_num_batched_tokens=96, max_model_len=512)
+    cases = [  # beginning differently, so that no prefix is shared
+        Case("A. " + LONG_TEXT + QUESTION, PICTURES[:1], (0.5, 0.75)),
+        Case("B. " + LONG_TEXT, (), (0.5, 0.75)),
+        Case("C. " + LONG_TEXT + QUESTION, PICTURES[1:2], (0.25, 0.9)),
+        Case("D. " + LONG_TEXT + QUESTION, PICTURES[2:3], (0, 0)),
+        Case("E. " + LONG_TEXT[:100] + QUESTION, PICTURES[3:4], (0.75, 0.5)),
+    ]
+    chunks: dict[str, list[int]] = {}
+
+    def look(output: Any) -> None:
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            if num_tokens > 1:
+                chunks.setdefault(request_id.rpartition("-")[0], []).append(num_tokens)
+
+    with watched(engine, look):
+        outputs = engine.generate(cases)
+    for case, output in zip(cases, outputs, strict=True):
+        assert len(chunks[output.request_id]) > 1
+        if case.images and case.ratios != (0, 0):
+            # The last chunk begins at or before the first image token.
+            before_image = case.prompt.index("<image>") + 1
+            assert sum(chunks[output.request_id][:-1]) <= before_image
+        assert_equals_oracle(world, engine, "mha12", case, output)
+
+
+def test_a_prompt_that_never_fits_a_step(world: World) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    engine = world.engine(max_num_batched_tokens=96, max_model_len=512)
+    too_long = QUESTION + " and" * 20
+    with pytest.raises(VLLMValidationError, match="--max-num-batched-tokens") as error:
+        engine.generate([Case(too_long, PICTURES[:1], (0.5, 0.5))])
+    assert error.value.parameter == "himap_shallow_ratio"
+    # Only the server's default asks for pruning: unpruned, and counted.
+    before = engine.stats["requests"].get("bypassed_too_long", 0)
+    case = Case(too_long, PICTURES[:1], None)
+    (output,) = engine.generate([case])
+    assert_equals_oracle(world, engine, "mha12", case, output)
+    assert engine.stats["requests"]["bypassed_too_long"] == before + 1
+
+
+def test_prefix_cache_serves_what_precedes_the_image(world: World) -> None:
+    engine = world.engine(max_num_batched_tokens=512)
+    prompt = LONG_TEXT + QUESTION
+    before_image = (prompt.index("<image>") + 1) // BLOCK_SIZE * BLOCK_SIZE
+    pruned = [Case(prompt, PICTURES[:1], ratios) for ratios in ((0.5, 0.75), (0.75, 0.25))]
+    unpruned = [Case(prompt, PICTURES[:1], (0, 0)) for _ in range(2)]
+    other_picture = Case(prompt, PICTURES[1:2], (0.5, 0.75))
+    hits = []
+    for case in (pruned[0], pruned[1], unpruned[0], unpruned[1], pruned[0], other_picture):
+        (output,) = engine.generate([case])
+        assert_equals_oracle(world, engine, "mha12", case, output)
+        hits.append(output.num_cached_tokens)
+    everything = (len(output.prompt_token_ids) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    # A pruned prompt published nothing from its image on, an unpruned one everything, and a
+    # pruned one after it still reads only what precedes the image.
+    assert hits == [0, before_image, before_image, everything, before_image, before_image]
+
+
+def test_blocks_held_equal_the_arithmetic_at_every_step(world: World) -> None:
+    engine = world.engine("gqa12")
+    rng = random.Random(0)
+    cases = [
+        Case(
+            QUESTION + "x" * rng.randrange(60),
+            PICTURES[: rng.randrange(4)] if i % 4 else (),
+            rng.choice([None, (0, 0), (0.5, 0.75), (0.9, 0.9), (0.25, 0.5)]),
+            max_tokens=rng.randrange(1, 40),
+        )
+        for i in range(24)
+    ]
+    cases = [
+        Case(
+            "<image>" * len(case.images) + case.prompt.replace("<image>", ""),
+            case.images,
+            case.ratios,
+            case.max_tokens,
+        )
+        for case in cases
+    ]
+    checked = 0
+
+    def kept(num_tokens: int, ratio: float) -> int:
+        return max(1, num_tokens - int(num_tokens * ratio + 1e-6))
+
+    def look(_: Any) -> None:
+        nonlocal checked
+        scheduler = engine.scheduler
+        manager = scheduler.kv_cache_manager
+        for request in scheduler.running:
+            args = request.sampling_params.extra_args or {}
+            shallow = args.get("himap_shallow_ratio", 0)
+            deep = args.get("himap_deep_ratio", 0)
+            expected = []
+            for group in manager.kv_cache_config.kv_cache_groups:
+                num_tokens = request.num_computed_tokens
+                past_the_image = num_tokens >= request.num_prompt_tokens
+                for image in request.mm_features if past_the_image else ():
+                    alive = image.mm_position.length
+                    first = min(int(name.split(".")[3]) for name in group.layer_names)
+                    if first >= SHALLOW_LAYER:
+                        alive = kept(alive, shallow)
+                    if first >= DEEP_LAYER:
+                        alive = kept(alive, deep)
+                    num_tokens -= image.mm_position.length - alive
+                expected.append(-(-num_tokens // BLOCK_SIZE))
+            held = [len(ids) for ids in manager.get_block_ids(request.request_id)]
+            assert held == expected
+            checked += 1
+
+    before = free_blocks(engine)
+    with watched(engine, look):
+        engine.generate(cases)
+    assert checked > 200
+    assert free_blocks(engine) == before
+
+
+def test_preempted_requests_are_recomputed_to_the_same_answer(world: World) -> None:
+    """The generated tokens of a recomputed prompt must not vote."""
+    stock_like = world.engine().scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+    engine = world.engine(num_gpu_blocks_override=1 + 11 * len(stock_like), max_model_len=288)
+    cases = [
+        Case(QUESTION, PICTURES[i : i + 1], ratios, max_tokens=90)
+        for i, ratios in enumerate([(0.5, 0.75), (0.25, 0.25), (0, 0), (0.9, 0.5), (0.5, 0.5)])
+    ]
+    preempted = set()
+
+    def look(_: Any) -> None:
+        for request in engine.scheduler.requests.values():
+            if request.num_preemptions:
+                preempted.add(request.request_id.rpartition("-")[0])
+
+    before = engine.stats["recomputed"]
+    with watched(engine, look):
+        outputs = engine.generate(cases)
+    pruned = [
+        output.request_id
+        for case, output in zip(cases, outputs, strict=True)
+        if case.ratios != (0, 0)
+    ]
+    assert preempted & set(pruned)
+    assert engine.stats["recomputed"] > before
+    for case, output in zip(cases, outputs, strict=True):
+        assert_equals_oracle(world, engine, "mha12", case, output)
+
+
+def test_the_pool_is_full_again_after_a_thousand_requests(world: World) -> None:
+    engine = world.engine()
+    core = engine.llm.llm_engine
+    rng = random.Random(1)
+    before = free_blocks(engine)
+    counted = engine.stats
+    live: list[str] = []
+    aborted = sent = 0
+    while sent < 1000 or core.has_unfinished_requests():
+        while sent < 1000 and len(live) < 24:
+            num_images = rng.choice([0, 1, 1, 1, 2, 3])
+            case = Case(
+                "x" * rng.randrange(40) + "<image>" * num_images + "y" * rng.randrange(30) + "?",
+                tuple(rng.sample(PICTURES, num_images)),
+                rng.choice([None, (0, 0), (0.5, 0.75), (0.9, 0.9), (0.25, 0)]),
+                max_tokens=rng.randrange(1, 6),
+            )
+            request_id = f"pool-{sent}"
+            core.add_request(request_id, engine.prompt(case), engine.params(case))
+            live.append(request_id)
+            sent += 1
+        if rng.random() < 0.5 and live:
+            victim = live.pop(rng.randrange(len(live)))
+            core.abort_request([victim])
+            aborted += 1
+        finished = {output.request_id for output in core.step() if output.finished}
+        live = [request_id for request_id in live if request_id not in finished]
+    assert aborted > 50
+    assert free_blocks(engine) == before
+    assert not engine.scheduler.himap_plans
+    assert engine.stats["requests"]["pruned"] > counted["requests"].get("pruned", 0) + 300
+
+
+def test_abort_in_mid_decode_frees_everything(world: World) -> None:
+    engine = world.engine()
+    core = engine.llm.llm_engine
+    before = free_blocks(engine)
+    case = Case(QUESTION, PICTURES[:1], (0.5, 0.75), max_tokens=200)
+    core.add_request("victim", engine.prompt(case), engine.params(case))
+    for _ in range(5):
+        core.step()
+    assert free_blocks(engine) < before
+    core.abort_request(["victim"])
+    core.step()
+    assert free_blocks(engine) == before
+    assert not engine.scheduler.himap_plans
+    runner = core.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    case = Case("One more step, so that the worker hears of it.", max_tokens=2)
+    engine.generate([case])
+    assert not runner.himap_plans
+
+
+def test_several_answers_stop_strings_and_logprobs(world: World) -> None:
+    engine = world.engine()
+    greedy = Case(QUESTION, PICTURES[:1], (0.5, 0.75), max_tokens=30)
+    warm = {"temperature": 1.0, "seed": 7}
+    # vLLM seeds the i-th of n answers with seed + i.
+    alone = [
+        Case(QUESTION, PICTURES[:1], (0.5, 0.75), 30, {**warm, "seed": 7 + i}) for i in (0, 1, 2)
+    ]
+    reference, *separate = engine.generate([greedy, *alone])
+    text = reference.outputs[0].text
+    stop = text[8:10]
+
+    several = Case(QUESTION, PICTURES[:1], (0.5, 0.75), 30, {**warm, "n": 3})
+    stopping = Case(QUESTION, PICTURES[:1], (0.5, 0.75), 30, {"stop": [stop]})
+    ranked = Case(QUESTION, PICTURES[:1], (0.5, 0.75), 4, {"logprobs": 5})
+    outputs = engine.generate([several, stopping, ranked])
+    texts = [completion.text for completion in outputs[0].outputs]
+    assert texts == [output.outputs[0].text for output in separate]
+    assert len(set(texts)) == 3
+    assert outputs[1].outputs[0].text == text[: text.index(stop)]
+    assert outputs[1].outputs[0].finish_reason == "stop"
+    expected = world.oracle("mha12", ranked).all_logprobs
+    for step, row in zip(outputs[2].outputs[0].logprobs, expected, strict=True):
+        assert len(step) >= 5
+        for token, entry in step.items():
+            assert entry.logprob == pytest.approx(float(row[token]), abs=2e-3)
+
+
+def test_prompt_logprobs_and_pruning_exclude_each_other(world: World) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    engine = world.engine()
+    ask = {"prompt_logprobs": 1}
+    with pytest.raises(VLLMValidationError, match="can't be combined with pruning") as error:
+        engine.generate([Case(QUESTION, PICTURES[:1], (0.5, 0.5), params=ask)])
+    assert error.value.parameter == "prompt_logprobs"
+    before = engine.stats["requests"].get("bypassed_prompt_logprobs", 0)
+    case = Case(QUESTION, PICTURES[:1], None, params=ask)
+    (ours,), (theirs,) = engine.generate([case]), world.stock().generate([case])
+    assert engine.stats["requests"]["bypassed_prompt_logprobs"] == before + 1
+    assert len(ours.prompt_logprobs) == len(ours.prompt_token_ids)
+    for mine, stock in zip(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], strict=True):
+        assert mine.keys() == stock.keys()
+    # Text-only prompts have nothing to prune: no conflict.
+    (output,) = engine.generate([Case("Only words.", (), (0.5, 0.5), params=ask)])
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+
+
+@pytest.mark.parametrize(
+    ("args", "parameter"),
+    [
+        ({"himap_shallow_ratio": -0.5}, "himap_shallow_ratio"),
+        ({"himap_shallow_ratio": 1}, "himap_shallow_ratio"),
+        ({"himap_deep_ratio": float("nan")}, "himap_deep_ratio"),
+        ({"himap_deep_ratio": "a lot"}, "himap_deep_ratio"),
+        ({"himap_layers": 3}, "himap_layers"),
+    ],
+)
+def test_a_bad_request_is_refused_and_the_engine_lives(
+    world: World, args: dict[str, Any], parameter: str
+) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    engine = world.engine()
+    with pytest.raises(VLLMValidationError) as error:
+        engine.generate([Case(QUESTION, PICTURES[:1], params={"extra_args": args})])
+    assert error.value.parameter == parameter
+    case = Case(QUESTION, PICTURES[:1], (0.5, 0.75))
+    (output,) = engine.generate([case])
+    assert_equals_oracle(world, engine, "mha12", case, output)
+
+
+def test_counters_tell_what_was_done(world: World) -> None:
+    engine = world.engine()
+    before = engine.stats
+    cases = [
+        Case(QUESTION, PICTURES[:1], (0.5, 0.75)),
+        Case("<image><image> Compare.", PICTURES[:2], (0.25, 0.5)),
+        Case(QUESTION, PICTURES[:1], (0, 0)),
+        Case("Only words.", (), (0.5, 0.5)),
+    ]
+    outputs = engine.generate(cases)
+    after = engine.stats
+    change = {key: after[key] - before[key] for key in after if key != "requests"}
+    assert change["image_tokens"] == 36 * 3
+    assert change["image_tokens_kept_shallow"] == 18 + 2 * 27
+    assert change["image_tokens_kept_deep"] == 5 + 2 * 14
+    assert after["requests"]["pruned"] - before["requests"].get("pruned", 0) == 2
+    assert after["requests"]["unpruned"] - before["requests"].get("unpruned", 0) == 1
+    groups_of_two = {0: 1, 1: 3, 2: 2}
+    blocks = saved = 0
+    for case, output in list(zip(cases, outputs, strict=True))[:2]:
+        trace = engine.trace(output.request_id)
+        full = -(-len(output.prompt_token_ids) // BLOCK_SIZE)
+        for stage, kept in ((0, None), (1, trace["shallow"]), (2, trace["deep"])):
+            gone = 0 if kept is None else 36 * len(case.images) - sum(map(len, kept))
+            held = -(-(len(output.prompt_token_ids) - gone) // BLOCK_SIZE)
+            blocks += held * groups_of_two[stage]
+            saved += (full - held) * groups_of_two[stage]
+    assert change["kv_blocks"] == blocks
+    assert change["kv_blocks_saved"] == saved > 0
+    kv_bytes = 2 * BLOCK_SIZE * 2 * 4 * 32 * 4  # layers, tokens, k and v, heads, head size, float32
+    assert change["kv_bytes_saved"] == saved * kv_bytes
+    assert change["steps"] >= 1
+    assert change["pruning_seconds"] > 0
+
+
+def test_the_callers_parameters_stay_untouched(world: World) -> None:
+    engine = world.engine()
+    case = Case(QUESTION, PICTURES[:1], (0.5, 0.75))
+    params = engine.params(case)
+    for _ in range(2):
+        engine.llm.generate([engine.prompt(case)], params, use_tqdm=False)
+    assert params.extra_args == {"himap_shallow_ratio": 0.5, "himap_deep_ratio": 0.75}

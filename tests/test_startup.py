@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can't be combined with pruning is refused at start-up, each with its own message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import World
+
+
+def configure(checkpoint: Path, himap: Any, **options: Any) -> Any:
+    """vLLM's configuration, as `LLM` and `vllm serve` make it first thing."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    additional_config = {} if himap is None else {"himap": himap}
+    defaults = {"max_model_len": 512, "dtype": "float32"}
+    args = EngineArgs(
+        model=str(checkpoint), additional_config=additional_config, **{**defaults, **options}
+    )
+    return args.create_engine_config()
+
+
+def altered(checkpoint: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a checkpoint's configuration files with other entries in config.json."""
+    target.mkdir()
+    for file in checkpoint.iterdir():
+        (target / file.name).symlink_to(file)
+    config = json.loads((checkpoint / "config.json").read_text())
+    for key, value in changes.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_plugin_does_nothing_unless_asked(world: World) -> None:
+    config = configure(world.checkpoint("mha12"), None)
+    assert config.scheduler_config.scheduler_cls is None
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    config = configure(world.checkpoint("mha12"), {})
+    assert config.scheduler_config.scheduler_cls == "himap_vllm.scheduler.PruningScheduler"
+    assert config.parallel_config.worker_cls == "himap_vllm.runner.worker.PruningCPUWorker"
+
+
+@pytest.mark.parametrize(
+    ("himap", "options", "message"),
+    [
+        ({"shallow_layer": 8}, {}, r"deep_layer must be greater than shallow_layer \(8\), got 8"),
+        ({"deep_layer": 12}, {}, "deep_layer must be below the decoder's 12 layers, got 12"),
+        ({"shallow_ratio": 1.5}, {}, r"shallow_ratio must be in \[0, 1\), got 1.5"),
+        ({"ratio": 0.5}, {}, "unknown himap setting 'ratio'"),
+        ("on", {}, "must be an object, got str"),
+        ({}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({}, {"disable_hybrid_kv_cache_manager": True}, "disable-hybrid-kv-cache-manager"),
+        (
+            {},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative decoding",
+        ),
+        (
+            {},
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": {"shared_storage_path": "unused"},
+                }
+            },
+            "KV connectors",
+        ),
+        ({}, {"enable_lora": True}, "LoRA"),
+        ({}, {"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
+        ({}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
+        ({}, {"worker_cls": "somewhere.Worker"}, "does not support the worker somewhere.Worker"),
+        ({}, {"runner": "pooling", "convert": "embed"}, "pooling"),
+    ],
+)
+def test_refusals(world: World, himap: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure(world.checkpoint("mha12"), himap, **options)
+
+
+def test_decode_context_parallelism(world: World) -> None:
+    with pytest.raises(ValueError, match="context parallelism"):
+        configure(
+            world.checkpoint("gqa12"), {}, tensor_parallel_size=4, decode_context_parallel_size=2
+        )
+
+
+def test_model_runner_v2(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig
+
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda _: True))
+    with pytest.raises(ValueError, match="Model Runner V2"):
+        configure(world.checkpoint("mha12"), {})
+
+
+def test_unsupported_models(world: World, tmp_path: Path) -> None:
+    checkpoint = world.checkpoint("mha12")
+    text_only = tmp_path / "llama"
+    text_only.mkdir()
+    config = json.loads((checkpoint / "config.json").read_text())["text_config"]
+    config["architectures"] = ["LlamaForCausalLM"]
+    (text_only / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (text_only / name).symlink_to(checkpoint / name)
+    with pytest.raises(ValueError, match="does not support LlamaForCausalLM; supported: Llava"):
+        configure(text_only, {})
+    # The same engine without the setting is none of the plugin's business.
+    assert configure(text_only, None).scheduler_config.scheduler_cls is None
+
+    mistral = altered(checkpoint, tmp_path / "mistral", text_config={"model_type": "mistral"})
+    with pytest.raises(ValueError, match="with a mistral decoder; supported: llama"):
+        configure(mistral, {})
