@@ -57,9 +57,9 @@ class Engine:
         defaults: dict[str, Any] = {
             "dtype": "float32",
             "enforce_eager": True,
-            "max_model_len": 1024,
+            "max_model_len": 512,
             "max_num_seqs": 16,
-            "max_num_batched_tokens": 1024,
+            "max_num_batched_tokens": 512,
             "block_size": BLOCK_SIZE,
             "kv_cache_memory_bytes": 64 << 20,
             "limit_mm_per_prompt": {"image": 4},
@@ -144,7 +144,10 @@ class World:
     def engine(
         self, shape: str = "mha12", *, himap: dict[str, Any] | None = None, **options: Any
     ) -> Engine:
-        """An engine with pruning; `himap` adds to the settings."""
+        """An engine with pruning; `himap` adds to the settings.
+
+        `compiled=True` leaves vLLM's default compilation on, a minute for each set of options.
+        """
         settings = {
             "shallow_layer": SHALLOW_LAYER,
             "deep_layer": DEEP_LAYER,
@@ -158,6 +161,8 @@ class World:
         return self._engine(shape, None, options)
 
     def _engine(self, shape: str, himap: dict[str, Any] | None, options: dict[str, Any]) -> Engine:
+        if options.pop("compiled", False):
+            options["enforce_eager"] = False
         key = repr((shape, himap, sorted(options.items())))
         if key not in self._engines:
             self._engines[key] = Engine(self.checkpoint(shape), himap, options)
@@ -197,3 +202,6 @@ def assert_equals_oracle(world: World, engine: Engine, shape: str, case: Case, o
         for step, token in zip(completion.logprobs, completion.token_ids, strict=True)
     ]
     assert logprobs == pytest.approx(expected.logprobs, abs=2e-3)
+
+
+compiled_or_not = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

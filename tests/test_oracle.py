@@ -35,10 +35,14 @@ def cases() -> list[Case]:
 CASES = cases()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_one_mixed_batch_equals_the_oracle(world: World, shape: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "compiled"),
+    [*((shape, False) for shape in SHAPES), ("mha12", True)],
+    ids=[*SHAPES, "mha12-compiled"],
+)
+def test_one_mixed_batch_equals_the_oracle(world: World, shape: str, compiled: bool) -> None:
     """All ratios, unpruned and text-only requests; prefill and decode share steps."""
-    engine = world.engine(shape)
+    engine = world.engine(shape, compiled=compiled)
     outputs = engine.generate(CASES)
     compared = 0
     for case, output in zip(CASES, outputs, strict=True):

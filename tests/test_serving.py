@@ -19,6 +19,7 @@ from tests.conftest import (
     Engine,
     World,
     assert_equals_oracle,
+    compiled_or_not,
 )
 
 PICTURES = tuple(sample_images(8, seed=1))
@@ -57,20 +58,24 @@ def equal_to_stock(engine: Engine, stock: Engine, cases: list[Case]) -> None:
             assert completion.finish_reason == expected.finish_reason
 
 
-def test_ratio_zero_equals_stock_token_for_token(world: World) -> None:
-    engine = world.engine(himap={"shallow_ratio": 0, "deep_ratio": 0})
+@compiled_or_not
+def test_ratio_zero_equals_stock_token_for_token(world: World, compiled: bool) -> None:
+    engine = world.engine(compiled=compiled, himap={"shallow_ratio": 0, "deep_ratio": 0})
     cases = [
         Case(QUESTION, PICTURES[:1], (0, 0), max_tokens=40),
         Case(QUESTION, PICTURES[1:2], None, max_tokens=40),
         Case(QUESTION, PICTURES[2:3], (0, 0), 40, {"temperature": 0.8, "seed": 7, "n": 2}),
         Case("No picture at all. Go on:", (), None, 40, {"stop": ["a", "7"], "ignore_eos": False}),
     ]
-    equal_to_stock(engine, world.stock(), cases)
+    equal_to_stock(engine, world.stock(compiled=compiled), cases)
 
 
-def test_long_prompts_are_chunked_and_pruned_ones_only_before_the_image(world: World) -> None:
+@compiled_or_not
+def test_long_prompts_are_chunked_and_pruned_ones_only_before_the_image(
+    world: World, compiled: bool
+) -> None:
     """Keys of the chunked text come back from the KV cache for the votes."""
-    engine = world.engine(max_num_batched_tokens=96, max_model_len=512)
+    engine = world.engine(compiled=compiled, max_num_batched_tokens=96)
     cases = [  # beginning differently, so that no prefix is shared
         Case("A. " + LONG_TEXT + QUESTION, PICTURES[:1], (0.5, 0.75)),
         Case("B. " + LONG_TEXT, (), (0.5, 0.75)),
@@ -99,7 +104,7 @@ def test_long_prompts_are_chunked_and_pruned_ones_only_before_the_image(world: W
 def test_a_prompt_that_never_fits_a_step(world: World) -> None:
     from vllm.exceptions import VLLMValidationError
 
-    engine = world.engine(max_num_batched_tokens=96, max_model_len=512)
+    engine = world.engine(max_num_batched_tokens=96)
     too_long = QUESTION + " and" * 20
     with pytest.raises(VLLMValidationError, match="--max-num-batched-tokens") as error:
         engine.generate([Case(too_long, PICTURES[:1], (0.5, 0.5))])
@@ -113,12 +118,13 @@ def test_a_prompt_that_never_fits_a_step(world: World) -> None:
 
 
 def test_prefix_cache_serves_what_precedes_the_image(world: World) -> None:
-    engine = world.engine(max_num_batched_tokens=512)
+    engine = world.engine()
     prompt = LONG_TEXT + QUESTION
     before_image = (prompt.index("<image>") + 1) // BLOCK_SIZE * BLOCK_SIZE
     pruned = [Case(prompt, PICTURES[:1], ratios) for ratios in ((0.5, 0.75), (0.75, 0.25))]
     unpruned = [Case(prompt, PICTURES[:1], (0, 0)) for _ in range(2)]
     other_picture = Case(prompt, PICTURES[1:2], (0.5, 0.75))
+    engine.llm.reset_prefix_cache()
     hits = []
     for case in (pruned[0], pruned[1], unpruned[0], unpruned[1], pruned[0], other_picture):
         (output,) = engine.generate([case])
@@ -188,10 +194,12 @@ def test_blocks_held_equal_the_arithmetic_at_every_step(world: World) -> None:
     assert free_blocks(engine) == before
 
 
-def test_preempted_requests_are_recomputed_to_the_same_answer(world: World) -> None:
+@compiled_or_not
+def test_preempted_requests_are_recomputed_to_the_same_answer(world: World, compiled: bool) -> None:
     """The generated tokens of a recomputed prompt must not vote."""
-    stock_like = world.engine().scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
-    engine = world.engine(num_gpu_blocks_override=1 + 11 * len(stock_like), max_model_len=288)
+    num_groups = 6  # of two layers: 2 / 6 / 4 layers per stage
+    blocks = 1 + num_groups * 512 // BLOCK_SIZE  # the least for which vLLM starts
+    engine = world.engine(compiled=compiled, num_gpu_blocks_override=blocks)
     cases = [
         Case(QUESTION, PICTURES[i : i + 1], ratios, max_tokens=90)
         for i, ratios in enumerate([(0.5, 0.75), (0.25, 0.25), (0, 0), (0.9, 0.5), (0.5, 0.5)])
@@ -269,8 +277,9 @@ def test_abort_in_mid_decode_frees_everything(world: World) -> None:
     assert not runner.himap_plans
 
 
-def test_several_answers_stop_strings_and_logprobs(world: World) -> None:
-    engine = world.engine()
+@compiled_or_not
+def test_several_answers_stop_strings_and_logprobs(world: World, compiled: bool) -> None:
+    engine = world.engine(compiled=compiled)
     greedy = Case(QUESTION, PICTURES[:1], (0.5, 0.75), max_tokens=30)
     warm = {"temperature": 1.0, "seed": 7}
     # vLLM seeds the i-th of n answers with seed + i.

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV blocks per request, and how many requests fit a fixed KV budget, from a running engine.
+
+`measure` runs `python -m bench.capacity` in a process of its own; there the engine runs in-process
+(`VLLM_ENABLE_V1_MULTIPROCESSING=0`), so that its scheduler can be looked at between steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.arithmetic import Cuts, blocks_per_request
+from bench.model import THIN
+from himap_vllm.budget import NUM_STAGES, Ratios
+from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
+
+BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes (its default is 128)
+OUTPUT_TOKENS = 16
+KV_BYTES = 160 << 20
+BATCHED_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """One engine's answer, beside the arithmetic one.
+
+    Attributes:
+        tokens: [NUM_STAGES] tokens of one request in each stage, with its whole answer.
+        groups: [groups] stage of each KV cache group.
+        layers_per_block: layers whose keys and values one block holds.
+        bytes_per_block: of the engine's one block pool.
+        num_blocks: blocks that requests can use.
+        blocks: blocks per running request, at the peak.
+        blocks_expected: the same by arithmetic.
+        peak: the most requests that ran at once.
+        peak_expected: the same by arithmetic.
+        preemptions: requests put back because blocks ran out.
+        stats: the plugin's counters; None without the plugin.
+    """
+
+    tokens: tuple[int, ...]
+    groups: tuple[int, ...]
+    layers_per_block: int
+    bytes_per_block: int
+    num_blocks: int
+    blocks: float
+    blocks_expected: int
+    peak: int
+    peak_expected: int
+    preemptions: int
+    stats: dict[str, Any] | None
+
+    @property
+    def kv_bytes(self) -> float:
+        """KV cache of one request."""
+        return self.blocks * self.bytes_per_block
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the engine does exactly what the arithmetic says."""
+        return (self.blocks, self.peak, self.preemptions) == (
+            self.blocks_expected,
+            self.peak_expected,
+            0,
+        )
+
+
+def measure(checkpoint: Path, cuts: Cuts | None, log: Path) -> Capacity:
+    """Fill the KV budget of an engine, with pruning (`cuts`) or of stock vLLM (None).
+
+    Args:
+        checkpoint: of `THIN`.
+        cuts: None: no plugin at all.
+        log: where the engine's output goes; its answer is written beside it.
+    """
+    answer = log.with_suffix(".json")
+    command = [sys.executable, "-m", "bench.capacity", str(checkpoint), str(answer)]
+    if cuts is not None:
+        command += ["--cuts", json.dumps(asdict(cuts))]
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_PLUGINS": "" if cuts is None else "himap",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with log.open("wb") as output:
+        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"the engine failed; see {log}")
+    return Capacity(**json.loads(answer.read_text()))
+
+
+def _text_tokens(cuts: Cuts, minimum: int = 30) -> int:
+    """The shortest text with which a request needs no further block while it answers.
+
+    Then "fits" has one meaning: what is admitted also runs to its end.
+    """
+    for text in range(minimum, minimum + BLOCK_SIZE):
+        before = cuts.stage_tokens(THIN.image_tokens + text, THIN.image_tokens)
+        if all((int(t) - 1) % BLOCK_SIZE + OUTPUT_TOKENS <= BLOCK_SIZE for t in before):
+            return text
+    raise ValueError("the stages' last blocks have no common room; choose other ratios")
+
+
+def _fill(checkpoint: Path, cuts: Cuts, pruning: bool) -> Capacity:
+    """Inside the process of the engine."""
+    from PIL import Image
+    from vllm import LLM, SamplingParams
+
+    from himap_vllm.kv_cache import bytes_per_block, group_stages
+
+    himap = {
+        "shallow_layer": cuts.shallow_layer,
+        "deep_layer": cuts.deep_layer,
+        "shallow_ratio": 0,
+        "deep_ratio": 0,
+    }
+    llm = LLM(
+        str(checkpoint),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=256,
+        max_num_batched_tokens=BATCHED_TOKENS,
+        block_size=BLOCK_SIZE,
+        kv_cache_memory_bytes=KV_BYTES,
+        limit_mm_per_prompt={"image": 1},
+        enable_prefix_caching=False,  # requests are alike, and shared blocks would count once
+        additional_config={"himap": himap} if pruning else {},
+    )
+    engine: Any = llm.llm_engine
+    scheduler: Any = engine.engine_core.engine_core.scheduler
+    kv_cache: Any = scheduler.kv_cache_config
+    stage_layers = cuts.stage_layers(THIN.num_layers)
+    if pruning:
+        groups = tuple(group_stages(kv_cache, stage_layers))
+        ratios = {SHALLOW_ARG: cuts.ratios.shallow, DEEP_ARG: cuts.ratios.deep}
+    else:
+        groups = (0,) * len(kv_cache.kv_cache_groups)
+        ratios = {}
+    (layers_per_block,) = {len(group.layer_names) for group in kv_cache.kv_cache_groups}
+
+    text = _text_tokens(cuts)
+    prompt = THIN.image_tokens + text
+    whole = prompt + OUTPUT_TOKENS - 1  # the last token is never computed
+    left = cuts.stage_tokens(whole, THIN.image_tokens) if pruning else (whole,) * NUM_STAGES
+    tokens = tuple(int(t) for t in left)
+    expected = sum(blocks_per_request(tokens, groups, BLOCK_SIZE))
+    pool = scheduler.kv_cache_manager.block_pool
+    num_blocks = pool.get_num_free_blocks()
+    peak_expected = num_blocks // expected
+
+    image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
+    params = SamplingParams(
+        temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True, extra_args=ratios or None
+    )
+    # The tokenizer has a token per character, and puts <s> in front.
+    request = {"prompt": "<image>" + "x" * (text - 1), "multi_modal_data": {"image": image}}
+    for index in range(peak_expected + 4):
+        engine.add_request(str(index), request, params)
+    peak, blocks, preemptions = 0, 0.0, 0
+    while engine.has_unfinished_requests():
+        engine.step()
+        running = scheduler.running
+        # Counted while the requests run: the first to finish leave the loop's last steps to few.
+        if len(running) > peak:
+            assert {request.num_prompt_tokens for request in running} == {prompt}
+            peak = len(running)
+            blocks = (num_blocks - pool.get_num_free_blocks()) / peak
+        preemptions = max(
+            [preemptions, *(request.num_preemptions for request in (*running, *scheduler.waiting))]
+        )
+    return Capacity(
+        tokens=tokens,
+        groups=groups,
+        layers_per_block=layers_per_block,
+        bytes_per_block=bytes_per_block(kv_cache),
+        num_blocks=num_blocks,
+        blocks=blocks,
+        blocks_expected=expected,
+        peak=peak,
+        peak_expected=peak_expected,
+        preemptions=preemptions,
+        stats=llm.collective_rpc("himap_stats")[0] if pruning else None,
+    )
+
+
+def main() -> None:
+    """Entry point of the engine's process."""
+    parser = argparse.ArgumentParser(description="used by bench.serve")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("answer", type=Path)
+    parser.add_argument("--cuts", type=json.loads)
+    parser.add_argument("--pruning", action="store_true")
+    args = parser.parse_args()
+    cuts = Cuts(**{**args.cuts, "ratios": Ratios(**args.cuts["ratios"])})
+    capacity = _fill(args.checkpoint, cuts, args.pruning)
+    args.answer.write_text(json.dumps(asdict(capacity)))
+
+
+if __name__ == "__main__":
+    main()
