@@ -30,7 +30,7 @@ SHALLOW_LAYER, DEEP_LAYER = 2, 8
 BLOCK_SIZE = 32  # the smallest that vLLM's CPU attention takes
 IMAGE_TOKENS = 36
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "mha12": {"num_layers": 12, "num_heads": 4, "num_kv_heads": 4},
     "gqa12": {"num_layers": 12, "num_heads": 4, "num_kv_heads": 2},
     "mha32": {"num_layers": 32, "num_heads": 2, "num_kv_heads": 2, "hidden_size": 64},

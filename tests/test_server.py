@@ -90,7 +90,7 @@ def url(world: World) -> Iterator[str]:
         yield base
 
 
-def message(image: Image.Image | None) -> dict[str, Any]:
+def message(image: Image.Image | None) -> Any:
     """A chat message with a picture, as a data URL (PNG, lossless)."""
     content: list[dict[str, Any]] = []
     if image is not None:
@@ -125,7 +125,7 @@ def test_concurrent_chats_equal_the_oracle_on_two_tensor_parallel_workers(
             extra["vllm_xargs"] = dict(zip(keys, case.ratios, strict=True))
         return await client.chat.completions.create(
             model="tiny",
-            messages=[message(case.images[0])],  # type: ignore[list-item]
+            messages=[message(case.images[0])],
             max_tokens=case.max_tokens,
             temperature=0,
             logprobs=True,
@@ -169,7 +169,7 @@ def test_errors_are_openai_shaped(
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(
             model="tiny",
-            messages=[message(PICTURES[0])],  # type: ignore[list-item]
+            messages=[message(PICTURES[0])],
             extra_body={"vllm_xargs": xargs},
         )
     body: Any = error.value.body
@@ -182,7 +182,7 @@ def test_streaming(url: str) -> None:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     chunks = client.chat.completions.create(
         model="tiny",
-        messages=[message(PICTURES[0])],  # type: ignore[list-item]
+        messages=[message(PICTURES[0])],
         max_tokens=5,
         stream=True,
         stream_options={"include_usage": True},

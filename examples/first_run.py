@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First run: ask a small model about a picture through the OpenAI SDK, pruned and not.
+
+Starts `vllm serve` with the plugin on a free port, asks, shows what was saved, and stops it. With
+`--url` it asks a server that runs already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+
+HERE = Path(__file__).parent
+MODEL = HERE / "demo-model"
+QUESTIONS = (
+    "What color is the star?",
+    "What shape is pink?",
+    "Is there a green cross?",
+    "What digit is on the purple card?",
+)
+RATIOS = {"off": (0.0, 0.0), "(0.5, 0.75)": (0.5, 0.75)}
+HIMAP = {"shallow_layer": 2, "deep_layer": 4}
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """Run `vllm serve` with the plugin; yields its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL),
+        "--additional-config", json.dumps({"himap": HIMAP}),
+        "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", "float32", "--max-model-len", "1024", "--block-size", "32",
+        "--kv-cache-memory-bytes", "256M", "--enforce-eager",
+    ]  # fmt: skip
+    print("$ VLLM_PLUGINS=himap,himap_stats", *command, "\n", flush=True)
+    print("Starting takes about a minute ...\n", flush=True)
+    environment = {**os.environ, "VLLM_PLUGINS": "himap,himap_stats"}
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while server.poll() is None:
+                try:
+                    urllib.request.urlopen(f"{url}/health", timeout=5)
+                    break
+                except OSError:
+                    time.sleep(1)
+            else:
+                log.seek(0)
+                sys.exit(f"{log.read()}\nvllm serve ended with status {server.returncode}")
+            yield url
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def ask(client: OpenAI, model: str, image: Path, question: str, ratios: tuple[float, float]) -> str:
+    """One chat completion about a picture."""
+    data = base64.b64encode(image.read_bytes()).decode()
+    message: Any = {
+        "role": "user",
+        "content": [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+            {"type": "text", "text": question},
+        ],
+    }
+    completion = client.chat.completions.create(
+        model=model,
+        messages=[message],
+        temperature=0,
+        max_tokens=20,
+        extra_body={
+            "vllm_xargs": {"himap_shallow_ratio": ratios[0], "himap_deep_ratio": ratios[1]}
+        },
+    )
+    return (completion.choices[0].message.content or "").strip()
+
+
+def stats(url: str) -> dict[str, Any]:
+    """The plugin's counters."""
+    with urllib.request.urlopen(f"{url}/plugins/himap/stats", timeout=30) as response:
+        counters: dict[str, Any] = json.load(response)
+    return counters
+
+
+def show(url: str, image: Path) -> None:
+    """Ask every question at every ratio pair and print answers and savings."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    model = client.models.list().data[0].id
+    print(f"{'question':36}", *(f"{name:>14}" for name in RATIOS))
+    for question in QUESTIONS:
+        answers = [ask(client, model, image, question, pair) for pair in RATIOS.values()]
+        print(f"{question:36}", *(f"{answer:>14}" for answer in answers))
+    counters = stats(url)
+    held, saved = counters["kv_blocks"], counters["kv_blocks_saved"]
+    print(
+        f"\n{counters['requests']['pruned']} pruned requests: "
+        f"{counters['image_tokens']} image tokens, "
+        f"{counters['image_tokens_kept_shallow']} left after layer {HIMAP['shallow_layer']}, "
+        f"{counters['image_tokens_kept_deep']} after layer {HIMAP['deep_layer']};\n"
+        f"{held} KV blocks instead of {held + saved}, {counters['kv_bytes_saved'] >> 10} KiB saved"
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", help="a running server, such as http://127.0.0.1:8000")
+    parser.add_argument("--image", type=Path, default=HERE / "scene.png")
+    args = parser.parse_args()
+    if args.url:
+        show(args.url, args.image)
+    else:
+        with serving() as url:
+            show(url, args.image)
+
+
+if __name__ == "__main__":
+    main()
