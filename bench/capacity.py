@@ -39,9 +39,9 @@ class Capacity:
         num_blocks: blocks that requests can use.
         blocks: blocks per running request, at the peak.
         blocks_expected: the same by arithmetic.
-        peak: the most requests that ran at once.
+        peak: the most requests that ran at once, all with their whole prompt in the cache.
         peak_expected: the same by arithmetic.
-        preemptions: requests put back because blocks ran out.
+        preemptions: how often a request was put back because blocks ran out.
         stats: the plugin's counters; None without the plugin.
     """
 
@@ -64,37 +64,39 @@ class Capacity:
 
     @property
     def agrees(self) -> bool:
-        """Whether the engine does exactly what the arithmetic says."""
-        return (self.blocks, self.peak, self.preemptions) == (
-            self.blocks_expected,
-            self.peak_expected,
-            0,
-        )
+        """Whether the engine holds exactly what the arithmetic says."""
+        return (self.blocks, self.peak) == (self.blocks_expected, self.peak_expected)
 
 
-def measure(checkpoint: Path, cuts: Cuts | None, log: Path) -> Capacity:
-    """Fill the KV budget of an engine, with pruning (`cuts`) or of stock vLLM (None).
+def measure(checkpoint: Path, cuts: Cuts, pruning: bool, log: Path) -> Capacity:
+    """Fill the KV budget of an engine.
 
     Args:
         checkpoint: of `THIN`.
-        cuts: None: no plugin at all.
+        cuts: what pruning does; stock vLLM gets the same prompts, whose length depends on it.
+        pruning: False: stock vLLM, without the plugin.
         log: where the engine's output goes; its answer is written beside it.
     """
     answer = log.with_suffix(".json")
-    command = [sys.executable, "-m", "bench.capacity", str(checkpoint), str(answer)]
-    if cuts is not None:
-        command += ["--cuts", json.dumps(asdict(cuts))]
+    command = [
+        sys.executable, "-m", "bench.capacity", str(checkpoint), str(answer),
+        "--cuts", json.dumps(asdict(cuts)),
+    ]  # fmt: skip
+    if pruning:
+        command.append("--pruning")
     environment = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_PLUGINS": "" if cuts is None else "himap",
+        "VLLM_PLUGINS": "himap" if pruning else "",
         "HF_HUB_OFFLINE": "1",
     }
     with log.open("wb") as output:
         done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     if done.returncode:
         raise RuntimeError(f"the engine failed; see {log}")
-    return Capacity(**json.loads(answer.read_text()))
+    fields: dict[str, Any] = json.loads(answer.read_text())
+    fields |= {name: tuple(fields[name]) for name in ("tokens", "groups")}
+    return Capacity(**fields)
 
 
 def _text_tokens(cuts: Cuts, minimum: int = 30) -> int:
@@ -106,7 +108,7 @@ def _text_tokens(cuts: Cuts, minimum: int = 30) -> int:
         before = cuts.stage_tokens(THIN.image_tokens + text, THIN.image_tokens)
         if all((int(t) - 1) % BLOCK_SIZE + OUTPUT_TOKENS <= BLOCK_SIZE for t in before):
             return text
-    raise ValueError("the stages' last blocks have no common room; choose other ratios")
+    raise ValueError("the stages' last blocks have no common room; use --no-capacity")
 
 
 def _fill(checkpoint: Path, cuts: Cuts, pruning: bool) -> Capacity:
@@ -145,7 +147,7 @@ def _fill(checkpoint: Path, cuts: Cuts, pruning: bool) -> Capacity:
     else:
         groups = (0,) * len(kv_cache.kv_cache_groups)
         ratios = {}
-    (layers_per_block,) = {len(group.layer_names) for group in kv_cache.kv_cache_groups}
+    layers_per_block = max(len(group.layer_names) for group in kv_cache.kv_cache_groups)
 
     text = _text_tokens(cuts)
     prompt = THIN.image_tokens + text
@@ -162,21 +164,21 @@ def _fill(checkpoint: Path, cuts: Cuts, pruning: bool) -> Capacity:
         temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True, extra_args=ratios or None
     )
     # The tokenizer has a token per character, and puts <s> in front.
-    request = {"prompt": "<image>" + "x" * (text - 1), "multi_modal_data": {"image": image}}
+    content = {"prompt": "<image>" + "x" * (text - 1), "multi_modal_data": {"image": image}}
     for index in range(peak_expected + 4):
-        engine.add_request(str(index), request, params)
-    peak, blocks, preemptions = 0, 0.0, 0
+        engine.add_request(str(index), content, params)
+    peak, blocks = 0, 0.0
+    preempted: dict[str, int] = {}
     while engine.has_unfinished_requests():
         engine.step()
         running = scheduler.running
-        # Counted while the requests run: the first to finish leave the loop's last steps to few.
-        if len(running) > peak:
+        # A prompt that waits for room in a step may already run, with the text before its image.
+        if len(running) > peak and all(request.num_output_tokens for request in running):
             assert {request.num_prompt_tokens for request in running} == {prompt}
             peak = len(running)
             blocks = (num_blocks - pool.get_num_free_blocks()) / peak
-        preemptions = max(
-            [preemptions, *(request.num_preemptions for request in (*running, *scheduler.waiting))]
-        )
+        for request in (*running, *scheduler.waiting):
+            preempted[request.request_id] = request.num_preemptions
     return Capacity(
         tokens=tokens,
         groups=groups,
@@ -187,7 +189,7 @@ def _fill(checkpoint: Path, cuts: Cuts, pruning: bool) -> Capacity:
         blocks_expected=expected,
         peak=peak,
         peak_expected=peak_expected,
-        preemptions=preemptions,
+        preemptions=sum(preempted.values()),
         stats=llm.collective_rpc("himap_stats")[0] if pruning else None,
     )
 
@@ -197,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="used by bench.serve")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("answer", type=Path)
-    parser.add_argument("--cuts", type=json.loads)
+    parser.add_argument("--cuts", type=json.loads, required=True)
     parser.add_argument("--pruning", action="store_true")
     args = parser.parse_args()
     cuts = Cuts(**{**args.cuts, "ratios": Ratios(**args.cuts["ratios"])})

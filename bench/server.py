@@ -16,21 +16,30 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 START_SECONDS = 900.0  # the first start compiles
 STOP_SECONDS = 60.0
+
+
+class Histogram(NamedTuple):
+    """What is left of a Prometheus histogram without its buckets."""
+
+    total: float
+    number: int
 
 
 class Server:
     """vLLM's OpenAI-compatible server; a context manager that starts and stops it."""
 
     def __init__(self, model: Path, arguments: Sequence[str], plugins: str, log: Path) -> None:
-        """Args:
-        model: checkpoint directory; its name is the served model's name.
-        arguments: options of `vllm serve`.
-        plugins: `VLLM_PLUGINS`, empty for none.
-        log: where its output goes.
+        """Prepare, but don't start yet.
+
+        Args:
+            model: checkpoint directory; its name is the served model's name.
+            arguments: options of `vllm serve`.
+            plugins: `VLLM_PLUGINS`, empty for none.
+            log: where its output goes.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -98,11 +107,13 @@ class Server:
         process.wait()
         self._process = None
 
-    def _request(self, method: str, path: str) -> bytes:
-        request = urllib.request.Request(self.url + path, method=method)
+    def _request(self, method: str, path: str, body: Any = None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
         with urllib.request.urlopen(request, timeout=60) as response:
-            body: bytes = response.read()
-        return body
+            reply: bytes = response.read()
+        return reply
 
     def empty_caches(self) -> None:
         """Forget prompts, images and their embeddings: cells share a server and its requests."""
@@ -112,15 +123,29 @@ class Server:
         self._request("POST", "/reset_mm_cache")
         self._request("POST", "/reset_encoder_cache")
 
-    def metrics(self) -> dict[str, float]:
-        """Prometheus samples by name, without labels (there is one engine and one model)."""
-        samples: dict[str, float] = {}
-        for line in self._request("GET", "/metrics").decode().splitlines():
-            if not line.startswith("#") and "_bucket{" not in line:
-                name, value = line.rsplit(" ", 1)
-                name = name.partition("{")[0]
-                samples[name] = samples.get(name, 0.0) + float(value)
-        return samples
+    def wake(self) -> None:
+        """Run one short prompt without an image: the first after a pause takes longer."""
+        body = {"model": self.model_name, "prompt": "Hello", "max_tokens": 4}
+        self._request("POST", "/v1/completions", body)
+
+    def histogram(self, name: str, count: int = 0) -> Histogram:
+        """A Prometheus histogram of this server, once it has counted up to `count`.
+
+        Raises:
+            TimeoutError: it did not get there.
+        """
+        for _ in range(50):
+            values = {"sum": 0.0, "count": 0.0}
+            for line in self._request("GET", "/metrics").decode().splitlines():
+                sample, _, value = line.rpartition(" ")
+                metric = sample.partition("{")[0]
+                for field in values:
+                    if metric == f"{name}_{field}":
+                        values[field] += float(value)
+            if values["count"] >= count:
+                return Histogram(values["sum"], int(values["count"]))
+            time.sleep(0.1)
+        raise TimeoutError(f"{name} has counted {values['count']:.0f}, not {count}")
 
     def pruning_stats(self) -> dict[str, Any]:
         """The plugin's counters."""

@@ -9,19 +9,26 @@ counted as bypassed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreRequest
 
 from himap_vllm.budget import PromptPlan, make_plan
 from himap_vllm.config import (
-    BYPASS_ARG,
+    ADMISSION_ARG,
     DEEP_ARG,
+    PRUNED,
     SHALLOW_ARG,
     EngineSettings,
     HiMAPError,
     requested_ratios,
 )
-from himap_vllm.plans import image_tokens
+from himap_vllm.plans import image_tokens, step_limit
+
+Observer = Callable[[EngineCoreRequest, PromptPlan | None], None]
+observers: list[Observer] = []
+"""Called with every admitted request and its plan (None: unpruned), on the thread that admits."""
 
 
 def admit(request: EngineCoreRequest, settings: EngineSettings, vllm_config: VllmConfig) -> None:
@@ -46,12 +53,16 @@ def admit(request: EngineCoreRequest, settings: EngineSettings, vllm_config: Vll
     if plan is not None:
         obstacle = _obstacle(plan, request, vllm_config)
         if obstacle is None:
+            args[ADMISSION_ARG] = PRUNED
             args[SHALLOW_ARG], args[DEEP_ARG] = ratios.shallow, ratios.deep
         elif asked:
             raise HiMAPError(obstacle[1], obstacle[2])
         else:
-            args[BYPASS_ARG] = obstacle[0]
+            args[ADMISSION_ARG] = f"bypassed_{obstacle[0]}"
+            plan = None
     params.extra_args = args or None
+    for observer in observers:
+        observer(request, plan)
 
 
 def _obstacle(
@@ -74,14 +85,7 @@ def _obstacle(
             "a streaming-input session can't be pruned: its prompt is not complete; set "
             f"{SHALLOW_ARG} and {DEEP_ARG} to 0",
         )
-    scheduler = vllm_config.scheduler_config
-    limits = {
-        "max_num_batched_tokens": scheduler.max_num_scheduled_tokens
-        or scheduler.max_num_batched_tokens,
-    }
-    if scheduler.long_prefill_token_threshold > 0:
-        limits["long_prefill_token_threshold"] = scheduler.long_prefill_token_threshold
-    name, limit = min(limits.items(), key=lambda item: item[1])
+    name, limit = step_limit(vllm_config.scheduler_config)
     if plan.one_step_tokens > limit:
         return (
             "too_long",

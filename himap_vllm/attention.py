@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from vllm.distributed import (
     get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
+    tensor_model_parallel_all_gather,
 )
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
@@ -60,8 +60,17 @@ def install_stage(attention: Attention, stage: int, state: PruningState) -> None
 
 
 def install_votes(attention: Attention, cut: int, state: PruningState) -> None:
-    """Score the image tokens for `cut` whenever `attention` runs in a step that prunes."""
+    """Score the image tokens for `cut` whenever `attention` runs in a step that prunes.
+
+    Raises:
+        ValueError: the layer's attention is more than a softmax of scaled products, which is what
+            the scores are computed from.
+    """
     impl = attention.impl
+    for extra in ("logits_soft_cap", "alibi_slopes", "sinks"):
+        value = getattr(impl, extra, None)
+        if value is not None and not (isinstance(value, int | float) and value == 0):
+            raise ValueError(f"himap: {attention.layer_name} has {extra}, which is not supported")
     base_forward = impl.forward
     read_keys = key_reader(attention.attn_backend.get_name())
     tensor_parallel = get_tensor_model_parallel_world_size() > 1
@@ -86,8 +95,10 @@ def install_votes(attention: Attention, cut: int, state: PruningState) -> None:
 
             scores = step.score(cut, query, key, impl.scale, cached_keys)
             if tensor_parallel:
-                # Heads are spread over the ranks; all must choose the same tokens.
-                scores = tensor_model_parallel_all_reduce(scores)
+                # Heads are spread over the ranks; all must choose the same tokens. An all-reduce
+                # may add in another order on each rank (vLLM's on CPU does), and rounding would
+                # decide close calls differently.
+                scores = tensor_model_parallel_all_gather(scores[None], dim=0).sum(0)
             step.set_scores(scores)
         return base_forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
@@ -149,5 +160,8 @@ def _as_seen_by(stage: Any, common: CommonAttentionMetadata) -> CommonAttentionM
     common.num_actual_tokens = stage.num_tokens
     common.max_query_len = stage.max_query_len
     common.max_seq_len = stage.max_seq_len
+    # In terms of stage 0; no builder of a supported backend wants them.
     common.positions = None
+    common._num_computed_tokens_cache = None
+    common._token_to_req_indices_cache = None
     return common

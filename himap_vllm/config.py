@@ -7,7 +7,6 @@ one request, and never reach the engine core, whose death it would be.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -17,7 +16,8 @@ from himap_vllm.budget import Ratios
 ADDITIONAL_CONFIG_KEY = "himap"
 SHALLOW_ARG = "himap_shallow_ratio"
 DEEP_ARG = "himap_deep_ratio"
-BYPASS_ARG = "himap_bypass"  # set by admission, never by a client
+ADMISSION_ARG = "himap_admission"  # set by admission, refused from clients
+PRUNED = "pruned"
 _ARG_PREFIX = "himap"
 
 
@@ -35,12 +35,13 @@ def check_ratio(parameter: str, value: Any, maximum: float | None = None) -> flo
     Raises:
         HiMAPError: not a number (booleans are none), NaN, or out of range.
     """
-    allowed = "[0, 1)" if maximum is None else f"[0, {maximum:g}]"
+    allowed = "[0, 1)" if maximum is None else f"[0, {maximum}]"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise HiMAPError(
             parameter, f"{parameter} must be a number in {allowed}, got {type(value).__name__}"
         )
-    if not math.isfinite(value) or not 0 <= value < 1 or (maximum is not None and value > maximum):
+    # NaN compares false with everything.
+    if not 0 <= value < 1 or (maximum is not None and value > maximum):
         raise HiMAPError(parameter, f"{parameter} must be in {allowed}, got {value}")
     return float(value)
 
@@ -142,7 +143,7 @@ def requested_ratios(
     """
     args = extra_args or {}
     for key in args:
-        if key.startswith(_ARG_PREFIX) and key not in (SHALLOW_ARG, DEEP_ARG):
+        if str(key).startswith(_ARG_PREFIX) and key not in (SHALLOW_ARG, DEEP_ARG):
             raise HiMAPError(key, f"unknown parameter {key!r}; known: {SHALLOW_ARG}, {DEEP_ARG}")
     shallow = check_ratio(
         SHALLOW_ARG, args.get(SHALLOW_ARG, settings.shallow_ratio), settings.max_shallow_ratio

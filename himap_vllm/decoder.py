@@ -5,8 +5,9 @@ vLLM compiles a decoder as one graph. The gathers change the number of tokens by
 differs from step to step, so each segment is a graph of its own, with a dynamic token dimension
 like vLLM's. A step that prunes nothing runs the three one after the other.
 
-Works for every vLLM decoder of the common form: `layers` called as `(positions, hidden_states,
-residual) -> (hidden_states, residual)`, then `norm(hidden_states, residual)`.
+For vLLM decoders of the plain common form: `layers` called as `(positions, hidden_states,
+residual) -> (hidden_states, residual)`, then `norm(hidden_states, residual)`; positions are
+[num_tokens]. A family with another form (M-RoPE, deepstack) extends this when it comes.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from himap_vllm.pruning import ActiveStep, PruningState
 
-# M-RoPE positions are [3, num_tokens], others [num_tokens].
-_DYNAMIC = {"positions": -1, "hidden_states": 0}
+_DYNAMIC = {"positions": 0, "hidden_states": 0}
 
 
 # Three classes, not one: vLLM keys its cache of compiled functions by where `forward` is written.
@@ -98,6 +98,7 @@ class _SegmentedDecoder(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert intermediate_tensors is None, "pipeline parallelism is refused at start-up"
+        assert positions.ndim == 1, "M-RoPE is not supported"
         if inputs_embeds is None:
             embed_input_ids: Any = self.embed_input_ids
             inputs_embeds = embed_input_ids(input_ids)
@@ -114,15 +115,16 @@ class _SegmentedDecoder(nn.Module):
         self, step: ActiveStep, positions: torch.Tensor, inputs_embeds: torch.Tensor
     ) -> torch.Tensor:
         first, middle, last = self.himap_segments
+        assert len(inputs_embeds) == step.layout.stages[0].num_tokens, "padded step"
         hidden_states, residual = first(positions, inputs_embeds)
         rows = step.cut(0, len(hidden_states))
-        positions = positions.index_select(-1, rows)
+        positions = positions.index_select(0, rows)
         hidden_states, residual = middle(
             positions, hidden_states.index_select(0, rows), residual.index_select(0, rows)
         )
         again = step.cut(1, len(hidden_states))
         hidden_states = last(
-            positions.index_select(-1, again),
+            positions.index_select(0, again),
             hidden_states.index_select(0, again),
             residual.index_select(0, again),
         )

@@ -15,7 +15,8 @@ from starlette.datastructures import State
 from starlette.requests import Request
 
 from himap_vllm.config import engine_settings
-from himap_vllm.stats import merge_ranks
+from himap_vllm.stats import engine_stats
+from himap_vllm.support import is_configured
 
 
 class StatsEndpoint:
@@ -29,7 +30,14 @@ class StatsEndpoint:
         app.add_api_route("/plugins/himap/stats", _stats, methods=["GET"])
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:  # noqa: ARG002
-        """Remember the engine."""
+        """Remember the engine.
+
+        Raises:
+            RuntimeError: pruning is configured, but its general plugin is not loaded.
+        """
+        config = engine_client.vllm_config
+        if engine_settings(config.additional_config) is not None and not is_configured(config):
+            raise RuntimeError("VLLM_PLUGINS names himap_stats but not himap; name both")
         state.himap_engine = engine_client
 
 
@@ -38,4 +46,4 @@ async def _stats(request: Request) -> dict[str, Any]:
     engine = request.app.state.himap_engine
     if engine_settings(engine.vllm_config.additional_config) is None:
         raise HTTPException(404, 'pruning is off: no "himap" in --additional-config')
-    return merge_ranks(await engine.collective_rpc("himap_stats"))
+    return await engine_stats(engine)

@@ -27,8 +27,9 @@ from himap_vllm.budget import NUM_STAGES, PromptPlan
 class StageAttentionSpec(FullAttentionSpec):
     """Full attention of one stage.
 
-    `merge` and `is_uniform_with_collection` are vLLM's two ways to put layers into one group;
-    inherited, they ignore `stage`, and all layers would share block tables: no error, no saving.
+    `merge` and `is_uniform_with_collection` are vLLM's two ways to put layers into one group.
+    Inherited, the first could not build this class and the second would ignore `stage`: all layers
+    would share block tables, without an error and without a saving.
     """
 
     stage: int
@@ -108,14 +109,11 @@ class StageKVCacheManager(FullAttentionManager):
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
 
-def register_specs() -> None:
-    """Make the spec known to vLLM in this process; repeatable.
-
-    vLLM fills its registry only while it is empty: registering first would leave a worker process
-    without the built-in specs, so they go first. Can go when the registry merges instead.
-    """
-    register_all_kvcache_specs(None)
-    KVCacheSpecRegistry.register(StageAttentionSpec, StageKVCacheManager, StageAttentionSpec)
+# Every process that meets the spec imports this module for it, and no other does. vLLM fills its
+# registry only while it is empty: registering first would leave a worker process without the
+# built-in specs, so they go first. That can go when the registry merges instead.
+register_all_kvcache_specs(None)
+KVCacheSpecRegistry.register(StageAttentionSpec, StageKVCacheManager, StageAttentionSpec)
 
 
 def group_stages(kv_cache_config: KVCacheConfig, stage_layers: Sequence[int]) -> list[int]:

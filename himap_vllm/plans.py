@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, SchedulerConfig
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 from himap_vllm.budget import ImageTokens, PromptPlan, Ratios, make_plan
-from himap_vllm.config import DEEP_ARG, SHALLOW_ARG, EngineSettings
+from himap_vllm.config import ADMISSION_ARG, DEEP_ARG, PRUNED, SHALLOW_ARG, EngineSettings
 
 
 def image_tokens(mm_features: Sequence[MultiModalFeatureSpec] | None) -> list[ImageTokens]:
@@ -30,12 +30,26 @@ def plan_of(
     mm_features: Sequence[MultiModalFeatureSpec] | None,
     sampling_params: Any,
 ) -> PromptPlan | None:
-    """The plan of an admitted request: admission has put the ratios it decided on into it."""
-    args = getattr(sampling_params, "extra_args", None)
-    if not args or SHALLOW_ARG not in args or not mm_features:
+    """The plan of a request that admission stamped as pruned, with the ratios it decided on.
+
+    A request that reached the engine core on another way has no stamp and runs unpruned: its
+    ratios were not checked, nor whether its prompt fits a step.
+    """
+    args = getattr(sampling_params, "extra_args", None) or {}
+    if args.get(ADMISSION_ARG) != PRUNED or not mm_features:
         return None
     ratios = Ratios(args[SHALLOW_ARG], args[DEEP_ARG])
     return make_plan(num_prompt_tokens, image_tokens(mm_features), ratios)
+
+
+def step_limit(scheduler_config: SchedulerConfig) -> tuple[str, int]:
+    """The option that bounds a request's tokens in one step most tightly, and its value."""
+    limits = {"max_num_batched_tokens": scheduler_config.max_num_batched_tokens}
+    if scheduler_config.max_num_scheduled_tokens is not None:
+        limits["max_num_scheduled_tokens"] = scheduler_config.max_num_scheduled_tokens
+    if scheduler_config.long_prefill_token_threshold > 0:
+        limits["long_prefill_token_threshold"] = scheduler_config.long_prefill_token_threshold
+    return min(limits.items(), key=lambda item: item[1])
 
 
 def stage_layers(settings: EngineSettings, model_config: ModelConfig) -> tuple[int, int, int]:

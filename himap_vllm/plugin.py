@@ -23,12 +23,16 @@ _MARK = "_himap_wrapped"
 
 
 def register() -> None:
-    """Install the plugin in this process; repeatable."""
-    from himap_vllm.kv_cache import register_specs
+    """Install the plugin in this process; repeatable.
 
-    register_specs()
+    On a vLLM whose internals it does not know, it only makes sure that an engine that asks for
+    pruning is refused.
+    """
+    from himap_vllm.support import is_supported_vllm
+
     _wrap_config()
-    _wrap_admission()
+    if is_supported_vllm():
+        _wrap_admission()
 
 
 def _wrap_config() -> None:

@@ -24,7 +24,7 @@ from vllm.v1.request import Request
 from himap_vllm.budget import PromptPlan
 from himap_vllm.config import engine_settings
 from himap_vllm.kv_cache import StageKVCacheManager, group_stages
-from himap_vllm.plans import plan_of, stage_layers
+from himap_vllm.plans import plan_of, stage_layers, step_limit
 
 logger = init_logger("vllm.himap")
 
@@ -53,6 +53,7 @@ class _PruningMixin(_Base):
             settings.deep_layer,
             [stages.count(stage) for stage in sorted(set(stages))],
         )
+        _, self.himap_step_limit = step_limit(self.vllm_config.scheduler_config)
         self.himap_plans: dict[str, PromptPlan] = {}
         for group_manager in manager.coordinator.single_type_managers:
             assert isinstance(group_manager, StageKVCacheManager)
@@ -60,7 +61,8 @@ class _PruningMixin(_Base):
 
     def add_request(self, request: Request) -> None:
         plan = plan_of(request.num_prompt_tokens, request.mm_features, request.sampling_params)
-        if plan is not None:
+        # A known id is the next chunk of a streaming-input session, which is never pruned.
+        if plan is not None and request.request_id not in self.requests:
             self.himap_plans[request.request_id] = plan
             # Read nothing from the first image on (StageKVCacheManager publishes nothing there),
             # and stop hashing: later blocks hold other tokens than their position's hash says.
@@ -81,21 +83,25 @@ class _PruningMixin(_Base):
         plan = self.himap_plans.get(request.request_id)
         schedule = super()._try_schedule_encoder_inputs
         if plan is None:
-            return schedule(
+            result: tuple[Any, ...] = schedule(
                 request, num_computed_tokens, num_new_tokens, encoder_compute_budget,
                 *args, **kwargs,
             )  # fmt: skip
-        chunk = plan.chunk(num_computed_tokens, num_new_tokens)
-        result: tuple[Any, ...] = schedule(
+            return result
+        chunk = plan.chunk(num_computed_tokens, num_new_tokens, self.himap_step_limit)
+        result = schedule(
             request, num_computed_tokens, chunk, encoder_compute_budget, *args, **kwargs
         )
-        allowed = plan.chunk(num_computed_tokens, result[1])
+        allowed = plan.chunk(num_computed_tokens, result[1], self.himap_step_limit)
         if allowed == result[1]:
             return result
-        # Room for the prompt, but not for all its images: wait. What was pinned in the encoder
-        # cache for it is released, or two waiting prompts could block each other.
+        # Room for the prompt, but not for all its images: the images wait. What was pinned in the
+        # encoder cache for them is released, or two waiting prompts could block each other.
         self.encoder_cache_manager.free(request)
-        return [], allowed, encoder_compute_budget, [], []
+        result = schedule(
+            request, num_computed_tokens, allowed, encoder_compute_budget, *args, **kwargs
+        )
+        return result
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.himap_plans.pop(request.request_id, None)

@@ -27,8 +27,8 @@ class PruningStats:
             many as the first stage's.
         kv_bytes_saved: the same in bytes, on this worker.
         steps: steps that pruned something.
-        pruning_seconds: host time of scoring, selection and gathers in those steps; on a device
-            that runs asynchronously this is the time to launch them.
+        pruning_seconds: host time of scoring and selection in those steps; on a device that runs
+            asynchronously this is the time to launch them.
         last_step_pruning_seconds: the same for the latest such step.
     """
 
@@ -77,3 +77,23 @@ def merge_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     All ranks see every request and hold the same blocks; each holds its own part of the bytes.
     """
     return {**ranks[0], "kv_bytes_saved": sum(rank["kv_bytes_saved"] for rank in ranks)}
+
+
+def merge_engines(engines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The counters of data-parallel engines, which see different requests, taken together."""
+    total = {key: sum(e[key] for e in engines) for key in engines[0] if key != "requests"}
+    requests: Counter[str] = sum((Counter(e["requests"]) for e in engines), Counter())
+    latest = max(engine["last_step_pruning_seconds"] for engine in engines)
+    return {**total, "requests": dict(requests), "last_step_pruning_seconds": latest}
+
+
+async def engine_stats(engine: Any) -> dict[str, Any]:
+    """The counters of a running `AsyncLLM`, all its workers and data-parallel engines together.
+
+    `AsyncLLM.collective_rpc` returns the first engine's answer only; each engine has counters of
+    its own. Can go when it returns all.
+    """
+    engines = await engine.engine_core.call_utility_all_async(
+        "collective_rpc", "himap_stats", None, (), None
+    )
+    return merge_engines([merge_ranks(ranks) for ranks in engines])

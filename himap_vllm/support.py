@@ -3,11 +3,22 @@
 
 from __future__ import annotations
 
-from vllm.config import VllmConfig
+from dataclasses import asdict
 
-from himap_vllm.config import EngineSettings, HiMAPError, engine_settings
+import vllm
+import vllm.envs as envs
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import is_quantized_kv_cache
+
+from himap_vllm.config import (
+    ADDITIONAL_CONFIG_KEY,
+    EngineSettings,
+    HiMAPError,
+    engine_settings,
+)
 from himap_vllm.models import FAMILIES
 
+SUPPORTED_VLLM = "0.32"
 _SCHEDULERS = {
     False: "himap_vllm.scheduler.PruningScheduler",
     True: "himap_vllm.scheduler.PruningAsyncScheduler",
@@ -26,6 +37,10 @@ def check_and_configure(vllm_config: VllmConfig) -> None:
     settings = engine_settings(vllm_config.additional_config)
     if settings is None or vllm_config.model_config is None:
         return
+    if not is_supported_vllm():
+        raise HiMAPError(
+            ADDITIONAL_CONFIG_KEY, f"himap needs vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}"
+        )
     _check_model(vllm_config, settings)
     _check_features(vllm_config)
     scheduler = vllm_config.scheduler_config
@@ -44,6 +59,21 @@ def check_and_configure(vllm_config: VllmConfig) -> None:
                 f"supported: {', '.join(_WORKERS)} (the CPU backend)",
             )
         parallel.worker_cls = _WORKERS[parallel.worker_cls]
+    # vLLM's compilation cache is keyed by this value: spelled out, it names the layers of the cuts.
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        ADDITIONAL_CONFIG_KEY: asdict(settings),
+    }
+
+
+def is_supported_vllm() -> bool:
+    """Whether the plugin knows this vLLM's internals."""
+    return vllm.__version__.split("+")[0].rpartition(".")[0] == SUPPORTED_VLLM
+
+
+def is_configured(vllm_config: VllmConfig) -> bool:
+    """Whether `check_and_configure` has made this engine a pruning one."""
+    return vllm_config.scheduler_config.scheduler_cls in _SCHEDULERS.values()
 
 
 def _check_model(vllm_config: VllmConfig, settings: EngineSettings) -> None:
@@ -90,7 +120,7 @@ def _check_features(vllm_config: VllmConfig) -> None:
             "--disable-hybrid-kv-cache-manager: stages need KV cache groups of their own",
         ),
         "kv_cache_dtype": (
-            vllm_config.cache_config.cache_dtype.startswith("fp8"),
+            is_quantized_kv_cache(vllm_config.cache_config.cache_dtype),
             "a quantised KV cache",
         ),
         "lora_config": (vllm_config.lora_config is not None, "LoRA"),
@@ -98,6 +128,19 @@ def _check_features(vllm_config: VllmConfig) -> None:
         "use_v2_model_runner": (
             vllm_config.use_v2_model_runner,
             "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER)",
+        ),
+        "ec_transfer_config": (
+            vllm_config.ec_transfer_config is not None,
+            "an encoder cache connector",
+        ),
+        "mm_encoder_only": (vllm_config.is_mm_encoder_only, "an encoder-only instance"),
+        "VLLM_USE_RUST_FRONTEND": (
+            envs.VLLM_USE_RUST_FRONTEND,
+            "the Rust frontend: requests would not pass the plugin's admission",
+        ),
+        "is_mm_prefix_lm": (
+            vllm_config.model_config.is_mm_prefix_lm,
+            "bidirectional attention among image tokens",
         ),
         "runner": (
             vllm_config.model_config.runner_type != "generate",

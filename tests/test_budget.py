@@ -54,24 +54,29 @@ def test_stage_tokens_count_what_reaches_the_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_computed", "num_new", "allowed"),
+    ("num_computed", "num_new", "step_limit", "allowed"),
     [
-        (0, 30, 30),  # all at once
-        (0, 35, 35),  # recomputation with generated tokens
-        (0, 8, 8),  # text before the image is chunked as usual
-        (0, 25, 10),  # would split the image: stop before it
-        (8, 10, 2),
-        (10, 19, 0),  # nothing left before the image: wait
-        (10, 20, 20),
-        (30, 1, 1),  # decode
+        (0, 30, 64, 30),  # all at once
+        (0, 35, 64, 35),  # recomputation with generated tokens
+        (30, 1, 64, 1),  # decode
+        # Fits a step as a whole: not begun in a lesser one.
+        (0, 25, 64, 0),
+        (0, 8, 64, 0),
+        (8, 21, 64, 0),
+        (10, 19, 24, 0),
+        # Never fits as a whole: the text before the image is chunked as usual.
+        (0, 8, 24, 8),
+        (0, 24, 24, 10),
+        (4, 24, 24, 6),
+        (10, 20, 24, 20),
     ],
 )
 def test_chunks_never_split_the_one_step_part(
-    num_computed: int, num_new: int, allowed: int
+    num_computed: int, num_new: int, step_limit: int, allowed: int
 ) -> None:
     plan = make_plan(30, [image((10, 20))], Ratios(0.5, 0.5))
     assert plan is not None
-    assert plan.chunk(num_computed, num_new) == allowed
+    assert plan.chunk(num_computed, num_new, step_limit) == allowed
 
 
 def test_no_plan_where_nothing_is_dropped() -> None:

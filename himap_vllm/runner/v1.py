@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from himap_vllm.budget import PromptPlan
-from himap_vllm.config import BYPASS_ARG, engine_settings
+from himap_vllm.config import ADMISSION_ARG, engine_settings
 from himap_vllm.install import install
 from himap_vllm.kv_cache import bytes_per_block, group_stages
 from himap_vllm.layout import step_layout
@@ -65,7 +65,8 @@ class PruningRunnerMixin(_Base):
             self.himap_plans.pop(request_id, None)
             self.himap_counted.discard(request_id)
         for request in scheduler_output.scheduled_new_reqs:
-            if not image_tokens(request.mm_features):
+            # A known id is the next chunk of a streaming-input session: counted already.
+            if request.req_id in self.requests or not image_tokens(request.mm_features):
                 continue
             plan = plan_of(
                 len(request.prompt_token_ids), request.mm_features, request.sampling_params
@@ -73,9 +74,8 @@ class PruningRunnerMixin(_Base):
             if plan is not None:
                 self.himap_plans[request.req_id] = plan
             else:
-                reason = (request.sampling_params.extra_args or {}).get(BYPASS_ARG)
-                outcome = f"bypassed_{reason}" if reason else "unpruned"
-                self.himap.stats.requests[outcome] += 1
+                args = request.sampling_params.extra_args or {}
+                self.himap.stats.requests[args.get(ADMISSION_ARG, "unpruned")] += 1
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock vLLM against vLLM with pruning, side by side: `python -m bench.serve`.
+
+Three cells are measured: stock vLLM without the plugin; the plugin with every ratio 0; the plugin
+with the ratios given. Two servers run throughout (an idle one takes no CPU time worth mentioning)
+and short loads alternate between the cells, so that a slow spell of the machine hits all of them;
+ratios are taken within a round, between cells that saw the same requests minutes apart.
+
+Prints Markdown; `--output` keeps every raw number. The servers' logs and the checkpoint stay in
+`--work-dir`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench import load
+from bench.arithmetic import Cuts, prefill_bound
+from bench.capacity import Capacity, measure
+from bench.environment import environment
+from bench.load import Load
+from bench.model import DTYPE_BYTES, FULL, QUICK, THIN, Model
+from bench.report import (
+    CELLS,
+    PRUNED,
+    STOCK,
+    Measurement,
+    Results,
+    checks,
+    markdown,
+    mean_prompt_tokens,
+)
+from bench.server import Server
+from himap_vllm.budget import Ratios
+from himap_vllm.config import ADDITIONAL_CONFIG_KEY, DEEP_ARG, SHALLOW_ARG
+
+CONCURRENCIES = (1, 2, 4, 8, 16)
+MAX_SEQS = 16
+BLOCK_SIZE = 128  # tokens, vLLM's default on CPU
+PREFILL_METRIC = "vllm:request_prefill_time_seconds"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how often."""
+
+    model: Model
+    cuts: Cuts
+    dtype: str
+    concurrencies: tuple[int, ...]
+    rounds: int
+    text_tokens: int
+    output_tokens: int
+    seed: int
+
+    def rounds_at(self, concurrency: int) -> int:
+        """Fewer where a round has more requests; at least two, to have a spread."""
+        return min(self.rounds, max(2, self.rounds // concurrency))
+
+    def load(self, concurrency: int, round_index: int) -> Load:
+        """The requests of one round; the same for all cells."""
+        return Load(
+            concurrency=concurrency,
+            num_requests=3 if concurrency == 1 else max(4, concurrency),
+            text_tokens=self.text_tokens,
+            output_tokens=self.output_tokens,
+            seed=self.seed + 1000 * concurrency + round_index,
+        )
+
+
+class Bench:
+    """Two running servers and the cells on them."""
+
+    def __init__(self, plan: Plan, checkpoint: Path, work_dir: Path) -> None:
+        self._plan = plan
+        self._checkpoint = checkpoint
+        self._log = work_dir / "load.log"
+        self._log.unlink(missing_ok=True)
+        himap = {
+            "shallow_layer": plan.cuts.shallow_layer,
+            "deep_layer": plan.cuts.deep_layer,
+            "shallow_ratio": 0,
+            "deep_ratio": 0,
+        }
+        options = self._server_options()
+        self.stock = Server(checkpoint, options, "", work_dir / "server-stock.log")
+        self.himap = Server(
+            checkpoint,
+            [*options, "--additional-config", json.dumps({ADDITIONAL_CONFIG_KEY: himap})],
+            "himap,himap_stats",
+            work_dir / "server-himap.log",
+        )
+
+    def _server_options(self) -> list[str]:
+        plan = self._plan
+        # Twice the text, as the load generator's text lengths vary, and the chat template.
+        longest = plan.model.image_tokens + 2 * plan.text_tokens + 64 + plan.output_tokens
+        num_seqs = max(MAX_SEQS, *plan.concurrencies)
+        blocks = (num_seqs + 1) * -(-longest // BLOCK_SIZE)
+        kv_bytes = blocks * BLOCK_SIZE * plan.model.kv_bytes_per_token(plan.dtype)
+        return [
+            "--dtype", plan.dtype,
+            "--max-model-len", "1024",
+            "--max-num-seqs", str(num_seqs),
+            "--max-num-batched-tokens", "2048",
+            "--block-size", str(BLOCK_SIZE),
+            "--kv-cache-memory-bytes", str(kv_bytes),
+            "--limit-mm-per-prompt", '{"image": 1}',
+        ]  # fmt: skip
+
+    def measure(self, cell: str, request: Load, round_index: int = 0) -> Measurement:
+        """Put one load on one cell."""
+        server = self.stock if cell == STOCK else self.himap
+        ratios = self._plan.cuts.ratios
+        xargs = {SHALLOW_ARG: ratios.shallow, DEEP_ARG: ratios.deep} if cell == PRUNED else {}
+        server.empty_caches()
+        asleep = server.histogram(PREFILL_METRIC)
+        server.wake()
+        # The server counts a request a moment after it has sent its last token.
+        before = server.histogram(PREFILL_METRIC, asleep.number + 1)
+        arguments = request.arguments(server.url, self._checkpoint, server.model_name, xargs)
+        result = load.run(arguments, self._log)
+        after = server.histogram(PREFILL_METRIC, before.number + request.num_requests)
+        return Measurement(
+            cell=cell,
+            concurrency=request.concurrency,
+            round_index=round_index,
+            prefill_ms=1000 * (after.total - before.total) / request.num_requests,
+            result=result,
+        )
+
+    def warm_up(self) -> None:
+        """Run each cell alone and with company, unmeasured: memory is touched, code compiled."""
+        for concurrency in (1, 2):
+            request = Load(
+                concurrency=concurrency,
+                num_requests=concurrency,
+                text_tokens=self._plan.text_tokens,
+                output_tokens=4,
+                seed=self._plan.seed + concurrency,
+            )
+            for cell in CELLS:
+                self.measure(cell, request)
+
+    def rounds(self) -> list[Measurement]:
+        """All rounds, cells alternating and taking turns at being first.
+
+        Raises:
+            RuntimeError: not exactly the requests that asked for pruning were pruned.
+        """
+        plan = self._plan
+        pruned_before = self._pruned()
+        measurements = []
+        for index in range(plan.rounds):
+            for concurrency in plan.concurrencies:
+                if index >= plan.rounds_at(concurrency):
+                    continue
+                for place in range(len(CELLS)):
+                    cell = CELLS[(place + index) % len(CELLS)]
+                    measurements.append(self.measure(cell, plan.load(concurrency, index), index))
+            progress(f"round {index + 1} of {plan.rounds} done")
+        pruned = self._pruned() - pruned_before
+        asked = sum(m.result["completed"] for m in measurements if m.cell == PRUNED)
+        if pruned != asked:
+            raise RuntimeError(f"{asked} requests asked for pruning, {pruned} were pruned")
+        return measurements
+
+    def _pruned(self) -> int:
+        return int(self.himap.pruning_stats()["requests"].get("pruned", 0))
+
+
+def progress(text: str) -> None:
+    """Say on stderr what happens; stdout has the tables only."""
+    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+
+
+def measure_capacity(plan: Plan, work_dir: Path) -> dict[str, Capacity]:
+    """KV blocks and requests that fit, by cell."""
+    checkpoint = THIN.checkpoint(work_dir)
+    answers = {}
+    for cell, pruning in ((STOCK, False), (PRUNED, True)):
+        progress(f"KV cache of {cell}")
+        log = work_dir / f"capacity-{'pruned' if pruning else 'stock'}.log"
+        answers[cell] = measure(checkpoint, plan.cuts, pruning, log)
+    return answers
+
+
+def measure_speed(plan: Plan, work_dir: Path) -> list[Measurement]:
+    """Latency and throughput of all cells."""
+    progress("checkpoint")
+    checkpoint = plan.model.checkpoint(work_dir)
+    bench = Bench(plan, checkpoint, work_dir)
+    with ExitStack() as servers:
+        # One after the other: two that compile at once take far longer than twice.
+        for name, server in (("stock", bench.stock), ("himap", bench.himap)):
+            progress(f"starting the {name} server")
+            servers.enter_context(server)
+        progress("warming up")
+        bench.warm_up()
+        progress(f"measuring, {plan.rounds} rounds")
+        return bench.rounds()
+
+
+def run(plan: Plan, work_dir: Path, capacity: bool) -> Results:
+    """Measure everything."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    blocks = measure_capacity(plan, work_dir) if capacity else {}
+    measurements = measure_speed(plan, work_dir)
+    tokens = mean_prompt_tokens(measurements)
+    model = plan.model
+    return Results(
+        description={
+            "environment": environment(),
+            "model": model.as_dict(),
+            "plan": asdict(plan),
+            "prompt_tokens": tokens,
+            "seconds": time.monotonic() - began,
+        },
+        measurements=measurements,
+        bound=prefill_bound(tokens, model.image_tokens, model.num_layers, plan.cuts),
+        capacity=blocks,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="smoke run: a model too small to judge by"
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="rounds at concurrency 1, fewer above (default 6; quick: 2)"
+    )
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", help="(default 1 2 4 8 16; quick: 1 4)"
+    )
+    parser.add_argument("--dtype", choices=sorted(DTYPE_BYTES), default="float32")
+    parser.add_argument("--shallow-layer", type=int, default=2, help="K1 (default %(default)s)")
+    parser.add_argument("--deep-layer", type=int, default=8, help="K2 (default %(default)s)")
+    parser.add_argument("--shallow-ratio", type=float, default=0.5, help="R1 (%(default)s)")
+    parser.add_argument("--deep-ratio", type=float, default=0.75, help="R2 (%(default)s)")
+    parser.add_argument("--text-tokens", type=int, default=35)
+    parser.add_argument("--output-tokens", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-capacity", action="store_true", help="leave the KV cache part out")
+    parser.add_argument("--output", type=Path, help="JSON file for all raw numbers")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "himap-bench",
+        help="checkpoints, kept for the next run, and logs (default %(default)s)",
+    )
+    parser.add_argument("--check", action="store_true", help="exit with 1 unless all checks pass")
+    args = parser.parse_args(arguments)
+    plan = Plan(
+        model=QUICK if args.quick else FULL,
+        cuts=Cuts(args.shallow_layer, args.deep_layer, Ratios(args.shallow_ratio, args.deep_ratio)),
+        dtype=args.dtype,
+        concurrencies=tuple(sorted(args.concurrency or ((1, 4) if args.quick else CONCURRENCIES))),
+        rounds=args.rounds or (2 if args.quick else 6),
+        text_tokens=args.text_tokens,
+        output_tokens=args.output_tokens,
+        seed=args.seed,
+    )
+    # Terminated, too, this process stops its servers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    results = run(plan, args.work_dir, capacity=not args.no_capacity)
+    found = checks(results)
+    if args.output:
+        raw = {**asdict(results), "checks": [asdict(check) for check in found]}
+        args.output.write_text(json.dumps(raw, indent=1) + "\n")
+    print(markdown(results))
+    progress(f"done in {results.description['seconds'] / 60:.0f} minutes")
+    return int(args.check and not all(check.passed for check in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

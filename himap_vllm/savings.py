@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan saves, in KV entries and prefill FLOPs of the decoder. Arithmetic without vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from himap_vllm.budget import NUM_STAGES, PromptPlan
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """Dimensions of a dense decoder with gated MLP and grouped-query attention."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+    def layer_flops(self, num_tokens: int) -> int:
+        """FLOPs of one layer's prefill over `num_tokens` tokens (a multiply-add counts as two).
+
+        Projections, the three matrices of the gated MLP, and causal attention's two products.
+        """
+        query, key_value = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        weights = (
+            self.hidden_size * (2 * query + 2 * key_value)
+            + 3 * self.hidden_size * self.intermediate_size
+        )
+        pairs = num_tokens * (num_tokens + 1) // 2
+        return 2 * num_tokens * weights + 4 * pairs * query
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSavings:
+    """A prompt's numbers for the `usage` of an answer.
+
+    Attributes:
+        image_tokens: image tokens of the prompt.
+        kept_shallow: of these, alive after the first cut.
+        kept_deep: of these, alive after the second cut.
+        kv_tokens: KV entries of the prompt, summed over the layers.
+        kv_tokens_unpruned: the same without pruning.
+        prefill_flops_ratio: FLOPs of the decoder's prefill, pruned over unpruned; text tokens and
+            attention's quadratic part included, vision tower excluded.
+    """
+
+    image_tokens: int
+    kept_shallow: int
+    kept_deep: int
+    kv_tokens: int
+    kv_tokens_unpruned: int
+    prefill_flops_ratio: float
+
+
+def prompt_savings(
+    num_prompt_tokens: int,
+    num_image_tokens: int,
+    plan: PromptPlan | None,
+    stage_layers: Sequence[int],
+    shape: DecoderShape,
+) -> PromptSavings:
+    """The numbers of one prompt with images; `plan` None: it ran unpruned."""
+    removed = (0,) * NUM_STAGES if plan is None else plan.removed
+    tokens = [num_prompt_tokens - gone for gone in removed]
+    num_layers = sum(stage_layers)
+    flops = sum(
+        layers * shape.layer_flops(count)
+        for layers, count in zip(stage_layers, tokens, strict=True)
+    )
+    return PromptSavings(
+        image_tokens=num_image_tokens,
+        kept_shallow=num_image_tokens - removed[1],
+        kept_deep=num_image_tokens - removed[2],
+        kv_tokens=sum(layers * count for layers, count in zip(stage_layers, tokens, strict=True)),
+        kv_tokens_unpruned=num_layers * num_prompt_tokens,
+        prefill_flops_ratio=flops / (num_layers * shape.layer_flops(num_prompt_tokens)),
+    )
