@@ -15,7 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only lose by more threads
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,24 @@ class World:
                 case.prompt, case.images, shallow, deep, case.max_tokens
             )
         return self._answers[key]
+
+
+@contextmanager
+def watched(engine: Engine, look: Any) -> Iterator[None]:
+    """Call `look(scheduler_output)` after every scheduled step."""
+    scheduler = engine.scheduler
+    schedule = scheduler.schedule
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        look(output)
+        return output
+
+    scheduler.schedule = watching
+    try:
+        yield
+    finally:
+        del scheduler.schedule
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.checkpoints import sample_images
-from tests.conftest import SHAPES, Case, World, assert_equals_oracle
+from tests.conftest import SHAPES, Case, World, assert_equals_oracle, watched
 
 PICTURES = tuple(sample_images(8))
 RATIOS = ((0.0, 0.0), (0.25, 0.5), (0.5, 0.75), (0.75, 0.25), (0.9, 0.9), (0.0, 0.5), (0.5, 0.0))
@@ -43,7 +45,18 @@ CASES = cases()
 def test_one_mixed_batch_equals_the_oracle(world: World, shape: str, compiled: bool) -> None:
     """All ratios, unpruned and text-only requests; prefill and decode share steps."""
     engine = world.engine(shape, compiled=compiled)
-    outputs = engine.generate(CASES)
+    mixed_steps = 0
+
+    def look(output: Any) -> None:
+        nonlocal mixed_steps
+        prefills = {request.req_id for request in output.scheduled_new_reqs}
+        decodes = output.num_scheduled_tokens.keys() - prefills
+        planned = engine.scheduler.himap_plans.keys()
+        mixed_steps += bool(prefills & planned and decodes & planned and decodes - planned)
+
+    with watched(engine, look):
+        outputs = engine.generate(CASES)
+    assert mixed_steps >= 5
     compared = 0
     for case, output in zip(CASES, outputs, strict=True):
         expected = world.oracle(shape, case)

@@ -4,14 +4,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import os
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,10 +16,10 @@ from typing import Any
 
 import openai
 import pytest
-from PIL import Image
 
 from tests.checkpoints import sample_images
 from tests.conftest import DEEP_LAYER, SHALLOW_LAYER, Case, World
+from tests.servers import picture_message, running
 
 PICTURES = tuple(sample_images(6, seed=2))
 QUESTION = "What is this?"
@@ -32,46 +27,24 @@ QUESTION = "What is this?"
 
 @contextmanager
 def serving(checkpoint: Path, *flags: str, tensor_parallel: bool = False) -> Iterator[str]:
-    """Run `vllm serve` on a free loopback port; yields its base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Run `vllm serve`; yields its base URL."""
     # One core for each of two workers; vLLM would want a NUMA node for each.
     cores = sorted(os.sched_getaffinity(0))
     environment = {
-        **os.environ,
         "VLLM_PLUGINS": "himap,himap_stats",
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}" if tensor_parallel else "auto",
     }
-    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     command = [
         str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint),
-        "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny",
+        "--served-model-name", "tiny",
         "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8",
         "--max-num-batched-tokens", "512", "--block-size", "32",
         "--kv-cache-memory-bytes", str(64 << 20),
         "--tensor-parallel-size", "2" if tensor_parallel else "1", *flags,
     ]  # fmt: skip
-    server = subprocess.Popen(command, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert server.poll() is None, f"vllm serve exited with {server.returncode}"
-            assert time.monotonic() < deadline, "vllm serve did not become ready"
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        yield url
-    finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+    with running(command, environment) as server:
+        server.wait_for("/health")
+        yield server.url
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +61,6 @@ def url(world: World) -> Iterator[str]:
     flags = ("--additional-config", json.dumps(settings))
     with serving(world.checkpoint("gqa12"), *flags, tensor_parallel=True) as base:
         yield base
-
-
-def message(image: Image.Image | None) -> Any:
-    """A chat message with a picture, as a data URL (PNG, lossless)."""
-    content: list[dict[str, Any]] = []
-    if image is not None:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
-        content.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
-    content.append({"type": "text", "text": QUESTION})
-    return {"role": "user", "content": content}
 
 
 def stats(url: str) -> dict[str, Any]:
@@ -125,7 +86,7 @@ def test_concurrent_chats_equal_the_oracle_on_two_tensor_parallel_workers(
             extra["vllm_xargs"] = dict(zip(keys, case.ratios, strict=True))
         return await client.chat.completions.create(
             model="tiny",
-            messages=[message(case.images[0])],
+            messages=[picture_message(case.images[0], QUESTION)],
             max_tokens=case.max_tokens,
             temperature=0,
             logprobs=True,
@@ -169,7 +130,7 @@ def test_errors_are_openai_shaped(
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(
             model="tiny",
-            messages=[message(PICTURES[0])],
+            messages=[picture_message(PICTURES[0], QUESTION)],
             extra_body={"vllm_xargs": xargs},
         )
     body: Any = error.value.body
@@ -182,7 +143,7 @@ def test_streaming(url: str) -> None:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     chunks = client.chat.completions.create(
         model="tiny",
-        messages=[message(PICTURES[0])],
+        messages=[picture_message(PICTURES[0], QUESTION)],
         max_tokens=5,
         stream=True,
         stream_options={"include_usage": True},

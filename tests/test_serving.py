@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,29 +18,12 @@ from tests.conftest import (
     World,
     assert_equals_oracle,
     compiled_or_not,
+    watched,
 )
 
 PICTURES = tuple(sample_images(8, seed=1))
 QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
 LONG_TEXT = "Many words come before the picture, and they say little of it. " * 4  # 256 tokens
-
-
-@contextmanager
-def watched(engine: Engine, look: Any) -> Iterator[None]:
-    """Call `look(scheduler_output)` after every scheduled step."""
-    scheduler = engine.scheduler
-    schedule = scheduler.schedule
-
-    def watching(*args: Any, **kwargs: Any) -> Any:
-        output = schedule(*args, **kwargs)
-        look(output)
-        return output
-
-    scheduler.schedule = watching
-    try:
-        yield
-    finally:
-        del scheduler.schedule
 
 
 def free_blocks(engine: Engine) -> int:
@@ -117,8 +98,35 @@ def test_a_prompt_that_never_fits_a_step(world: World) -> None:
     assert engine.stats["requests"]["bypassed_too_long"] == before + 1
 
 
-def test_prefix_cache_serves_what_precedes_the_image(world: World) -> None:
+def test_the_tightest_of_the_step_limits_counts(world: World) -> None:
+    """A request admitted by the looser one would wait for ever."""
+    from vllm.exceptions import VLLMValidationError
+
+    engine = world.engine(max_num_batched_tokens=96, max_num_scheduled_tokens=512)
+    with pytest.raises(VLLMValidationError, match=r"at most 96\. Raise --max-num-batched-tokens"):
+        engine.generate([Case(QUESTION + " and" * 20, PICTURES[:1], (0.5, 0.5))])
+
+
+def test_a_request_that_was_not_admitted_runs_unpruned(world: World) -> None:
+    """Nobody has checked its ratios; the engine core must survive them."""
     engine = world.engine()
+    core = engine.llm.llm_engine
+    processor = core.input_processor
+    case = Case(QUESTION, PICTURES[:1], None)
+    for args in ({"himap_shallow_ratio": "0.5"}, {"himap_shallow_ratio": 3.0}):
+        params = engine.params(case)
+        params.extra_args = args
+        bare = type(processor).process_inputs.__wrapped__
+        request = bare(processor, "bare", engine.prompt(case), params, ("generate",))
+        core.add_request("bare", request, params)
+        while core.has_unfinished_requests():
+            finished = [output for output in core.step() if output.finished]
+        assert_equals_oracle(world, engine, "mha12", case, finished[0])
+
+
+@compiled_or_not
+def test_prefix_cache_serves_what_precedes_the_image(world: World, compiled: bool) -> None:
+    engine = world.engine(compiled=compiled)
     prompt = LONG_TEXT + QUESTION
     before_image = (prompt.index("<image>") + 1) // BLOCK_SIZE * BLOCK_SIZE
     pruned = [Case(prompt, PICTURES[:1], ratios) for ratios in ((0.5, 0.75), (0.75, 0.25))]
@@ -167,6 +175,9 @@ def test_blocks_held_equal_the_arithmetic_at_every_step(world: World) -> None:
         scheduler = engine.scheduler
         manager = scheduler.kv_cache_manager
         for request in scheduler.running:
+            if request.request_id in scheduler.himap_plans:
+                # It fits a step as a whole, so it was not begun in a lesser one.
+                assert request.num_computed_tokens >= request.num_prompt_tokens
             args = request.sampling_params.extra_args or {}
             shallow = args.get("himap_shallow_ratio", 0)
             deep = args.get("himap_deep_ratio", 0)
@@ -258,8 +269,9 @@ def test_the_pool_is_full_again_after_a_thousand_requests(world: World) -> None:
     assert engine.stats["requests"]["pruned"] > counted["requests"].get("pruned", 0) + 300
 
 
-def test_abort_in_mid_decode_frees_everything(world: World) -> None:
-    engine = world.engine()
+@compiled_or_not
+def test_abort_in_mid_decode_frees_everything(world: World, compiled: bool) -> None:
+    engine = world.engine(compiled=compiled)
     core = engine.llm.llm_engine
     before = free_blocks(engine)
     case = Case(QUESTION, PICTURES[:1], (0.5, 0.75), max_tokens=200)
@@ -306,17 +318,18 @@ def test_several_answers_stop_strings_and_logprobs(world: World, compiled: bool)
             assert entry.logprob == pytest.approx(float(row[token]), abs=2e-3)
 
 
-def test_prompt_logprobs_and_pruning_exclude_each_other(world: World) -> None:
+@compiled_or_not
+def test_prompt_logprobs_and_pruning_exclude_each_other(world: World, compiled: bool) -> None:
     from vllm.exceptions import VLLMValidationError
 
-    engine = world.engine()
+    engine = world.engine(compiled=compiled)
     ask = {"prompt_logprobs": 1}
     with pytest.raises(VLLMValidationError, match="can't be combined with pruning") as error:
         engine.generate([Case(QUESTION, PICTURES[:1], (0.5, 0.5), params=ask)])
     assert error.value.parameter == "prompt_logprobs"
     before = engine.stats["requests"].get("bypassed_prompt_logprobs", 0)
     case = Case(QUESTION, PICTURES[:1], None, params=ask)
-    (ours,), (theirs,) = engine.generate([case]), world.stock().generate([case])
+    (ours,), (theirs,) = engine.generate([case]), world.stock(compiled=compiled).generate([case])
     assert engine.stats["requests"]["bypassed_prompt_logprobs"] == before + 1
     assert len(ours.prompt_logprobs) == len(ours.prompt_token_ids)
     for mine, stock in zip(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], strict=True):

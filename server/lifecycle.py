@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading, ready, draining, failed: what the service tells probes and clients.
+
+Live from the first moment; ready while the model answers. SIGTERM: not ready, no new requests,
+those in flight finish within the grace time. A dead engine ends the process with a non-zero status,
+so that a supervisor starts it anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from typing import Any
+
+import uvicorn
+
+
+class Phase(enum.Enum):
+    """Where the service stands."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Lifecycle:
+    """Phase and number of requests in flight, on the event loop's thread."""
+
+    def __init__(self, grace_seconds: float) -> None:
+        self.phase = Phase.LOADING
+        self.in_flight = 0
+        self.grace_seconds = grace_seconds
+
+    def refusal(self) -> str | None:
+        """Why no request can be taken now, or None."""
+        return {
+            Phase.LOADING: "the model is loading",
+            Phase.READY: None,
+            Phase.DRAINING: "the server is shutting down",
+            Phase.FAILED: "the engine is dead",
+        }[self.phase]
+
+    async def drain(self) -> None:
+        """Take no more requests and wait for those in flight, at most the grace time."""
+        self.phase = Phase.DRAINING
+        deadline = time.monotonic() + self.grace_seconds
+        while self.in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
+
+class GatewayServer(uvicorn.Server):
+    """uvicorn that keeps its socket open while it drains, so that probes see "not ready".
+
+    uvicorn by itself stops listening at once. A second signal ends the wait.
+    """
+
+    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle) -> None:
+        super().__init__(config)
+        self._lifecycle = lifecycle
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Signal handler."""
+        if self._draining is not None or self._lifecycle.phase is not Phase.READY:
+            super().handle_exit(sig, frame)
+            return
+        self._draining = asyncio.get_running_loop().create_task(self._drain_and_exit())
+
+    async def _drain_and_exit(self) -> None:
+        await self._lifecycle.drain()
+        self.should_exit = True
+
+    def fail(self) -> None:
+        """The engine is dead: answer what is in flight, then exit."""
+        self._lifecycle.phase = Phase.FAILED
+        self.should_exit = True
