@@ -149,7 +149,7 @@ def test_text_only_answers_have_no_savings(server: Server) -> None:
         ({"deep_ratio": 0.95}, ("himap_deep_ratio", "[0, 0.9]")),
         ({"ratio": 0.5}, ("ratio", "not permitted")),
         ({"enabled": "yes"}, ("enabled", "valid boolean")),
-        ("on", ("himap", "HiMAPOptions")),
+        ("on", ("himap", "dictionary")),
     ],
 )
 def test_bad_options_name_the_field_and_the_range(
