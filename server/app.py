@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import uuid
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
@@ -12,6 +14,7 @@ import vllm
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.openai.models.api_router import show_available_models
@@ -23,17 +26,19 @@ from vllm.entrypoints.serve.utils.api_utils import (
     with_cancellation,
 )
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 import himap_vllm
 
+from .errors import error_response
 from .images import check_media
 from .lifecycle import Lifecycle, Phase
 from .metrics import himap_metrics
-from .middleware import RequestGate
 from .schemas import ChatRequest, TextRequest
 from .usage import UsageLedger, add_to_body, add_to_stream
 
+_SCRAPE_SECONDS = 5.0
 _JSON = [Depends(validate_json_request)]
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
@@ -55,8 +60,14 @@ def build_app(args: Namespace, lifecycle: Lifecycle) -> FastAPI:
     app.add_api_route("/health/ready", ready, methods=["GET"])
     app.add_api_route("/metrics", metrics, methods=["GET"])
     init_exception_handler(app)
-    app.add_middleware(RequestGate, lifecycle=lifecycle)
+    # vLLM handles FastAPI's own; the router raises Starlette's.
+    app.add_exception_handler(HTTPException, http_error)
     return app
+
+
+async def http_error(_: Request, error: Any) -> Response:
+    """404, 405 and the like."""
+    return error_response(error.status_code, str(error.detail), type_="invalid_request_error")
 
 
 @with_cancellation
@@ -83,9 +94,10 @@ async def _answer(
     raw_request: Request,
 ) -> Response:
     ledger: UsageLedger = raw_request.app.state.usage_ledger
-    if request.use_beam_search and ledger.prunes_by_default:
+    if request.use_beam_search and (ledger.prunes_by_default or request.himap is not None):
         raise VLLMValidationError(
-            "beam search can't be combined with pruning, which is this server's default",
+            "beam search can't be combined with pruning, which the request or this server's "
+            "default asks for",
             parameter="use_beam_search",
         )
     request.apply_himap()
@@ -101,7 +113,9 @@ async def _answer(
         return JSONResponse(answer.model_dump(), status_code=answer.error.code)
     if isinstance(answer, ChatCompletionResponse | CompletionResponse):
         body = answer.model_dump()
-        add_to_body(body, ledger.take(request_id))
+        savings = ledger.take(request_id)
+        # Each step of a beam search is a request to the engine: their sum says nothing.
+        add_to_body(body, None if request.use_beam_search else savings)
         return JSONResponse(body)
     return StreamingResponse(
         add_to_stream(answer, ledger, request_id), media_type="text/event-stream"
@@ -128,5 +142,8 @@ async def metrics(raw_request: Request) -> Response:
     """Prometheus: vLLM's own metrics and the plugin's counters."""
     text = generate_latest(get_prometheus_registry())
     if raw_request.app.state.lifecycle.phase in (Phase.READY, Phase.DRAINING):
-        text += await himap_metrics(raw_request.app.state.engine_client)
+        # The engine answers between steps, and a dead one never; vLLM's part must not suffer.
+        with contextlib.suppress(TimeoutError, EngineDeadError):
+            engine = raw_request.app.state.engine_client
+            text += await asyncio.wait_for(himap_metrics(engine), _SCRAPE_SECONDS)
     return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 from argparse import Namespace
@@ -24,10 +25,18 @@ from himap_vllm.config import ADDITIONAL_CONFIG_KEY, EngineSettings, HiMAPError
 from .app import build_app
 from .engine import run_engine
 from .lifecycle import GatewayServer, Lifecycle, Phase
+from .middleware import RequestGate
 
 logger = init_logger("vllm.himap.server")
 
 _DEFAULT_CPU_KV_BYTES = 4 << 30
+
+# Flags of vLLM's own HTTP server, which is not the one that runs here: refused, not ignored.
+_NOT_SERVED = (
+    "api_key", "uds", "root_path", "middleware", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs",
+    "allowed_origins", "disable_fastapi_docs", "sse_keep_alive_interval", "tool_parser_plugin",
+    "headless", "grpc", "api_server_count", "allowed_media_domains", "allowed_local_media_path",
+)  # fmt: skip
 
 
 def parse_arguments(argv: list[str]) -> Namespace:
@@ -56,6 +65,15 @@ def parse_arguments(argv: list[str]) -> Namespace:
         help="time for requests in flight after SIGTERM (default: 30)",
     )
     args = make_arg_parser(parser).parse_args(argv)
+    for name in _NOT_SERVED:
+        if getattr(args, name, None) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is not supported by himap serve")
+    if os.environ.get("VLLM_API_KEY"):
+        parser.error("VLLM_API_KEY is not supported by himap serve")
+    # A second lock behind `images.check_media`: vLLM fetches from no host but this.
+    args.allowed_media_domains = ["media.invalid"]
+    # The engine core gets a signal to the whole process group, too; it must not drop requests.
+    args.shutdown_timeout = args.shutdown_timeout or math.ceil(args.grace_seconds)
     if args.model_tag is not None:
         args.model = args.model_tag
     validate_parsed_serve_args(args)
@@ -89,7 +107,7 @@ async def serve(args: Namespace) -> int:
     lifecycle = Lifecycle(args.grace_seconds)
     app = build_app(args, lifecycle)
     config = uvicorn.Config(
-        app,
+        RequestGate(app, lifecycle),
         host=args.host or "0.0.0.0",
         port=args.port,
         log_level=args.uvicorn_log_level,
@@ -99,8 +117,15 @@ async def serve(args: Namespace) -> int:
     )
     server = GatewayServer(config, lifecycle)
     app.state.server = server
+    listener = config.bind_socket()  # first: a port in use must not wait for the model
     engine = asyncio.create_task(run_engine(app, args, lifecycle, server))
-    await server.serve()
+    await server.serve(sockets=[listener])
+    if lifecycle.phase is Phase.LOADING:
+        # Stopped while loading. The thread that loads can't be cancelled, and leaving would wait
+        # for it.
+        for child in psutil.Process().children(recursive=True):
+            child.terminate()
+        os._exit(0)
     engine.cancel()
     await asyncio.gather(engine, return_exceptions=True)
     return int(lifecycle.phase is Phase.FAILED)

@@ -41,6 +41,8 @@ async def run_engine(
         logger.info("ready")
         while not engine.errored:
             await asyncio.sleep(0.5)
+        if lifecycle.phase is Phase.DRAINING and not lifecycle.in_flight:
+            return  # told to stop together with this process, and done
         logger.error("the engine is dead: %s", engine.dead_error)
         server.fail()
     except asyncio.CancelledError:

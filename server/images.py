@@ -12,25 +12,41 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import MM_PARSER_MAP, TEXT_PART_TYPES
 
 _DATA_URL = re.compile(r"data:image/(png|jpeg|webp|gif);base64,", re.IGNORECASE)
 
+# Whatever a part's `type` says, vLLM may take it for what its keys say.
+_MEDIA_KEYS = frozenset(MM_PARSER_MAP) - TEXT_PART_TYPES - {"image_url"}
+
 
 def check_media(messages: Sequence[Any]) -> None:
-    """Raise VLLMValidationError (HTTP 400) for media other than pictures as data URLs."""
+    """Refuse media other than pictures as data URLs.
+
+    Raises:
+        VLLMValidationError: HTTP 400.
+    """
     for index, message in enumerate(messages):
         content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            if not isinstance(part, dict):
-                continue
-            kind = part.get("type") or next((key for key in part if key.endswith("_url")), "text")
-            if kind == "text":
-                continue
-            picture = part.get("image_url")
-            url = picture.get("url") if isinstance(picture, dict) else picture
-            if kind != "image_url" or not isinstance(url, str) or not _DATA_URL.match(url):
-                raise VLLMValidationError(
-                    "pictures must be image_url parts with a data URL: "
-                    "data:image/png;base64,... (or jpeg, webp, gif)",
-                    parameter=f"messages[{index}].content",
-                )
+        if content is None or isinstance(content, str):
+            continue
+        # Validation may leave an iterator that can be read once; the handler needs it, too.
+        content = message["content"] = list(content)
+        if not all(_is_allowed(part) for part in content):
+            raise VLLMValidationError(
+                "media must be pictures, in image_url parts with a data URL: "
+                "data:image/png;base64,... (or jpeg, webp, gif)",
+                parameter=f"messages[{index}].content",
+            )
+
+
+def _is_allowed(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return True
+    if not _MEDIA_KEYS.isdisjoint(part) or part.get("type") in _MEDIA_KEYS:
+        return False
+    if "image_url" not in part and part.get("type") != "image_url":
+        return True
+    picture = part.get("image_url")
+    url = picture.get("url") if isinstance(picture, dict) else picture
+    return isinstance(url, str) and _DATA_URL.match(url) is not None

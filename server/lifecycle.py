@@ -53,7 +53,8 @@ class Lifecycle:
 class GatewayServer(uvicorn.Server):
     """uvicorn that keeps its socket open while it drains, so that probes see "not ready".
 
-    uvicorn by itself stops listening at once. A second signal ends the wait.
+    uvicorn by itself stops listening at once, and dies by the signal in the end. A second signal
+    ends the wait.
     """
 
     def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle) -> None:
@@ -61,10 +62,11 @@ class GatewayServer(uvicorn.Server):
         self._lifecycle = lifecycle
         self._draining: asyncio.Task[None] | None = None
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
+    def handle_exit(self, sig: int, frame: Any) -> None:  # noqa: ARG002
         """Signal handler."""
         if self._draining is not None or self._lifecycle.phase is not Phase.READY:
-            super().handle_exit(sig, frame)
+            self.force_exit = self.should_exit
+            self.should_exit = True
             return
         self._draining = asyncio.get_running_loop().create_task(self._drain_and_exit())
 

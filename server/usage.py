@@ -38,7 +38,7 @@ class UsageLedger:
         self._prompts: dict[str, PromptSavings] = {}
 
     def record(self, request: EngineCoreRequest, plan: PromptPlan | None) -> None:
-        """Admission's observer; any thread."""
+        """Admission's observer."""
         images = image_tokens(request.mm_features)
         if images:
             self._prompts[request.request_id] = prompt_savings(
@@ -51,8 +51,11 @@ class UsageLedger:
 
     def take(self, request_id: str) -> dict[str, Any] | None:
         """The savings of a request, all its prompts together; None if it had no images."""
+        # `record` runs on other threads: look at a copy of the keys.
         ids = [
-            key for key in self._prompts if key == request_id or key.startswith(f"{request_id}-")
+            key
+            for key in list(self._prompts)
+            if key == request_id or key.startswith(f"{request_id}-")
         ]
         prompts = [self._prompts.pop(key) for key in ids]
         if not prompts:

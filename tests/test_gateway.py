@@ -176,9 +176,18 @@ def test_bad_options_name_the_field_and_the_range(
     ],
 )
 def test_only_pictures_in_data_urls(server: Server, url: str) -> None:
-    message: Any = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
-    for part in ({"type": "image_url", "image_url": {"url": url}}, {"image_url": url}):
-        message["content"] = [part]
+    message: Any
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"image_url": url},
+        # vLLM goes by the keys as soon as there is a uuid.
+        {"type": "text", "text": "hi", "uuid": "u", "image_url": url},
+        {"type": "text", "text": "hi", "uuid": "u", "video_url": url},
+        {"type": "audio_url", "audio_url": {"url": url}},
+    ]
+    for part, extra in [*((part, {}) for part in parts), (parts[0], {"task": 1})]:
+        # A field of a wrong type makes validation leave the content as an iterator.
+        message = {"role": "user", "content": [part], **extra}
         with pytest.raises(openai.BadRequestError, match="data URL"):
             client(server).chat.completions.create(model="tiny", messages=[message])
 
@@ -204,7 +213,9 @@ def test_only_the_listed_routes_exist(server: Server) -> None:
     }  # fmt: skip
     assert "HiMAPOptions" in document["components"]["schemas"]
     for path in ("/tokenize", "/v1/embeddings", "/pause", "/collective_rpc", "/invocations"):
-        assert post(server, path, {})[0] == 404
+        status, headers, body = post(server, path, {})
+        assert (status, body["error"]["code"]) == (404, 404)
+        assert headers["X-Request-Id"]
     assert server.status("/version") == 200
     assert [model.id for model in client(server).models.list().data] == ["tiny"]
 
@@ -222,6 +233,21 @@ def test_metrics(server: Server) -> None:
     assert value('himap_image_tokens_total{stage="0"}') == seen + IMAGE_TOKENS
     assert value("himap_kv_saved_bytes_total") > 0
     assert value("vllm:prompt_tokens_total") > 0
+
+
+@pytest.mark.parametrize("flag", [("--api-key", "secret"), ("--ssl-certfile", "x")])
+def test_flags_that_would_be_ignored_are_refused(world: World, flag: tuple[str, str]) -> None:
+    with gateway(world.checkpoint("mha12"), *flag) as server:
+        assert server.process.wait(60) == 2
+
+
+def test_sigterm_while_loading(world: World) -> None:
+    with gateway(world.checkpoint("mha12")) as server:
+        server.wait_for("/health/live", 60)
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.terminate()
+        assert server.process.wait(20) == 0
+        assert not psutil.wait_procs(children, timeout=20)[1]
 
 
 def test_sigterm_lets_requests_in_flight_finish(world: World) -> None:
