@@ -8,7 +8,6 @@ from dataclasses import asdict
 import vllm
 import vllm.envs as envs
 from vllm.config import VllmConfig
-from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from himap_vllm.config import (
     ADDITIONAL_CONFIG_KEY,
@@ -96,6 +95,9 @@ def _check_model(vllm_config: VllmConfig, settings: EngineSettings) -> None:
 
 
 def _check_features(vllm_config: VllmConfig) -> None:
+    # Here, so that this module can be imported, and refuse, beside any vLLM.
+    from vllm.utils.torch_utils import is_quantized_kv_cache
+
     parallel = vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
     refused = {

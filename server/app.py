@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FastAPI app. Handlers are vLLM's own; only the routes listed here exist."""
+"""The FastAPI app. Handlers are vLLM's own; only the routes listed here exist.
+
+vLLM seams (0.32), none of them public, all used because tools, structured output and streaming must
+behave as in vLLM: `init_app_state` fills `app.state` with the handlers (server/engine.py), which
+are called as vLLM's routes call them; they name a request to the engine `chatcmpl-<request_id>`
+and `cmpl-<request_id>-<i>`, and end a stream with a usage chunk without choices (server/usage.py).
+Can go when vLLM lets an endpoint plugin wrap its routes and see the engine's view of a request.
+"""
 
 from __future__ import annotations
 

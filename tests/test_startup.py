@@ -99,6 +99,15 @@ def test_model_runner_v2(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         configure(world.checkpoint("mha12"), {})
 
 
+def test_another_vllm(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.33.1+cpu")
+    with pytest.raises(ValueError, match=r"himap needs vLLM 0.32, this is 0.33.1\+cpu"):
+        configure(world.checkpoint("mha12"), {})
+    configure(world.checkpoint("mha12"), None)
+
+
 def test_unsupported_models(world: World, tmp_path: Path) -> None:
     checkpoint = world.checkpoint("mha12")
     text_only = tmp_path / "llama"
