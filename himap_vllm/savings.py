@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from himap_vllm.budget import NUM_STAGES, PromptPlan
 
@@ -35,7 +35,7 @@ class DecoderShape:
 
 @dataclass(frozen=True, slots=True)
 class PromptSavings:
-    """A prompt's numbers for the `usage` of an answer.
+    """What pruning saves of a prompt, or of several (they add up).
 
     Attributes:
         image_tokens: image tokens of the prompt.
@@ -43,8 +43,9 @@ class PromptSavings:
         kept_deep: of these, alive after the second cut.
         kv_tokens: KV entries of the prompt, summed over the layers.
         kv_tokens_unpruned: the same without pruning.
-        prefill_flops_ratio: FLOPs of the decoder's prefill, pruned over unpruned; text tokens and
-            attention's quadratic part included, vision tower excluded.
+        prefill_flops: FLOPs of the decoder's prefill; text tokens and attention's quadratic part
+            included, vision tower excluded.
+        prefill_flops_unpruned: the same without pruning.
     """
 
     image_tokens: int
@@ -52,7 +53,21 @@ class PromptSavings:
     kept_deep: int
     kv_tokens: int
     kv_tokens_unpruned: int
-    prefill_flops_ratio: float
+    prefill_flops: int
+    prefill_flops_unpruned: int
+
+    def __add__(self, other: PromptSavings) -> PromptSavings:
+        """Both together."""
+        sums = (mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
+        return PromptSavings(*sums)
+
+    def as_usage(self) -> dict[str, int | float]:
+        """The `himap` object in the usage of an answer."""
+        usage: dict[str, int | float] = asdict(self)
+        usage["prefill_flops_ratio"] = usage.pop("prefill_flops") / usage.pop(
+            "prefill_flops_unpruned"
+        )
+        return usage
 
 
 def prompt_savings(
@@ -66,15 +81,15 @@ def prompt_savings(
     removed = (0,) * NUM_STAGES if plan is None else plan.removed
     tokens = [num_prompt_tokens - gone for gone in removed]
     num_layers = sum(stage_layers)
-    flops = sum(
-        layers * shape.layer_flops(count)
-        for layers, count in zip(stage_layers, tokens, strict=True)
-    )
     return PromptSavings(
         image_tokens=num_image_tokens,
         kept_shallow=num_image_tokens - removed[1],
         kept_deep=num_image_tokens - removed[2],
         kv_tokens=sum(layers * count for layers, count in zip(stage_layers, tokens, strict=True)),
         kv_tokens_unpruned=num_layers * num_prompt_tokens,
-        prefill_flops_ratio=flops / (num_layers * shape.layer_flops(num_prompt_tokens)),
+        prefill_flops=sum(
+            layers * shape.layer_flops(count)
+            for layers, count in zip(stage_layers, tokens, strict=True)
+        ),
+        prefill_flops_unpruned=num_layers * shape.layer_flops(num_prompt_tokens),
     )

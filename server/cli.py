@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`himap serve MODEL [any vllm serve flag]`."""
+"""`himap serve MODEL [any vllm serve flag]` and `himap key NAME`."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import sys
-from argparse import Namespace
-from dataclasses import MISSING, fields
+import tempfile
+from argparse import ArgumentParser, Namespace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import uvicorn
+import uvloop
+import yaml
+from vllm.config.logging import LoggingConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-from vllm.logger import init_logger
+from vllm.logger import configure_logging_from_args, init_logger
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -24,12 +30,18 @@ from himap_vllm.config import ADDITIONAL_CONFIG_KEY, EngineSettings, HiMAPError
 
 from .app import build_app
 from .engine import run_engine
+from .gate import Gate
 from .lifecycle import GatewayServer, Lifecycle, Phase
-from .middleware import RequestGate
+from .metrics import GatewayMetrics
+from .record import RequestRecord
+from .request_log import log_request
+from .security.keys import KeyFileError, KeyRing, make_key
+from .settings import GatewaySettings, SettingsError, add_flags, load, setting_names, split_file
 
 logger = init_logger("vllm.himap.server")
 
 _DEFAULT_CPU_KV_BYTES = 4 << 30
+_MAX_N_SEQUENCES = "128"
 
 # Flags of vLLM's own HTTP server, which is not the one that runs here: refused, not ignored.
 _NOT_SERVED = (
@@ -38,9 +50,16 @@ _NOT_SERVED = (
     "headless", "grpc", "api_server_count", "allowed_media_domains", "allowed_local_media_path",
 )  # fmt: skip
 
+# Likewise. The store of the Responses API never forgets, and tells anyone who knows an id.
+_NOT_SERVED_ENVIRONMENT = {
+    "VLLM_API_KEY": "use --api-keys-file",
+    "VLLM_ENABLE_RESPONSES_API_STORE": "himap serve stores no responses",
+    "VLLM_SERVER_DEV_MODE": "himap serve has none of its routes",
+}
 
-def parse_arguments(argv: list[str]) -> Namespace:
-    """Flags of the gateway and of `vllm serve`.
+
+def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
+    """Flags of `vllm serve` with the engine's settings in them, and the gateway's settings.
 
     Raises:
         SystemExit: as argparse does.
@@ -48,44 +67,51 @@ def parse_arguments(argv: list[str]) -> Namespace:
     parser = FlexibleArgumentParser(
         prog="himap serve", description="Serve a vision-language model with HiMAP pruning."
     )
-    group = parser.add_argument_group("himap", "Image-token pruning; see docs/engine.md.")
-    for field in fields(EngineSettings):
-        kind = int if field.name.endswith(("layer", "requests")) else float
-        assert field.default is not MISSING
-        group.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=kind,
-            default=None,
-            help=f"(default: {field.default})",
-        )
-    group.add_argument(
-        "--grace-seconds",
-        type=float,
-        default=30.0,
-        help="time for requests in flight after SIGTERM (default: 30)",
-    )
-    args = make_arg_parser(parser).parse_args(argv)
+    add_flags(parser)
+    parser = make_arg_parser(parser)
+    try:
+        argv, file = _take_file(parser, argv)
+        args = parser.parse_args(argv)
+        given = {name: getattr(args, name) for name in setting_names()}
+        settings, engine = load(given, file)
+        EngineSettings.parse(engine)
+    except (SettingsError, HiMAPError) as error:
+        parser.error(str(error))
     for name in _NOT_SERVED:
         if getattr(args, name, None) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is not supported by himap serve")
-    if os.environ.get("VLLM_API_KEY"):
-        parser.error("VLLM_API_KEY is not supported by himap serve")
-    # A second lock behind `images.check_media`: vLLM fetches from no host but this.
+    for name, instead in _NOT_SERVED_ENVIRONMENT.items():
+        if os.environ.get(name, "0") not in ("", "0"):
+            parser.error(f"{name} is not supported: {instead}")
+    # Second locks behind server/media.py: vLLM fetches from no host but this, and checks pixels.
     args.allowed_media_domains = ["media.invalid"]
+    os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(settings.max_image_pixels)
+    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", _MAX_N_SEQUENCES)
     # The engine core gets a signal to the whole process group, too; it must not drop requests.
-    args.shutdown_timeout = args.shutdown_timeout or math.ceil(args.grace_seconds)
+    args.shutdown_timeout = args.shutdown_timeout or math.ceil(settings.grace_seconds)
     if args.model_tag is not None:
         args.model = args.model_tag
     validate_parsed_serve_args(args)
-    given = {field.name: getattr(args, field.name) for field in fields(EngineSettings)}
-    settings = {key: value for key, value in given.items() if value is not None}
-    try:
-        EngineSettings.parse(settings)
-    except HiMAPError as error:
-        parser.error(str(error))
-    args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: settings}
-    _choose_cpu_memory(args)
-    return args
+    args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: engine}
+    return args, settings
+
+
+def _take_file(parser: FlexibleArgumentParser, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """`--config FILE`: its flags of vLLM into `argv`, before those given there; the rest apart."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    found, rest = finder.parse_known_args(argv)
+    if found.config is None:
+        return argv, {}
+    ours, vllms = split_file(found.config)
+    model = [str(vllms.pop("model"))] if "model" in vllms else []
+    if rest and not rest[0].startswith("-"):
+        model, rest = rest[:1], rest[1:]
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as rewritten:
+        yaml.safe_dump(vllms, rewritten)
+        rewritten.flush()
+        flags = parser.load_config_file(rewritten.name)
+    return [*model, *flags, *rest], ours
 
 
 def _choose_cpu_memory(args: Namespace) -> None:
@@ -102,23 +128,49 @@ def _choose_cpu_memory(args: Namespace) -> None:
         logger.info("KV cache: %d MiB (--kv-cache-memory-bytes)", args.kv_cache_memory_bytes >> 20)
 
 
-async def serve(args: Namespace) -> int:
+def _configure_logging(args: Namespace) -> None:
+    """JSON lines, unless the operator chose otherwise (`--logging-config`), from all processes."""
+    if not hasattr(args, "logging_config"):
+        args.logging_config = replace(LoggingConfig(), formatter="json")
+    configure_logging_from_args(args)
+    for name in ("uvicorn", "uvicorn.error"):
+        log = logging.getLogger(name)
+        log.handlers = logging.getLogger("vllm").handlers if name == "uvicorn" else []
+        log.propagate = name != "uvicorn"
+
+
+async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None) -> int:
     """Run until stopped; returns the process's exit status."""
-    lifecycle = Lifecycle(args.grace_seconds)
-    app = build_app(args, lifecycle)
+    lifecycle = Lifecycle(settings.grace_seconds)
+    app = build_app(args, settings, lifecycle)
+    metrics = GatewayMetrics((args.served_model_name or [args.model])[0], lifecycle)
+
+    def report(record: RequestRecord) -> None:
+        metrics.observe(record)
+        log_request(record)
+
+    gate = Gate(
+        app,
+        lifecycle,
+        keys=keys,
+        max_body_bytes=settings.max_body_bytes,
+        request_timeout=settings.request_timeout,
+        report=report,
+    )
     config = uvicorn.Config(
-        RequestGate(app, lifecycle),
+        gate,
         host=args.host or "0.0.0.0",
         port=args.port,
+        log_config=None,
         log_level=args.uvicorn_log_level,
-        access_log=not args.disable_uvicorn_access_log,
+        access_log=False,  # server/request_log.py
         timeout_graceful_shutdown=2,  # the grace time is over by then
         lifespan="off",
     )
     server = GatewayServer(config, lifecycle)
     app.state.server = server
     listener = config.bind_socket()  # first: a port in use must not wait for the model
-    engine = asyncio.create_task(run_engine(app, args, lifecycle, server))
+    engine = asyncio.create_task(run_engine(app, args, settings, lifecycle, server))
     await server.serve(sockets=[listener])
     if lifecycle.phase is Phase.LOADING:
         # Stopped while loading. The thread that loads can't be cancelled, and leaving would wait
@@ -127,18 +179,47 @@ async def serve(args: Namespace) -> int:
             child.terminate()
         os._exit(0)
     engine.cancel()
-    await asyncio.gather(engine, return_exceptions=True)
+    await asyncio.gather(engine, app.state.media.close(), return_exceptions=True)
     return int(lifecycle.phase is Phase.FAILED)
 
 
-def main(argv: list[str] | None = None) -> Any:
+def _serve(argv: list[str]) -> int:
+    cli_env_setup()
+    args, settings = parse_arguments(argv)
+    _configure_logging(args)
+    _choose_cpu_memory(args)
+    try:
+        keys = None if settings.api_keys_file is None else KeyRing(settings.api_keys_file)
+    except KeyFileError as error:
+        print(f"himap serve: api-keys-file: {error}", file=sys.stderr)
+        return 2
+    return uvloop.run(serve(args, settings, keys))
+
+
+def _key(argv: list[str]) -> int:
+    parser = ArgumentParser(
+        prog="himap key", description="Make an API key and its entry for --api-keys-file."
+    )
+    parser.add_argument("name", help="letters, digits and ._-: for the logs and metrics")
+    try:
+        token, entry = make_key(parser.parse_args(argv).name)
+    except ValueError:
+        parser.error("NAME must be 1 to 64 letters, digits, dots, dashes or underscores")
+    print(f"# The key, shown only now: {token}\n# In the file, below `keys:`\n{entry}", end="")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
     """Entry point of the `himap` command."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] != "serve":
-        print("usage: himap serve MODEL [any vllm serve flag]", file=sys.stderr)
+    commands = {"serve": _serve, "key": _key}
+    if not argv or argv[0] not in commands:
+        print(
+            "usage: himap serve MODEL [any vllm serve flag]\n       himap key NAME",
+            file=sys.stderr,
+        )
         return 2
-    cli_env_setup()
-    return asyncio.run(serve(parse_arguments(argv[1:])))
+    return commands[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

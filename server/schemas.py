@@ -1,23 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The requests of the OpenAI API with the `himap` object, and its translation for the engine."""
+"""The requests of the OpenAI API with the `himap` object, and the shape of errors."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 
-_EXAMPLE: dict[str, Any] = {"enabled": True, "shallow_ratio": 0.5, "deep_ratio": 0.75}
+_HIMAP: dict[str, Any] = {"enabled": True, "shallow_ratio": 0.5, "deep_ratio": 0.75}
+_IMAGE = "https://upload.wikimedia.org/wikipedia/commons/a/a7/Camponotus_flavomarginatus_ant.jpg"
+_QUESTION = "What is in this image?"
+
+
+def _examples(**body: Any) -> Any:
+    return {"image": {"value": {"model": "the served model's name", **body}}}
+
+
+EXAMPLES: dict[str, Any] = {
+    "chat": _examples(
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": _IMAGE}},
+                    {"type": "text", "text": _QUESTION},
+                ],
+            }
+        ],
+        max_tokens=64,
+        himap=_HIMAP,
+    ),
+    "responses": _examples(
+        input=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "input_image", "image_url": _IMAGE},
+                    {"type": "input_text", "text": _QUESTION},
+                ],
+            }
+        ],
+        max_output_tokens=64,
+        himap=_HIMAP,
+    ),
+    "text": _examples(prompt="Once upon a time", max_tokens=64),
+}
 
 
 class HiMAPOptions(BaseModel):
     """Pruning of this request's image tokens. What is left out takes the server's default."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [_EXAMPLE]})
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [_HIMAP]})
 
     enabled: bool = Field(default=True, strict=True, description="false: run unpruned")
     # Numbers only, as JSON has them: pydantic would turn "0.5" and true into numbers.
@@ -45,15 +83,12 @@ class HiMAPOptions(BaseModel):
 
 
 class _WithPruning(BaseModel):
+    ID_PREFIX: ClassVar[str] = ""
+    """Of the id that vLLM takes as it is; its chat and text handlers put their own before it."""
+
     himap: HiMAPOptions | None = Field(
         default=None, description="pruning of image tokens; see HiMAPOptions"
     )
-
-    def apply_himap(self) -> None:
-        """Move `himap` to where the engine reads it."""
-        request: Any = self
-        if self.himap is not None:
-            request.vllm_xargs = {**(request.vllm_xargs or {}), **self.himap.as_xargs()}
 
 
 class ChatRequest(_WithPruning, ChatCompletionRequest):
@@ -62,3 +97,24 @@ class ChatRequest(_WithPruning, ChatCompletionRequest):
 
 class TextRequest(_WithPruning, CompletionRequest):
     """Body of `POST /v1/completions`."""
+
+
+class ResponsesBody(_WithPruning, ResponsesRequest):
+    """Body of `POST /v1/responses`."""
+
+    ID_PREFIX = "resp_"
+
+
+class ErrorInfo(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="the field of the request that is at fault")
+    code: int = Field(description="the HTTP status")
+
+
+class ErrorBody(BaseModel):
+    """Every error of `/v1`."""
+
+    error: ErrorInfo

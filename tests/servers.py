@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -47,14 +48,22 @@ class Server:
 
 
 @contextmanager
-def running(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[Server]:
-    """Run `command` with `--host` and a free `--port`; ends it in the end."""
+def running(
+    command: Sequence[str], environment: Mapping[str, str], log: Path | None = None
+) -> Iterator[Server]:
+    """Run `command` with `--host` and a free `--port`; ends it in the end.
+
+    What it prints goes to `log`, if there is one.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     full = {**os.environ, **environment}
     full.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], env=full)
+    output = None if log is None else log.open("wb")
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port)], env=full, stdout=output
+    )
     try:
         yield Server(process, f"http://127.0.0.1:{port}")
     finally:
@@ -64,6 +73,8 @@ def running(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if output is not None:
+            output.close()
 
 
 def picture_message(image: Image.Image, question: str) -> Any:

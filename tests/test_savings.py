@@ -21,14 +21,25 @@ def test_llava_7b_with_a_short_question() -> None:
     assert savings.kv_tokens_unpruned == 32 * 611
     # 7 B parameters: 12.9 GFLOPs per token in the layers' matrices, attention on top.
     assert LLAMA_7B.layer_flops(1) * 32 == pytest.approx(12.95e9, rel=1e-3)
-    assert savings.prefill_flops_ratio == pytest.approx(0.291, abs=2e-3)
+    assert savings.as_usage()["prefill_flops_ratio"] == pytest.approx(0.291, abs=2e-3)
+
+
+def test_several_prompts_add_up() -> None:
+    plan = make_plan(611, [ImageTokens(((5, 581),))], Ratios(0.5, 0.75))
+    pruned = prompt_savings(611, 576, plan, (2, 6, 24), LLAMA_7B)
+    whole = prompt_savings(611, 576, None, (2, 6, 24), LLAMA_7B)
+    usage = (pruned + whole).as_usage()
+    assert usage["kept_deep"] == 576 + 72
+    assert usage["prefill_flops_ratio"] == pytest.approx(
+        (pruned.as_usage()["prefill_flops_ratio"] + 1) / 2
+    )
 
 
 def test_unpruned() -> None:
     savings = prompt_savings(611, 576, None, (2, 6, 24), LLAMA_7B)
     assert savings.kept_deep == 576
     assert savings.kv_tokens == savings.kv_tokens_unpruned
-    assert savings.prefill_flops_ratio == 1.0
+    assert savings.as_usage()["prefill_flops_ratio"] == 1.0
 
 
 def test_grouped_query_attention_has_smaller_key_and_value_matrices() -> None:

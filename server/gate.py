@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every request passes on its way in: its id, phase, API key, limits, body; then its log line.
+
+Pure ASGI. The body is read here, whole, under its own limits; answers are not buffered. One task
+runs the app and one listens for the client going away, which cancels the app's, and with it the
+engine's work; so does the request's time limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import GatewayError, error_event, error_response
+from .lifecycle import Lifecycle
+from .record import RequestRecord, current
+from .security.keys import KeyRing
+from .security.limits import KeyLimits
+
+REQUEST_ID_HEADER = "x-request-id"
+_ACCEPTED_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_CLIENT_WENT_AWAY = 499  # nginx's number for it; goes to the log, no client sees it
+_DISCARD_SECONDS = 5.0
+_RETRY_SECONDS = 5
+_OURS = (REQUEST_ID_HEADER.encode(), b"authorization")
+
+
+class Gate:
+    """ASGI middleware around the app.
+
+    Takes `X-Request-Id` or makes one, and echoes it. The engine gets an id of its own for every
+    request: clients may repeat theirs.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        lifecycle: Lifecycle,
+        *,
+        keys: KeyRing | None,
+        max_body_bytes: int,
+        request_timeout: float,
+        report: Callable[[RequestRecord], None],
+    ) -> None:
+        self._app = app
+        self._lifecycle = lifecycle
+        self._keys = keys
+        self._limits = KeyLimits()
+        self._max_body_bytes = max_body_bytes
+        self._timeout = request_timeout
+        self._report = report
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry point."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        answer = _Answer(send, request_id)
+        if not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, answer)
+            return
+        record = RequestRecord(request_id, scope["method"])
+        token = current.set(record)
+        # vLLM would name the engine's request after the header, and has no use for the key.
+        inner = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] not in _OURS]}
+        try:
+            await self._pass(inner, headers, receive, answer, record)
+        except _ClientGoneError:
+            pass
+        except GatewayError as error:
+            record.reason = error.reason
+            await _refuse(error, scope, receive, answer)
+        finally:
+            current.reset(token)
+            record.route = getattr(inner.get("route"), "path", "")
+            record.status = answer.status if answer.complete else _CLIENT_WENT_AWAY
+            record.duration = record.elapsed
+            self._report(record)
+
+    async def _pass(
+        self,
+        scope: Scope,
+        headers: Headers,
+        receive: Receive,
+        answer: _Answer,
+        record: RequestRecord,
+    ) -> None:
+        if (reason := self._lifecycle.refusal()) is not None:
+            raise GatewayError(
+                503, reason, reason=self._lifecycle.phase.value, retry_after=_RETRY_SECONDS
+            )
+        with self._authenticate(headers, record):
+            self._lifecycle.in_flight += 1
+            try:
+                async with asyncio.timeout(self._timeout) as limit:
+                    body = await self._read_body(scope, headers, receive)
+                    record.received = record.elapsed
+                    await _run(self._app, scope, body, receive, answer)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                text = f"the request took longer than {self._timeout:g} s"
+                raise GatewayError(408, text, reason="timeout") from None
+            finally:
+                self._lifecycle.in_flight -= 1
+
+    def _authenticate(
+        self, headers: Headers, record: RequestRecord
+    ) -> AbstractContextManager[None]:
+        if self._keys is None:
+            return nullcontext()
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        key = self._keys.find(token.strip()) if scheme.lower() == "bearer" else None
+        if key is None:
+            raise GatewayError(
+                401,
+                "a valid API key is needed: Authorization: Bearer <key>",
+                reason="key",
+            )
+        record.key = key
+        return self._limits.admit(key)
+
+    async def _read_body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
+        if scope["method"] == "POST":
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise GatewayError(
+                    415, "the body must be JSON: Content-Type: application/json", reason="type"
+                )
+        declared = headers.get("content-length", "")
+        too_large = declared.isdecimal() and int(declared) > self._max_body_bytes
+        body = bytearray()
+        give_up = time.monotonic() + _DISCARD_SECONDS
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _ClientGoneError
+            chunk = message.get("body", b"")
+            more = message.get("more_body", False)
+            too_large = too_large or len(body) + len(chunk) > self._max_body_bytes
+            if not too_large:
+                body += chunk
+            elif not more or time.monotonic() > give_up:
+                # Clients read the answer only when they have sent everything: let them, a while.
+                raise GatewayError(
+                    413,
+                    f"the body is larger than {self._max_body_bytes} bytes",
+                    reason="body_bytes",
+                )
+            if not more:
+                return bytes(body)
+
+
+class _ClientGoneError(Exception):
+    pass
+
+
+class _Answer:
+    """`send` that adds the request's id, and remembers how far the answer got."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.status = 0
+        self.complete = False
+        self.is_stream = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers[REQUEST_ID_HEADER] = self._request_id
+            if self.status == 503:
+                headers.setdefault("retry-after", str(_RETRY_SECONDS))
+            self.is_stream = headers.get("content-type", "").startswith("text/event-stream")
+        elif not message.get("more_body", False):
+            self.complete = True
+        await self._send(message)
+
+
+async def _run(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, answer: _Answer) -> None:
+    """Run the app until it has answered, or the client has gone.
+
+    Takes the place of vLLM's `with_cancellation`, which does not end the handler when it is itself
+    cancelled, as the time limit does.
+    """
+    gone = asyncio.Event()
+    unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        if unread:
+            return unread.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        # vLLM's text handler answers its own cancellation, with 400.
+        if not gone.is_set():
+            await answer(message)
+
+    async def listen() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    running = asyncio.ensure_future(app(scope, replay, send))
+    listening = asyncio.ensure_future(listen())
+    try:
+        await asyncio.wait((running, listening), return_when=asyncio.FIRST_COMPLETED)
+        # uvicorn says "disconnect" after a complete answer, too.
+        if not running.done() and answer.complete:
+            await asyncio.wait((running,))
+    finally:
+        listening.cancel()
+        if not running.done():
+            gone.set()
+            running.cancel()
+            await asyncio.wait((running,))
+    if not gone.is_set():
+        running.result()
+
+
+async def _refuse(error: GatewayError, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    if not answer.status:
+        await error_response(error)(scope, receive, answer)
+    elif answer.is_stream and not answer.complete:
+        await answer({"type": "http.response.body", "body": error_event(error).encode()})
+
+
+def _request_id(headers: Mapping[str, Any]) -> str:
+    given = headers.get(REQUEST_ID_HEADER, "")
+    return given if _ACCEPTED_ID.fullmatch(given) else uuid.uuid4().hex

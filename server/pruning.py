@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request asks of pruning and may have, written to where the engine reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+from himap_vllm.config import DEEP_ARG, SHALLOW_ARG, EngineSettings
+
+from .errors import GatewayError
+from .security.keys import Key
+
+
+class PruningPolicy:
+    """The server's defaults, within what the request's API key allows."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._defaults = {SHALLOW_ARG: settings.shallow_ratio, DEEP_ARG: settings.deep_ratio}
+
+    def apply(self, request: Any, key: Key | None) -> None:
+        """Turn `himap` into `vllm_xargs`, and keep API keys' prefix caches apart.
+
+        Raises:
+            GatewayError: 403, a ratio that the key does not allow.
+            VLLMValidationError: beam search, which vLLM runs without the request's own arguments.
+        """
+        if getattr(request, "use_beam_search", False) and (
+            any(self._defaults.values()) or request.himap is not None
+        ):
+            raise VLLMValidationError(
+                "beam search can't be combined with pruning, which the request or this server's "
+                "default asks for",
+                parameter="use_beam_search",
+            )
+        args = dict(request.vllm_xargs or {})
+        if request.himap is not None:
+            args.update(request.himap.as_xargs())
+        if key is not None:
+            self._bound(args, key)
+            # What one key's requests left in the prefix cache must not show, by its speed, in
+            # another's (vLLM RFC #16016).
+            request.cache_salt = f"{key.name}:{request.cache_salt or ''}"
+        request.vllm_xargs = args or None
+
+    def _bound(self, args: dict[str, Any], key: Key) -> None:
+        for name, field, bounds in (
+            (SHALLOW_ARG, "shallow_ratio", key.shallow_ratio),
+            (DEEP_ARG, "deep_ratio", key.deep_ratio),
+        ):
+            if bounds is None:
+                continue
+            lowest, highest = bounds
+            default = self._defaults[name]
+            if name not in args:
+                if not lowest <= default <= highest:
+                    args[name] = min(max(default, lowest), highest)
+            elif not isinstance(args[name], int | float):
+                continue  # admission says what is wrong with it
+            elif not lowest <= args[name] <= highest:
+                raise GatewayError(
+                    403,
+                    f"{field} must be in [{lowest:g}, {highest:g}] for this API key, "
+                    f"got {args[name]:g}",
+                    reason="ratio",
+                    param=f"himap.{field}",
+                )

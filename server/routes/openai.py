@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`/v1`: vLLM's own handlers, called as vLLM's routes call them.
+
+vLLM seams (0.32), none of them public, all used because tools, structured output and streaming must
+behave as in vLLM: `init_app_state` fills `app.state` with the handlers (server/engine.py); they
+yield server-sent events as text (events of the Responses API as objects), an error as an event
+`{"error": ...}`, and usage in a chunk without choices. Can go when vLLM lets an endpoint plugin
+wrap its routes.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from vllm.entrypoints.openai.models.api_router import show_available_models
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+from ..errors import GatewayError
+from ..record import RequestRecord, current
+from ..schemas import EXAMPLES, ChatRequest, ResponsesBody, TextRequest
+
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+_UNDECODABLE = "Failed to load image"
+
+
+class _CheckedRequest(Request):
+    async def json(self) -> Any:
+        """The body, its images and text checked: what pydantic, and vLLM, get to see."""
+        body = await super().json()
+        await self.app.state.media(body, current.get())
+        return body
+
+
+class _CheckedRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            return await handle(_CheckedRequest(request.scope, request.receive))
+
+        return checked
+
+
+router = APIRouter(prefix="/v1", tags=["OpenAI API"], route_class=_CheckedRoute)
+router.add_api_route("/models", show_available_models, methods=["GET"])
+
+
+@router.post("/chat/completions", responses=_STREAM)
+async def chat(
+    request: Annotated[ChatRequest, Body(openapi_examples=EXAMPLES["chat"])], raw_request: Request
+) -> Response:
+    """Chat completions, with `himap` in the request and in the usage of the answer."""
+    handler = raw_request.app.state.openai_serving_chat
+    return await _answer(handler.create_chat_completion, request, raw_request)
+
+
+@router.post("/completions", responses=_STREAM)
+async def complete(
+    request: Annotated[TextRequest, Body(openapi_examples=EXAMPLES["text"])], raw_request: Request
+) -> Response:
+    """Text completions."""
+    handler = raw_request.app.state.openai_serving_completion
+    return await _answer(handler.create_completion, request, raw_request)
+
+
+@router.post("/responses", responses=_STREAM)
+async def respond(
+    request: Annotated[ResponsesBody, Body(openapi_examples=EXAMPLES["responses"])],
+    raw_request: Request,
+) -> Response:
+    """The Responses API, likewise. Nothing is stored."""
+    handler = raw_request.app.state.openai_serving_responses
+    return await _answer(handler.create_responses, request, raw_request)
+
+
+async def _answer(
+    create: Callable[[Any, Request], Awaitable[Any]],
+    request: ChatRequest | TextRequest | ResponsesBody,
+    raw_request: Request,
+) -> Response:
+    record = current.get()
+    raw_request.app.state.pruning.apply(request, record.key)
+    record.stream = bool(request.stream)
+    request.request_id = f"{request.ID_PREFIX}{uuid.uuid4().hex}"
+    record.hand_over()
+    try:
+        answer = await create(request, raw_request)
+        if isinstance(answer, ErrorResponse):
+            return _error(answer)
+        if isinstance(answer, BaseModel):
+            body = answer.model_dump(mode="json", by_alias=True)
+            _add_savings(body, record)
+            return JSONResponse(body)
+        opening, refusal = await _open(answer)
+    except ValueError as error:
+        if _UNDECODABLE in str(error):
+            return _error(create_error_response(error))
+        raise
+    if refusal is not None:
+        return JSONResponse(refusal, status_code=refusal["error"]["code"])
+    return StreamingResponse(_stream(opening, answer, record), media_type="text/event-stream")
+
+
+def _error(answer: ErrorResponse) -> Response:
+    if _UNDECODABLE in answer.error.message:
+        # The decoder's own words can tell of its memory: CVE-2026-22778.
+        raise GatewayError(400, "an image can't be decoded", reason="image_broken")
+    return JSONResponse(answer.model_dump(), status_code=answer.error.code)
+
+
+async def _open(events: AsyncIterator[Any]) -> tuple[list[Any], dict[str, Any] | None]:
+    """The first events of a stream, and the error that is among them.
+
+    Before the engine's first output, a refusal by the engine is still a proper status: vLLM by
+    itself has sent 200 by then.
+    """
+    opening = []
+    async for event in events:
+        opening.append(event)
+        kind = getattr(event, "type", None)
+        if kind in ("response.created", "response.in_progress"):
+            continue
+        if kind is None and event.startswith('data: {"error"'):
+            refusal: dict[str, Any] = json.loads(event.removeprefix("data: "))
+            return opening, refusal
+        break
+    return opening, None
+
+
+async def _stream(
+    opening: list[Any], events: AsyncIterator[Any], record: RequestRecord
+) -> AsyncIterator[str]:
+    for event in opening:
+        yield _to_text(event, record)
+    try:
+        async for event in events:
+            yield _to_text(event, record)
+    except Exception as error:
+        # vLLM's chat and text streams do this themselves.
+        yield f"event: error\ndata: {create_error_response(error).model_dump_json()}\n\n"
+
+
+def _to_text(event: Any, record: RequestRecord) -> str:
+    if isinstance(event, str):
+        if record.savings and '"choices":[]' in event and '"usage":{' in event:
+            chunk = json.loads(event.removeprefix("data: "))
+            _add_savings(chunk, record)
+            return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
+        return event
+    body = event.model_dump(mode="json", by_alias=True)
+    if event.type == "response.completed":
+        _add_savings(body["response"], record)
+    return f"event: {event.type}\ndata: {json.dumps(body, separators=(',', ':'))}\n\n"
+
+
+def _add_savings(body: dict[str, Any], record: RequestRecord) -> None:
+    savings = record.usage()
+    if savings is not None and body.get("usage"):
+        body["usage"]["himap"] = savings

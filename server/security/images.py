@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is it an image that the engine may decode? One check, for all ways an image comes in."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+
+import pybase64
+from PIL.GifImagePlugin import GifImageFile
+from PIL.Image import DecompressionBombError, DecompressionBombWarning
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from ..errors import GatewayError
+
+# Pillow's own classes instead of Image.open: one format and no guessing, no multi-picture JPEG
+# (MPO), and no limit but ours. They read the header; none decodes pixels before load().
+_FORMATS: tuple[tuple[str, re.Pattern[bytes], Callable[[BytesIO], ImageFile]], ...] = (
+    ("png", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
+    ("jpeg", re.compile(rb"\xff\xd8\xff"), JpegImageFile),
+    ("webp", re.compile(rb"RIFF....WEBPVP8[ LX]", re.DOTALL), WebPImageFile),
+    ("gif", re.compile(rb"GIF8[79]a"), GifImageFile),
+)
+_DATA_URL = re.compile(r"data:image/(png|jpeg|jpg|webp|gif);base64,", re.IGNORECASE)
+
+# A PNG has one. Pillow inflates each, up to 1 MiB: 10 MB of them would take 20 s.
+_MAX_COLOR_PROFILES = 8
+
+# Pillow warns about odd metadata in texts that a client can vary without end, and Python keeps
+# each text. Once and here, since catch_warnings is not safe in threads. Its errors stay.
+for _category in (UserWarning, DecompressionBombWarning):
+    warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What an image may measure; `min_side` is for width and height."""
+
+    max_bytes: int
+    max_pixels: int
+    min_side: int
+
+
+def check_image(data: bytes, limits: ImageLimits, param: str) -> str:
+    """The image's format: "png", "jpeg", "webp" or "gif".
+
+    By content, whatever a header or a URL declares, and without decoding it: vLLM PR #47010 (a
+    decompression bomb), CVE-2026-22773 (a 1x1 image ended the engine).
+
+    Raises:
+        GatewayError: HTTP 400, or 413 for too many bytes. Never with a decoder's text, which may
+            hold addresses of the heap (CVE-2026-22778).
+    """
+    if len(data) > limits.max_bytes:
+        raise _too_large(limits, param)
+    matches = ((kind, decoder) for kind, magic, decoder in _FORMATS if magic.match(data))
+    kind, decoder = next(matches, ("", None))
+    if decoder is None:
+        raise _refusal("image_type", "the image must be PNG, JPEG, WebP or GIF", param)
+    try:
+        if data.count(b"iCCP") > _MAX_COLOR_PROFILES:
+            raise ValueError
+        with decoder(BytesIO(data)) as image:
+            width, height = image.size
+        too_many = width * height > limits.max_pixels
+    except DecompressionBombError:
+        too_many = True
+    except Exception:  # decoders raise anything
+        raise _refusal("image_broken", "the image is damaged; save it anew", param) from None
+    if too_many:
+        message = f"the image has more than {limits.max_pixels} pixels; scale it down"
+        raise _refusal("image_pixels", message, param)
+    if min(width, height) < limits.min_side:
+        message = f"the image must be at least {limits.min_side} pixels wide and high"
+        raise _refusal("image_side", message, param)
+    return kind
+
+
+def decode_data_url(url: str, limits: ImageLimits, param: str) -> tuple[str, bytes]:
+    """The declared format and the bytes, which `check_image` has yet to see.
+
+    Four types only: behind `data:video/jpeg`, vLLM found thousands of frames (CVE-2026-5497).
+
+    Raises:
+        GatewayError: HTTP 400, or 413 for too many bytes.
+    """
+    match = _DATA_URL.match(url)
+    if match is None:
+        message = "a data URL must begin with data:image/png;base64, (or jpeg, webp, gif)"
+        raise _refusal("image_type", message, param)
+    # Before the decoder makes a second copy.
+    if len(url) - match.end() > (limits.max_bytes + 2) // 3 * 4:
+        raise _too_large(limits, param)
+    try:
+        data = pybase64.b64decode(url[match.end() :], validate=True)
+    except ValueError:
+        message = "the image's data URL is not valid base64"
+        raise _refusal("image_broken", message, param) from None
+    return match[1].lower().replace("jpg", "jpeg"), data
+
+
+def to_data_url(kind: str, data: bytes) -> str:
+    """A checked image, as vLLM takes it without fetching anything."""
+    return f"data:image/{kind};base64,{pybase64.b64encode_as_string(data)}"
+
+
+def _too_large(limits: ImageLimits, param: str) -> GatewayError:
+    message = f"the image has more than {limits.max_bytes} bytes; make it smaller"
+    return _refusal("image_bytes", message, param, 413)
+
+
+def _refusal(reason: str, message: str, param: str, status: int = 400) -> GatewayError:
+    return GatewayError(status, message, reason=reason, param=param)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""API keys: a YAML file of their hashes, read again whenever it changes.
+
+    keys:
+      - name: team-a                    # for the logs and metrics
+        sha256: 9f86d081884c7d659a2f...
+        requests_per_minute: 600        # this and all below may be left out
+        max_concurrent: 16
+        shallow_ratio: [0, 0.5]         # what this key may ask for
+        deep_ratio: [0, 0.9]
+
+A key is 256 random bits (`himap key NAME` makes one), so a plain SHA-256 can't be searched; a
+password would need more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from prometheus_client import Counter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.himap.server")
+
+_ERRORS = Counter("himap_api_key_file_errors", "times the changed file of API keys was unusable")
+
+
+def _check_range(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= bounds[0] <= bounds[1] < 1:
+        raise ValueError("must be [lowest, highest] with 0 <= lowest <= highest < 1")
+    return bounds
+
+
+RatioRange = Annotated[tuple[float, float], AfterValidator(_check_range)]
+
+
+class Key(BaseModel):
+    """An API key and what it may do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
+    requests_per_minute: int | None = Field(default=None, gt=0)
+    max_concurrent: int | None = Field(default=None, gt=0)
+    shallow_ratio: RatioRange | None = None
+    deep_ratio: RatioRange | None = None
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    keys: tuple[Key, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> _File:
+        for field in ("name", "sha256"):
+            values = [getattr(key, field) for key in self.keys]
+            if len(set(values)) < len(values):
+                raise ValueError(f"two keys have the same {field}")
+        return self
+
+
+class KeyFileError(ValueError):
+    """The file can't be used; the message says why, without what is in it."""
+
+
+def read_keys(path: Path) -> tuple[Key, ...]:
+    """The keys in a file.
+
+    Raises:
+        KeyFileError: it can't be read, or something in it is wrong.
+    """
+    try:
+        return _File.model_validate(yaml.safe_load(path.read_text())).keys
+    except OSError as error:
+        raise KeyFileError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise KeyFileError(f"{path} is not YAML") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise KeyFileError(f"{path}: {where or 'keys'}: {first['msg']}") from error
+
+
+class KeyRing:
+    """The keys of a file, as it is now.
+
+    A file that has become unreadable or wrong changes nothing: the keys known before stay, and
+    the log and a metric say so.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the file. Raises KeyFileError as `read_keys`."""
+        self._path = path
+        self._seen = self._signature()
+        self._keys = read_keys(path)
+
+    def find(self, token: str) -> Key | None:
+        """The key that `token` is, or None.
+
+        Takes the same time whichever it is, and if it is none.
+        """
+        self._refresh()
+        digest = hashlib.sha256(token.encode(errors="surrogateescape")).hexdigest()
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(key.sha256, digest):
+                found = key
+        return found
+
+    def _refresh(self) -> None:
+        signature = self._signature()
+        if signature == self._seen:
+            return
+        self._seen = signature
+        try:
+            self._keys = read_keys(self._path)
+            logger.info("API keys read again: %d", len(self._keys))
+        except KeyFileError as error:
+            _ERRORS.inc()
+            logger.error("API keys stay as they were: %s", error)
+
+    def _signature(self) -> tuple[int, int, int] | None:
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def make_key(name: str) -> tuple[str, str]:
+    """A new key, and its entry for the file.
+
+    Raises:
+        ValueError: a name that can't be one.
+    """
+    token = f"himap-{secrets.token_urlsafe(32)}"
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    key = Key(name=name, sha256=digest)
+    return token, f"  - name: {key.name}\n    sha256: {key.sha256}\n"

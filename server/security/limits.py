@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much each API key may ask for: requests per minute, and at the same time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
+
+from ..errors import GatewayError
+from .keys import Key
+
+
+class KeyLimits:
+    """Counts per key, in this process: several replicas count each for itself."""
+
+    def __init__(self) -> None:
+        # Two counters per key, whatever its limit.
+        self._rates = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._running: Counter[str] = Counter()
+
+    @contextmanager
+    def admit(self, key: Key) -> Iterator[None]:
+        """Holds one of the key's places while a request runs.
+
+        Raises:
+            GatewayError: 429, with the time after which to try again.
+        """
+        limit = key.max_concurrent
+        if limit is not None and self._running[key.name] >= limit:
+            raise GatewayError(
+                429,
+                f"this API key may run {limit} request{'s' * (limit > 1)} at a time",
+                reason="concurrency",
+                retry_after=1,
+            )
+        if key.requests_per_minute is not None:
+            item = RateLimitItemPerMinute(key.requests_per_minute)
+            if not self._rates.hit(item, key.name):
+                reset = self._rates.get_window_stats(item, key.name).reset_time
+                raise GatewayError(
+                    429,
+                    f"this API key may send {key.requests_per_minute} requests per minute",
+                    reason="rate",
+                    retry_after=max(1, math.ceil(reset - time.time())),
+                )
+        self._running[key.name] += 1
+        try:
+            yield
+        finally:
+            self._running[key.name] -= 1

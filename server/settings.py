@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator's settings: flags, then environment (`HIMAP_...`), then keys of a YAML file.
+
+The first that says something wins. The same YAML file (`--config`) may hold flags of `vllm serve`.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, BooleanOptionalAction
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import yaml
+from pydantic import Field, ValidationError, create_model, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from himap_vllm.config import EngineSettings
+
+from .security.fetch import host_and_port
+
+
+class SettingsError(ValueError):
+    """A setting that can't be used; the message names it."""
+
+
+class _Operators(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="HIMAP_", extra="ignore")
+
+
+class GatewaySettings(_Operators):
+    """What the gateway itself allows. Sizes are in bytes, times in seconds."""
+
+    api_keys_file: Path | None = Field(
+        None, description="YAML file of API keys (docs/gateway.md); without one, /v1 is open"
+    )
+    max_body_bytes: int = Field(64 << 20, gt=0, description="largest request body")
+    max_prompt_tokens: int | None = Field(
+        None, gt=0, description="longest prompt, image tokens included (default: --max-model-len)"
+    )
+    max_images: int = Field(16, ge=0, description="most images in one request")
+    max_image_bytes: int = Field(20 << 20, gt=0, description="largest encoded image")
+    max_image_pixels: int = Field(50_000_000, gt=0, description="largest image, width x height")
+    min_image_side: int = Field(8, gt=0, description="smallest width and height")
+    fetch_images: bool = Field(True, description="fetch http(s) images; without it, data URLs only")
+    image_hosts: Annotated[frozenset[str], NoDecode] = Field(
+        frozenset(),
+        description="hosts (comma-separated host or host:port) that images may be fetched from "
+        "although they are not public, or on other ports than 80 and 443",
+    )
+    image_timeout: float = Field(10.0, gt=0, description="for fetching one image")
+    request_timeout: float = Field(600.0, gt=0, description="for a whole request")
+    grace_seconds: float = Field(30.0, ge=0, description="for requests in flight, after SIGTERM")
+
+    @field_validator("image_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        hosts = value.split(",") if isinstance(value, str) else value
+        names = frozenset(str(host).strip().lower() for host in hosts if str(host).strip())
+        for name in names:
+            host_and_port(name)
+        return names
+
+
+# The engine's settings as flags, None where the operator says nothing. Ranges are checked by
+# `EngineSettings.parse`, for the plugin without a gateway, too.
+_ENGINE_FIELDS: dict[str, Any] = {
+    field.name: (
+        get_type_hints(EngineSettings)[field.name] | None,
+        Field(None, description=f"see docs/engine.md (default: {field.default})"),
+    )
+    for field in fields(EngineSettings)
+    if field.default is not MISSING
+}
+EngineFlags: Any = create_model("EngineFlags", __base__=_Operators, **_ENGINE_FIELDS)
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """A flag for every setting. None where it is not given; pydantic checks the values."""
+    for title, model in (("himap engine", EngineFlags), ("himap gateway", GatewaySettings)):
+        group = parser.add_argument_group(title)
+        for name, field in model.model_fields.items():
+            flag = f"--{name.replace('_', '-')}"
+            text = str(field.description)
+            if field.default is not None and field.default != frozenset():
+                text += f" (default: {field.default})"
+            if field.annotation is bool:
+                group.add_argument(flag, action=BooleanOptionalAction, default=None, help=text)
+            else:
+                group.add_argument(flag, default=None, help=text)
+
+
+def setting_names() -> frozenset[str]:
+    """Names of all settings, as keys of the YAML file and attributes of the parsed flags."""
+    return frozenset(EngineFlags.model_fields) | frozenset(GatewaySettings.model_fields)
+
+
+def split_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The YAML file's settings of the gateway, and its flags of vLLM.
+
+    Raises:
+        SettingsError: the file can't be read, or is not a mapping.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"--config: {path} can't be read: {error}") from error
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise SettingsError(f"--config: {path} must hold `name: value` lines")
+    named = {key.lstrip("-").replace("-", "_"): value for key, value in raw.items()}
+    ours = setting_names()
+    return (
+        {key: value for key, value in named.items() if key in ours},
+        {key: value for key, value in named.items() if key not in ours},
+    )
+
+
+def load(
+    flags: Mapping[str, Any], file: Mapping[str, Any]
+) -> tuple[GatewaySettings, dict[str, Any]]:
+    """Settings of the gateway, and those of the engine that the operator gave.
+
+    Raises:
+        SettingsError: a value of a wrong type or out of range.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    try:
+        gateway = _layered(GatewaySettings, given, file)
+        engine = _layered(EngineFlags, given, file)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        value = json.dumps(first["input"], default=str)
+        text = f"{name.replace('_', '-')}: {first['msg']}, got {value}"
+        raise SettingsError(text) from error
+    return gateway, engine.model_dump(exclude_none=True)
+
+
+def _layered(model: Any, flags: Mapping[str, Any], file: Mapping[str, Any]) -> Any:
+    class Layered(model):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            **_: Any,
+        ) -> Sequence[PydanticBaseSettingsSource]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, dict(file))
+
+    return Layered(**flags)

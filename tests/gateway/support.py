@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting the gateway, and talking to it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from tests.conftest import DEEP_LAYER, SHALLOW_LAYER
+from tests.servers import Server, running
+
+HIMAP = str(Path(sys.executable).with_name("himap"))
+
+
+@contextmanager
+def gateway(
+    checkpoint: Path,
+    *flags: str,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+) -> Iterator[Server]:
+    """Run `himap serve`."""
+    command = [
+        HIMAP, "serve", str(checkpoint),
+        "--served-model-name", "tiny", "--enforce-eager",
+        "--shallow-layer", str(SHALLOW_LAYER), "--deep-layer", str(DEEP_LAYER),
+        "--max-deep-ratio", "0.9",
+        "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8",
+        "--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20), *flags,
+    ]  # fmt: skip
+    with running(command, environment or {}, log) as server:
+        yield server
+
+
+def post(server: Server, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
+    """Status, headers and JSON body of a raw POST."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(
+        f"{server.url}{path}", data, {"content-type": "application/json", **headers}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.headers, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, json.load(error)
+
+
+def client(server: Server, key: str = "none") -> openai.OpenAI:
+    """The real client, which shows errors at once."""
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+
+
+def metric(server: Server, name: str) -> float:
+    """Sum of the metric's series whose text begins with `name`."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))

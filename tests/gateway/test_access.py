@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""API keys, their limits and ratio ranges, limits of size and time, and what the log says."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import yaml
+
+from tests.conftest import World
+from tests.gateway.support import HIMAP, client, gateway, metric, post
+from tests.gateway.test_api import MESSAGES
+from tests.servers import Server
+
+SECRET = "a sentence that no log may repeat"
+LONG = {"model": "tiny", "prompt": SECRET, "max_tokens": 400, "ignore_eos": True}
+PREFIX = "one two three four " * 4
+
+
+@dataclass
+class Guarded:
+    """A gateway with API keys, what they are, and where it writes its log."""
+
+    server: Server
+    keys: dict[str, str]
+    entries: dict[str, dict[str, Any]]
+    file: Path
+    log: Path
+
+    def post(self, body: Any, key: str = "plain", path: str = "/v1/completions") -> Any:
+        """Status, headers and body of a request with a key."""
+        authorization = {"Authorization": f"Bearer {self.keys[key]}"}
+        return post(self.server, path, body, **authorization)
+
+    def write(self, *names: str) -> None:
+        """Replace the file by one with these keys, as an operator should: in one step."""
+        text = yaml.safe_dump({"keys": [self.entries[name] for name in names]})
+        new = self.file.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self.file)
+
+    def line(self, request_id: str) -> dict[str, Any]:
+        """The log line of a request; it is written when the answer is out."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for line in self.log.read_text().splitlines():
+                if '"vllm.himap.request"' in line and f'"{request_id}"' in line:
+                    found: dict[str, Any] = json.loads(line)
+                    return found
+            time.sleep(0.1)
+        raise AssertionError(f"no log line of {request_id}")
+
+
+def make_key(name: str) -> tuple[str, dict[str, Any]]:
+    """A key and its entry, as the operator gets them."""
+    text = subprocess.run([HIMAP, "key", name], check=True, capture_output=True, text=True).stdout
+    (entry,) = yaml.safe_load(text)
+    return text.splitlines()[0].split()[-1], entry
+
+
+@pytest.fixture(scope="module")
+def guarded(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("keys")
+    limits: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "rated": {"requests_per_minute": 2},
+        "single": {"max_concurrent": 1},
+        "bounded": {"shallow_ratio": [0.1, 0.4], "deep_ratio": [0, 0.5]},
+        "later": {},
+    }
+    keys, entries = {}, {}
+    # Starting the command takes a while: one after the other names them all.
+    for name, limit in limits.items():
+        keys[name], entry = make_key(name)
+        entries[name] = {**entry, **limit}
+    settings = folder / "serve.yaml"
+    settings.write_text(
+        "max-images: 2\nrequest_timeout: 600\nmax_prompt_tokens: 300\nseed: 5\n"
+        f"api-keys-file: {folder / 'keys.yaml'}\n"
+    )
+    guarded = Guarded(Server(None, ""), keys, entries, folder / "keys.yaml", folder / "log")  # type: ignore[arg-type]
+    guarded.write("plain", "rated", "single", "bounded")
+    with gateway(
+        world.checkpoint("mha12"),
+        *("--config", str(settings), "--max-body-bytes", "200000"),
+        environment={
+            "HIMAP_REQUEST_TIMEOUT": "1.5",
+            "HIMAP_MAX_BODY_BYTES": "1",
+            "VLLM_LOGGING_LEVEL": "INFO",
+        },
+        log=guarded.log,
+    ) as server:
+        guarded.server = server
+        server.wait_for("/health/ready")
+        yield guarded
+
+
+def test_without_a_key_there_is_nothing(guarded: Guarded) -> None:
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": f"Basic {guarded.keys['plain']}"},
+        {"Authorization": f"Bearer {guarded.keys['later']}"},
+        {"Authorization": "Bearer \u00fc"},
+    ):
+        for path in ("/v1/chat/completions", "/v1/nothing"):
+            status, _, body = post(guarded.server, path, {}, **headers)
+            assert (status, body["error"]["type"]) == (401, "authentication_error")
+    with pytest.raises(openai.AuthenticationError):
+        client(guarded.server).models.list()
+    assert client(guarded.server, guarded.keys["plain"]).models.list().data
+    assert metric(guarded.server, 'himap_refused_requests_total{model_name="tiny",reason="key"}')
+    assert guarded.server.status("/health/ready") == 200
+
+
+def test_a_key_is_kept_as_its_hash(guarded: Guarded) -> None:
+    assert all(key not in guarded.file.read_text() for key in guarded.keys.values())
+    assert all(key not in guarded.log.read_text() for key in guarded.keys.values())
+
+
+def test_requests_per_minute(guarded: Guarded) -> None:
+    body = {"model": "tiny", "prompt": "hi", "max_tokens": 1}
+    assert [guarded.post(body, "rated")[0] for _ in range(2)] == [200, 200]
+    status, headers, answer = guarded.post(body, "rated")
+    assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
+    assert 1 <= int(headers["Retry-After"]) <= 60
+    assert guarded.post(body, "plain")[0] == 200
+
+
+def test_concurrent_requests(guarded: Guarded) -> None:
+    slow = client(guarded.server, guarded.keys["single"]).completions.create(
+        model="tiny",
+        prompt="hi",
+        max_tokens=100,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(slow))
+    status, headers, answer = guarded.post({"model": "tiny", "prompt": "hi"}, "single")
+    assert (status, "1 request at a time" in answer["error"]["message"]) == (429, True)
+    assert headers["Retry-After"]
+    assert len(list(slow)) > 50
+    assert guarded.post({"model": "tiny", "prompt": "hi", "max_tokens": 1}, "single")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("himap", "xargs", "kept"),
+    [
+        # 36 image tokens. The server's defaults (0.5, 0.75), brought into the key's range.
+        (None, None, (22, 11)),
+        ({"shallow_ratio": 0.25}, None, (27, 14)),
+        ({"shallow_ratio": 0.4, "deep_ratio": 0}, None, (22, 22)),
+        ({"shallow_ratio": 0.5}, None, "himap.shallow_ratio"),
+        ({"deep_ratio": 0.6}, None, "himap.deep_ratio"),
+        ({"enabled": False}, None, "himap.shallow_ratio"),
+        (None, {"himap_deep_ratio": 0.6}, "himap.deep_ratio"),
+    ],
+)
+def test_ratios_of_a_key(guarded: Guarded, himap: Any, xargs: Any, kept: Any) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1}
+    body |= {} if himap is None else {"himap": himap}
+    body |= {} if xargs is None else {"vllm_xargs": xargs}
+    status, _, answer = guarded.post(body, "bounded", "/v1/chat/completions")
+    if isinstance(kept, tuple):
+        usage = answer["usage"]["himap"]
+        assert (usage["kept_shallow"], usage["kept_deep"]) == kept
+    else:
+        assert (status, answer["error"]["param"]) == (403, kept)
+        assert "[0" in answer["error"]["message"]
+
+
+def test_a_key_file_rewritten_while_serving(guarded: Guarded) -> None:
+    body = {"model": "tiny", "prompt": "hi", "max_tokens": 1}
+    assert guarded.post(body, "later")[0] == 401
+    guarded.write("plain", "later")
+    assert guarded.post(body, "later")[0] == 200
+    assert guarded.post(body, "single")[0] == 401
+    # A file that can't be used changes nothing, and says so where an operator looks.
+    errors = metric(guarded.server, "himap_api_key_file_errors_total")
+    for content in ("keys: [", "keys: []", "keys:\n  - name: x\n    sha256: short\n"):
+        guarded.file.write_text(content)
+        assert guarded.post(body, "later")[0] == 200
+    guarded.file.unlink()
+    assert guarded.post(body, "later")[0] == 200
+    assert metric(guarded.server, "himap_api_key_file_errors_total") == errors + 4
+    assert "API keys stay as they were" in guarded.log.read_text()
+    guarded.write("plain", "rated", "single", "bounded")
+    assert guarded.post(body, "later")[0] == 401
+
+
+def test_keys_do_not_share_a_prefix_cache(guarded: Guarded) -> None:
+    body = {"model": "tiny", "prompt": PREFIX, "max_tokens": 1}
+
+    def hits(key: str) -> float:
+        before = metric(guarded.server, "vllm:prefix_cache_hits_total")
+        status, _, answer = guarded.post(body, key)
+        assert status == 200, answer
+        return metric(guarded.server, "vllm:prefix_cache_hits_total") - before
+
+    assert hits("plain") == 0
+    assert hits("plain") > 0
+    assert hits("single") == 0
+
+
+def test_a_body_too_large(guarded: Guarded) -> None:
+    # By flag: it goes before environment and file.
+    status, _, answer = guarded.post({"model": "tiny", "prompt": "x" * 300_000})
+    assert (status, "200000 bytes" in answer["error"]["message"]) == (413, True)
+    with socket_to(guarded.server) as connection:
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"authorization: Bearer {guarded.keys['plain']}\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        connection.sendall(head.encode())
+        for _ in range(40):
+            connection.sendall(b"2000\r\n" + b"x" * 0x2000 + b"\r\n")
+        connection.sendall(b"0\r\n\r\n")
+        assert b" 413 " in connection.recv(1000)
+
+
+def test_a_body_that_is_no_json(guarded: Guarded) -> None:
+    authorization = {"Authorization": f"Bearer {guarded.keys['plain']}"}
+    status, _, answer = post(
+        guarded.server, "/v1/completions", {}, **{"content-type": "text/plain", **authorization}
+    )
+    assert (status, answer["error"]["type"]) == (415, "unsupported_media_type")
+    status, _, answer = guarded.post(b"{")
+    assert status == 400
+
+
+def test_prompts_and_images_have_limits_of_the_file(guarded: Guarded) -> None:
+    status, _, answer = guarded.post({"model": "tiny", "prompt": [7] * 301})
+    assert (status, "at most 300" in answer["error"]["message"]) == (400, True)
+    status, _, answer = guarded.post(
+        {"model": "tiny", "messages": MESSAGES * 3}, path="/v1/chat/completions"
+    )
+    assert (status, "at most 2" in answer["error"]["message"]) == (400, True)
+
+
+def test_a_request_that_takes_too_long(guarded: Guarded) -> None:
+    # By environment: it goes before the file.
+    body = {**LONG, "n": 8, "temperature": 1}
+    begun = time.monotonic()
+    status, _, answer = guarded.post(body)
+    assert (status, "1.5 s" in answer["error"]["message"]) == (408, True), answer
+    assert time.monotonic() - begun < 10
+    wait_until_idle(guarded)
+
+
+def test_a_stream_that_takes_too_long(guarded: Guarded) -> None:
+    stream = client(guarded.server, guarded.keys["plain"]).completions.create(
+        model="tiny", prompt="hi", max_tokens=400, n=8, stream=True, extra_body={"ignore_eos": True}
+    )
+    with pytest.raises(openai.APIError, match=r"longer than 1\.5 s"):
+        list(stream)
+    wait_until_idle(guarded)
+
+
+def test_a_body_that_never_ends(guarded: Guarded) -> None:
+    with socket_to(guarded.server) as connection:
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"authorization: Bearer {guarded.keys['plain']}\r\ncontent-length: 100\r\n\r\n"
+        )
+        connection.sendall(head.encode() + b"{")
+        assert b" 408 " in connection.recv(1000)
+
+
+def test_a_client_that_vanishes_in_mid_stream(guarded: Guarded) -> None:
+    body = json.dumps({**LONG, "stream": True}).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"authorization: Bearer {guarded.keys['plain']}\r\nx-request-id: vanishing\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
+    with socket_to(guarded.server) as connection:
+        connection.sendall(head.encode() + body)
+        assert b" 200 " in connection.recv(1000)
+    line = guarded.line("vanishing")
+    assert (line["status"], line["reason"]) == (499, "client_went_away")
+    assert 0 < line["completion_tokens"] < 400
+    wait_until_idle(guarded)
+
+
+def test_a_client_that_vanishes_before_its_answer(guarded: Guarded) -> None:
+    connection = http.client.HTTPConnection(guarded.server.url.removeprefix("http://"))
+    headers = {
+        "content-type": "application/json",
+        "authorization": f"Bearer {guarded.keys['plain']}",
+        "x-request-id": "vanished",
+    }
+    connection.request("POST", "/v1/completions", json.dumps(LONG), headers)
+    time.sleep(0.5)
+    connection.close()
+    assert guarded.line("vanished")["status"] == 499
+    wait_until_idle(guarded)
+
+
+def test_the_log_tells_everything_but_what_was_said(guarded: Guarded) -> None:
+    text = {"type": "text", "text": SECRET}
+    image = MESSAGES[0]["content"][0]
+    _, headers, answer = guarded.post(
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": [image, text]}],
+            "max_tokens": 3,
+            "ignore_eos": True,
+        },
+        path="/v1/chat/completions",
+    )
+    line = guarded.line(headers["X-Request-Id"])
+    assert line["key"] == "plain"
+    assert (line["method"], line["route"], line["status"]) == ("POST", "/v1/chat/completions", 200)
+    assert line["himap"] == answer["usage"]["himap"]
+    assert line["prompt_tokens"] == answer["usage"]["prompt_tokens"]
+    assert (line["completion_tokens"], line["images"]) == (3, 1)
+    assert 0 < line["overhead_s"] < line["time_to_first_token_s"] < line["duration_s"]
+    assert line["time_per_output_token_s"] > 0
+    assert line["queue_s"] >= 0
+    log = guarded.log.read_text()
+    assert SECRET not in log
+    assert image["image_url"]["url"][30:90] not in log
+    assert all(json.loads(line) for line in log.splitlines() if "vllm.himap" in line)
+    assert "loading " in log
+
+
+def test_failures_at_start_name_the_setting(world: World, tmp_path: Path) -> None:
+    broken = tmp_path / "keys.yaml"
+    broken.write_text("keys:\n  - name: a b\n    sha256: x\n")
+    for flags, text in (
+        (("--max-images", "-1"), "max-images: Input should be greater than or equal to 0"),
+        (("--api-keys-file", str(broken)), "keys.0.name"),
+        (("--api-keys-file", str(tmp_path / "none")), "No such file"),
+        (("--config", str(tmp_path / "none.yaml")), "No such file"),
+        (("--image-hosts", "a,b/c"), "neither a host nor host:port: 'b/c'"),
+        (("--deep-ratio", "1.5"), "deep_ratio must be in"),
+    ):
+        command = [HIMAP, "serve", str(world.checkpoint("mha12")), *flags]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env={**os.environ}, check=False
+        )
+        assert (done.returncode, text in done.stderr) == (2, True), done.stderr[-500:]
+
+
+def wait_until_idle(guarded: Guarded) -> None:
+    """Nothing is left of aborted requests: not in the gateway, the engine, or the KV cache."""
+    names = ("himap_requests_in_flight", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
+    deadline = time.monotonic() + 10
+    while any(metric(guarded.server, name) for name in names):
+        assert time.monotonic() < deadline, {n: metric(guarded.server, n) for n in names}
+        # Gauges of the engine follow its steps.
+        guarded.post({"model": "tiny", "prompt": "hi", "max_tokens": 1})
+        time.sleep(0.1)
+
+
+def socket_to(server: Server) -> socket.socket:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=20)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`himap serve` end to end: OpenAI client, `usage.himap`, errors, probes, drain, engine death."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from typing import Any
+
+import openai
+import pytest
+
+from tests.conftest import IMAGE_TOKENS, Case, World
+from tests.gateway.conftest import PICTURES
+from tests.gateway.support import client, metric, post
+from tests.servers import Server, picture_message
+
+QUESTION = "What is this?"
+MESSAGES = [picture_message(PICTURES[0], QUESTION)]
+
+
+def test_chat_equals_the_oracle_and_says_what_was_saved(world: World, server: Server) -> None:
+    case = Case(f"USER: <image>\n{QUESTION} ASSISTANT:", PICTURES[:1], (0.5, 0.75), max_tokens=8)
+    expected = world.oracle("mha12", case)
+    answer = client(server).chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        max_tokens=8,
+        temperature=0,
+        logprobs=True,
+        extra_body={
+            "himap": {"shallow_ratio": 0.5, "deep_ratio": 0.75},
+            "ignore_eos": True,
+            "return_token_ids": True,
+        },
+    )
+    choice: Any = answer.choices[0]
+    assert choice.token_ids == expected.tokens
+    logprobs = [entry.logprob for entry in choice.logprobs.content]
+    assert logprobs == pytest.approx(expected.logprobs, abs=2e-3)
+    usage: Any = answer.usage
+    num_tokens = len(expected.prompt_token_ids)
+    assert usage.prompt_tokens == num_tokens
+    assert usage.himap["image_tokens"] == IMAGE_TOKENS
+    assert usage.himap["kept_shallow"] == len(expected.kept_shallow[0])
+    assert usage.himap["kept_deep"] == len(expected.kept_deep[0])
+    assert usage.himap["kv_tokens_unpruned"] == 12 * num_tokens
+    assert usage.himap["kv_tokens"] == 2 * num_tokens + 6 * (num_tokens - 18) + 4 * (
+        num_tokens - 31
+    )
+    assert 0.5 < usage.himap["prefill_flops_ratio"] < 0.8
+
+
+@pytest.mark.parametrize(
+    ("himap", "kept_deep"),
+    [
+        (None, 5),  # the server's default, (0.5, 0.75)
+        ({}, 5),
+        ({"deep_ratio": 0}, 18),
+        ({"enabled": False}, 36),
+        ({"enabled": False, "deep_ratio": 0.5}, 36),
+        ({"shallow_ratio": 0, "deep_ratio": 0}, 36),
+    ],
+)
+def test_streaming_usage(server: Server, himap: Any, kept_deep: int) -> None:
+    chunks = client(server).chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        max_tokens=3,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={} if himap is None else {"himap": himap},
+    )
+    usage: Any = [chunk.usage for chunk in chunks if chunk.usage is not None][-1]
+    assert usage.himap["kept_deep"] == kept_deep
+    assert (usage.himap["prefill_flops_ratio"] == 1) == (kept_deep == 36)
+
+
+def test_text_only_answers_have_no_savings(server: Server) -> None:
+    answer = client(server).completions.create(model="tiny", prompt=["One", "Two"], max_tokens=2)
+    assert len(answer.choices) == 2
+    assert answer.usage is not None
+    assert not hasattr(answer.usage, "himap")
+
+
+@pytest.mark.parametrize(
+    ("himap", "names"),
+    [
+        ({"shallow_ratio": 1}, ("shallow_ratio", "less than 1")),
+        ({"shallow_ratio": -0.1}, ("shallow_ratio", "greater than or equal to 0")),
+        ({"shallow_ratio": "0.5"}, ("shallow_ratio", "valid number")),
+        ({"deep_ratio": True}, ("deep_ratio", "valid number")),
+        ({"deep_ratio": 0.95}, ("himap_deep_ratio", "[0, 0.9]")),
+        ({"ratio": 0.5}, ("ratio", "not permitted")),
+        ({"enabled": "yes"}, ("enabled", "valid boolean")),
+        ("on", ("himap", "dictionary")),
+    ],
+)
+def test_bad_options_name_the_field_and_the_range(
+    server: Server, himap: Any, names: tuple[str, str]
+) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        client(server).chat.completions.create(
+            model="tiny", messages=MESSAGES, max_tokens=2, extra_body={"himap": himap}
+        )
+    body: Any = error.value.body
+    assert all(name in body["message"] for name in names)
+    assert body["type"]
+
+
+def test_request_ids(server: Server) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1}
+    _, headers, first = post(server, "/v1/chat/completions", body, **{"X-Request-Id": "abc-1"})
+    assert headers["X-Request-Id"] == "abc-1"
+    _, headers, second = post(server, "/v1/chat/completions", body, **{"X-Request-Id": "abc-1"})
+    assert first["id"] != second["id"]
+    _, headers, _ = post(server, "/v1/chat/completions", body)
+    assert len(headers["X-Request-Id"]) == 32
+    _, headers, _ = post(server, "/v1/chat/completions", body, **{"X-Request-Id": "x" * 200})
+    assert len(headers["X-Request-Id"]) == 32
+
+
+def test_only_the_listed_routes_exist(server: Server) -> None:
+    with urllib.request.urlopen(f"{server.url}/openapi.json", timeout=10) as response:
+        document = json.load(response)
+    assert set(document["paths"]) == {
+        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/version",
+        "/health/live", "/health/ready", "/metrics",
+    }  # fmt: skip
+    assert "HiMAPOptions" in document["components"]["schemas"]
+    for path in ("/tokenize", "/v1/embeddings", "/pause", "/collective_rpc", "/invocations"):
+        status, headers, body = post(server, path, {})
+        assert (status, body["error"]["code"]) == (404, 404)
+        assert headers["X-Request-Id"]
+    assert server.status("/version") == 200
+    assert [model.id for model in client(server).models.list().data] == ["tiny"]
+
+
+def test_metrics(server: Server) -> None:
+    counters = (
+        'himap_requests_total{outcome="pruned"}',
+        'himap_image_tokens_total{stage="0"}',
+        'himap_time_to_first_token_seconds_count{model_name="tiny",pruned="true"}',
+        'himap_time_per_output_token_seconds_count{model_name="tiny",pruned="true"}',
+        'himap_e2e_request_latency_seconds_count{model_name="tiny",pruned="true"}',
+        'himap_request_queue_time_seconds_count{model_name="tiny",pruned="true"}',
+        'himap_gateway_overhead_seconds_count{model_name="tiny",pruned="true"}',
+        'himap_images_total{model_name="tiny"}',
+    )
+    before = {name: metric(server, name) for name in counters}
+    client(server).chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=2)
+    after = {name: metric(server, name) for name in counters}
+    gained = {name: after[name] - before[name] for name in counters}
+    assert gained == {name: IMAGE_TOKENS if "image_tokens" in name else 1 for name in counters}
+    assert metric(server, "himap_kv_saved_bytes_total") > 0
+    assert (
+        0
+        < metric(server, "himap_prefill_flops_total")
+        < metric(server, "himap_prefill_flops_unpruned_total")
+    )
+    assert metric(server, "vllm:prompt_tokens_total") > 0
+    assert metric(server, "himap_requests_in_flight") == 0

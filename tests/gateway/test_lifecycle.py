@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting, draining and dying: each with a server of its own."""
+
+from __future__ import annotations
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from tests.conftest import World
+from tests.gateway.support import client, gateway, metric, post
+from tests.gateway.test_api import MESSAGES
+from tests.servers import Server
+
+
+@pytest.mark.parametrize("flag", [("--api-key", "secret"), ("--ssl-certfile", "x")])
+def test_flags_that_would_be_ignored_are_refused(world: World, flag: tuple[str, str]) -> None:
+    with gateway(world.checkpoint("mha12"), *flag) as server:
+        assert server.process.wait(60) == 2
+
+
+def test_sigterm_while_loading(world: World) -> None:
+    with gateway(world.checkpoint("mha12")) as server:
+        server.wait_for("/health/live", 60)
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.terminate()
+        assert server.process.wait(20) == 0
+        assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+def ask(server: Server, stream: bool) -> int:
+    """A request of 300 tokens; how many came."""
+    answer: Any = client(server).chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        max_tokens=300,
+        stream=stream,
+        stream_options={"include_usage": True} if stream else None,
+        extra_body={"ignore_eos": True},
+    )
+    usage = [chunk.usage for chunk in answer][-1] if stream else answer.usage
+    return int(usage.completion_tokens)
+
+
+def test_sigterm_under_load(world: World) -> None:
+    """No new requests; those in flight finish; probes tell the difference."""
+    with gateway(world.checkpoint("mha12")) as server, ThreadPoolExecutor(8) as pool:
+        server.wait_for("/health/ready")
+        answers = [pool.submit(ask, server, number % 2 == 0) for number in range(6)]
+        wait_until_running(server, 6)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert server.status("/health/live") == 200
+        assert server.status("/health/ready") == 503
+        status, headers, body = post(server, "/v1/chat/completions", {})
+        assert (status, body["error"]["message"]) == (503, "the server is shutting down")
+        assert headers["Retry-After"]
+        assert [answer.result(60) for answer in answers] == [300] * 6
+        assert server.process.wait(60) == 0
+
+
+def test_death_of_the_engine_ends_the_service(world: World) -> None:
+    """Requests in flight end with an error, and the process with a status for its supervisor."""
+    with gateway(world.checkpoint("mha12")) as server, ThreadPoolExecutor(8) as pool:
+        server.wait_for("/health/ready")
+        answers = [pool.submit(ask, server, number % 2 == 0) for number in range(4)]
+        wait_until_running(server, 4)
+        (core,) = (
+            child
+            for child in psutil.Process(server.process.pid).children(recursive=True)
+            if "EngineCore" in " ".join(child.cmdline())
+        )
+        core.kill()
+        for answer in answers:
+            with pytest.raises(openai.APIError) as error:
+                answer.result(60)
+            # In OpenAI's shape, and not just a connection that breaks.
+            assert isinstance(error.value.body, dict), error.value
+        assert server.process.wait(60) == 1
+
+
+def wait_until_running(server: Server, count: int) -> None:
+    """Requests are on their way through the engine."""
+    deadline = time.monotonic() + 60
+    while metric(server, "himap_requests_in_flight") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
