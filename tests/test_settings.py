@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a setting comes from, and what is said of a bad one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from himap_server.settings import SettingsError, load, split_file
+
+
+def test_flags_go_before_environment_before_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIMAP_MAX_IMAGES", "3")
+    monkeypatch.setenv("HIMAP_MAX_BODY_BYTES", "30")
+    monkeypatch.setenv("HIMAP_DEEP_RATIO", "0.3")
+    file = {"max_images": 4, "max_body_bytes": 40, "image_timeout": 4, "shallow_ratio": 0.4}
+    gateway, engine = load({"max_images": "2", "grace_seconds": None}, file)
+    assert (gateway.max_images, gateway.max_body_bytes) == (2, 30)
+    assert (gateway.image_timeout, gateway.grace_seconds) == (4.0, 30.0)
+    assert engine == {"shallow_ratio": 0.4, "deep_ratio": 0.3}
+
+
+@pytest.mark.parametrize("hosts", ["A.example, b:8080", ["a.example", "b:8080"]])
+def test_hosts(hosts: object) -> None:
+    gateway, _ = load({}, {"image_hosts": hosts})
+    assert gateway.image_hosts == {"a.example", "b:8080"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("max_images", "many", "max-images: .*integer.*many"),
+        ("request_timeout", "0", "request-timeout: .*greater than 0"),
+        ("fetch_images", "perhaps", "fetch-images: .*boolean"),
+        ("image_hosts", "http://x/y", "image-hosts: .*host:port"),
+        ("shallow_layer", "1.5", "shallow-layer: .*integer"),
+    ],
+)
+def test_a_bad_value_is_named(name: str, value: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=text):
+        load({name: value}, {})
+
+
+def test_one_file_for_the_gateway_and_vllm(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: m\nmax-images: 2\nshallow_ratio: 0.1\ntensor-parallel-size: 2\n")
+    ours, vllms = split_file(file)
+    assert ours == {"max_images": 2, "shallow_ratio": 0.1}
+    assert vllms == {"model": "m", "tensor_parallel_size": 2}
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "5"])
+def test_a_file_that_is_none(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(content)
+    with pytest.raises(SettingsError, match="--config"):
+        split_file(file)
+    with pytest.raises(SettingsError, match="can't be read"):
+        split_file(tmp_path / "none.yaml")
