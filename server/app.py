@@ -25,24 +25,27 @@ from .security.fetch import FetchLimits, ImageFetcher
 from .security.images import ImageLimits
 from .settings import GatewaySettings
 
-_ERRORS = {
-    "400": "something in the request is wrong; `param` names it",
+_ANY_ERRORS = {
     "401": "no valid API key",
-    "403": "the API key does not allow it",
-    "404": "no such model or route",
     "408": "the request took too long",
     "413": "body or image too large",
-    "415": "the body is not JSON",
     "429": "the API key's limits; see Retry-After",
+    "503": "loading, draining, overloaded, or the engine is dead; see Retry-After",
+}
+_POST_ERRORS = _ANY_ERRORS | {
+    "400": "something in the request is wrong; `param` names it",
+    "403": "the API key does not allow it",
+    "404": "no such model",
+    "415": "the body is not JSON",
     "500": "an error of the engine",
     "501": "not supported by the model",
-    "503": "loading, draining, overloaded, or the engine is dead; see Retry-After",
 }
 
 
 def build_app(args: Namespace, settings: GatewaySettings, lifecycle: Lifecycle) -> FastAPI:
     """The app; the engine puts its handlers into `app.state` when it is up."""
-    app = FastAPI(title="HiMAP-vLLM", version=himap_vllm.__version__)
+    app = FastAPI(title="HiMAP-vLLM", version=himap_vllm.__version__, redirect_slashes=False)
+    app.state.needs_key = settings.api_keys_file is not None
     app.state.args = args
     app.state.lifecycle = lifecycle
     restrict_decoders()
@@ -53,6 +56,7 @@ def build_app(args: Namespace, settings: GatewaySettings, lifecycle: Lifecycle) 
             min_side=settings.min_image_side,
         ),
         settings.max_images,
+        settings.max_body_bytes,  # fetched or sent along
         ImageFetcher(
             FetchLimits(
                 max_bytes=settings.max_image_bytes,
@@ -95,15 +99,20 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             schemas.pop(name, None)
         error = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(error.pop("$defs"), ErrorBody=error)
+        if app.state.needs_key:
+            document["components"]["securitySchemes"] = {
+                "key": {"type": "http", "scheme": "bearer"}
+            }
         content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
         for path, operations_ in document["paths"].items():
-            for operation in operations_.values():
+            for method, operation in operations_.items():
                 operation["responses"].pop("422", None)
-                if path.startswith("/v1/"):
-                    for status, description in _ERRORS.items():
-                        operation["responses"][status] = {
-                            "description": description,
-                            "content": content,
-                        }
+                if not path.startswith("/v1/"):
+                    continue
+                if app.state.needs_key:
+                    operation["security"] = [{"key": []}]
+                errors = _POST_ERRORS if method == "post" else _ANY_ERRORS
+                for status, text in errors.items():
+                    operation["responses"][status] = {"description": text, "content": content}
         app.openapi_schema = document
     return app.openapi_schema

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,16 @@ import uvloop
 import yaml
 from vllm.config.logging import LoggingConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.cli_args import (
+    FrontendArgs,
+    make_arg_parser,
+    validate_parsed_serve_args,
+)
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args, init_logger
 from vllm.platforms import current_platform
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from himap_vllm.config import ADDITIONAL_CONFIG_KEY, EngineSettings, HiMAPError
@@ -43,11 +49,20 @@ logger = init_logger("vllm.himap.server")
 _DEFAULT_CPU_KV_BYTES = 4 << 30
 _MAX_N_SEQUENCES = "128"
 
-# Flags of vLLM's own HTTP server, which is not the one that runs here: refused, not ignored.
+# Flags of vLLM's HTTP server that mean something here: read by its handlers, or by this module. The
+# others are refused, not ignored.
+_SERVED = frozenset({
+    "chat_template", "chat_template_content_format", "default_chat_template_kwargs",
+    "enable_auto_tool_choice", "enable_force_include_usage", "enable_log_deltas",
+    "enable_log_outputs", "enable_per_request_metrics", "enable_prompt_tokens_details",
+    "exclude_tools_when_tool_choice_none", "host", "log_error_stack", "lora_modules", "max_log_len",
+    "port", "response_role", "return_tokens_as_token_ids", "tool_call_parser",
+    "tool_parser_plugin", "tool_server", "tool_strict_level", "trust_request_chat_template",
+    "trust_request_mm_kwargs", "uvicorn_log_level",
+})  # fmt: skip
 _NOT_SERVED = (
-    "api_key", "uds", "root_path", "middleware", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs",
-    "allowed_origins", "disable_fastapi_docs", "sse_keep_alive_interval", "tool_parser_plugin",
-    "headless", "grpc", "api_server_count", "allowed_media_domains", "allowed_local_media_path",
+    {field.name for field in fields(FrontendArgs)} - _SERVED
+    | {"headless", "grpc", "api_server_count", "allowed_media_domains", "allowed_local_media_path"}
 )  # fmt: skip
 
 # Likewise. The store of the Responses API never forgets, and tells anyone who knows an id.
@@ -55,7 +70,11 @@ _NOT_SERVED_ENVIRONMENT = {
     "VLLM_API_KEY": "use --api-keys-file",
     "VLLM_ENABLE_RESPONSES_API_STORE": "himap serve stores no responses",
     "VLLM_SERVER_DEV_MODE": "himap serve has none of its routes",
+    "VLLM_MAX_IMAGE_PIXELS": "use --max-image-pixels",
 }
+
+# What these say at INFO and WARNING can hold what clients sent.
+_TALKATIVE = ("vllm.renderers", "vllm.entrypoints", "vllm.tool_parsers", "vllm.reasoning")
 
 
 def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
@@ -77,7 +96,7 @@ def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
         EngineSettings.parse(engine)
     except (SettingsError, HiMAPError) as error:
         parser.error(str(error))
-    for name in _NOT_SERVED:
+    for name in sorted(_NOT_SERVED):
         if getattr(args, name, None) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is not supported by himap serve")
     for name, instead in _NOT_SERVED_ENVIRONMENT.items():
@@ -128,11 +147,22 @@ def _choose_cpu_memory(args: Namespace) -> None:
         logger.info("KV cache: %d MiB (--kv-cache-memory-bytes)", args.kv_cache_memory_bytes >> 20)
 
 
+def _import_plugins(args: Namespace) -> None:
+    """`--tool-parser-plugin` and `--reasoning-parser-plugin`, as vLLM's own server does."""
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+
+
 def _configure_logging(args: Namespace) -> None:
     """JSON lines, unless the operator chose otherwise (`--logging-config`), from all processes."""
     if not hasattr(args, "logging_config"):
         args.logging_config = replace(LoggingConfig(), formatter="json")
     configure_logging_from_args(args)
+    if logging.getLogger("vllm").level > logging.DEBUG:
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("uvicorn", "uvicorn.error"):
         log = logging.getLogger(name)
         log.handlers = logging.getLogger("vllm").handlers if name == "uvicorn" else []
@@ -186,6 +216,7 @@ async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None
 def _serve(argv: list[str]) -> int:
     cli_env_setup()
     args, settings = parse_arguments(argv)
+    _import_plugins(args)
     _configure_logging(args)
     _choose_cpu_memory(args)
     try:

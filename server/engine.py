@@ -67,6 +67,7 @@ async def run_engine(
             PromptObserver(config, pruning, settings.max_prompt_tokens).observe
         )
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
+        app.openapi()  # takes seconds, once: not while requests wait
         lifecycle.phase = Phase.READY
         progress.cancel()
         logger.info("ready: %s", args.model)

@@ -9,11 +9,11 @@ engine's work; so does the request's time limit.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
-import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,7 +28,7 @@ from .security.limits import KeyLimits
 REQUEST_ID_HEADER = "x-request-id"
 _ACCEPTED_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_WENT_AWAY = 499  # nginx's number for it; goes to the log, no client sees it
-_DISCARD_SECONDS = 5.0
+_LAST_WORDS_SECONDS = 5.0
 _RETRY_SECONDS = 5
 _OURS = (REQUEST_ID_HEADER.encode(), b"authorization")
 
@@ -76,14 +76,17 @@ class Gate:
         try:
             await self._pass(inner, headers, receive, answer, record)
         except _ClientGoneError:
-            pass
+            record.status = _CLIENT_WENT_AWAY
         except GatewayError as error:
             record.reason = error.reason
-            await _refuse(error, scope, receive, answer)
+            # A client that reads no more must not keep this waiting.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                    await _refuse(error, scope, receive, answer)
         finally:
             current.reset(token)
             record.route = getattr(inner.get("route"), "path", "")
-            record.status = answer.status if answer.complete else _CLIENT_WENT_AWAY
+            record.status = record.status or (answer.status if answer.complete else 500)
             record.duration = record.elapsed
             self._report(record)
 
@@ -118,7 +121,7 @@ class Gate:
         self, headers: Headers, record: RequestRecord
     ) -> AbstractContextManager[None]:
         if self._keys is None:
-            return nullcontext()
+            return contextlib.nullcontext()
         scheme, _, token = headers.get("authorization", "").partition(" ")
         key = self._keys.find(token.strip()) if scheme.lower() == "bearer" else None
         if key is None:
@@ -140,29 +143,33 @@ class Gate:
         declared = headers.get("content-length", "")
         too_large = declared.isdecimal() and int(declared) > self._max_body_bytes
         body = bytearray()
-        give_up = time.monotonic() + _DISCARD_SECONDS
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise _ClientGoneError
-            chunk = message.get("body", b"")
-            more = message.get("more_body", False)
-            too_large = too_large or len(body) + len(chunk) > self._max_body_bytes
-            if not too_large:
-                body += chunk
-            elif not more or time.monotonic() > give_up:
-                # Clients read the answer only when they have sent everything: let them, a while.
-                raise GatewayError(
-                    413,
-                    f"the body is larger than {self._max_body_bytes} bytes",
-                    reason="body_bytes",
-                )
-            if not more:
-                return bytes(body)
+        more = True
+        while more and not too_large:
+            chunk, more = await _receive_body(receive)
+            too_large = len(body) + len(chunk) > self._max_body_bytes
+            body += chunk
+        if not too_large:
+            return bytes(body)
+        del body
+        # Clients read the answer only when they have sent everything: let them, a while.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                while more:
+                    _, more = await _receive_body(receive)
+        raise GatewayError(
+            413, f"the body is larger than {self._max_body_bytes} bytes", reason="body_bytes"
+        )
 
 
 class _ClientGoneError(Exception):
     pass
+
+
+async def _receive_body(receive: Receive) -> tuple[bytes, bool]:
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise _ClientGoneError
+    return message.get("body", b""), message.get("more_body", False)
 
 
 class _Answer:
@@ -224,9 +231,10 @@ async def _run(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, answer
         if not running.done():
             gone.set()
             running.cancel()
-            await asyncio.wait((running,))
-    if not gone.is_set():
-        running.result()
+            await asyncio.gather(running, return_exceptions=True)
+    if gone.is_set():
+        raise _ClientGoneError
+    running.result()
 
 
 async def _refuse(error: GatewayError, scope: Scope, receive: Receive, answer: _Answer) -> None:

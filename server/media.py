@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import Any
 
 import vllm.multimodal.image as vllm_image
@@ -19,7 +20,13 @@ from vllm.renderers.chat_utils import MM_PARSER_MAP, TEXT_PART_TYPES
 from .errors import GatewayError
 from .record import RequestRecord
 from .security.fetch import ImageFetcher
-from .security.images import ImageLimits, check_image, decode_data_url, to_data_url
+from .security.images import (
+    CheckedImage,
+    ImageLimits,
+    check_image,
+    decode_data_url,
+    to_data_url,
+)
 
 # Types of content parts, and keys by which vLLM knows a part without one; the Responses API's too.
 _IMAGE = frozenset({"image_url", "input_image"})
@@ -38,12 +45,25 @@ def restrict_decoders() -> None:
     vllm_image.ALLOWED_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
+_MAY_HOLD_TEXT = (str, list, dict)
+
+# Parameters of sampling, whose text never comes into a prompt.
+_NO_PROMPT = frozenset({"stop", "bad_words"})
+
+# vLLM's validation and chat templates take up to a millisecond for each, on the event loop.
+_MAX_PARTS = 4096
+
+
 class MediaCheck:
     """Goes through the bodies of requests, and replaces their images in place."""
 
-    def __init__(self, limits: ImageLimits, max_images: int, fetcher: ImageFetcher | None) -> None:
+    def __init__(
+        self, limits: ImageLimits, max_images: int, max_bytes: int, fetcher: ImageFetcher | None
+    ) -> None:
+        """`max_bytes` is for all images of a request together, as pixels in `limits` are."""
         self._limits = limits
         self._max_images = max_images
+        self._max_bytes = max_bytes
         self._fetcher = fetcher
         self.placeholders: Collection[str] = ()
         """Tokens that stand for an image in a prompt; known when the model is loaded."""
@@ -54,7 +74,15 @@ class MediaCheck:
         Raises:
             GatewayError: something in it is refused.
         """
-        images = [(path, part) for path, part in _parts(body) if _is_image(path, part)]
+        parts = list(islice(_parts(body), _MAX_PARTS + 1))
+        if len(parts) > _MAX_PARTS:
+            raise GatewayError(
+                400,
+                f"more than {_MAX_PARTS} messages and content parts",
+                reason="parts",
+                param="messages" if "messages" in body else "input",
+            )
+        images = [(path, part) for path, part in parts if _is_image(path, part)]
         record.images = len(images)
         if len(images) > self._max_images:
             raise GatewayError(
@@ -68,10 +96,11 @@ class MediaCheck:
         begun = record.elapsed
         try:
             async with asyncio.TaskGroup() as group:
+                budget = _Budget(self._limits.max_pixels, self._max_bytes)
                 for path, part in images:
-                    group.create_task(self._admit(path, part))
+                    group.create_task(self._admit(path, part, budget))
         except* GatewayError as errors:
-            raise _first(errors) from None
+            raise errors.exceptions[0] from None
         finally:
             if fetches:
                 record.fetching = record.elapsed - begun
@@ -81,13 +110,15 @@ class MediaCheck:
         if self._fetcher is not None:
             await self._fetcher.close()
 
-    async def _admit(self, path: str, part: dict[str, Any]) -> None:
+    async def _admit(self, path: str, part: dict[str, Any], budget: _Budget) -> None:
         url = _url(part)
         if not isinstance(url, str):
             raise GatewayError(400, "an image must have a URL", reason="image_url", param=path)
         if _is_data_url(url):
             # Off the event loop: megabytes take milliseconds.
-            url = await asyncio.to_thread(self._check_data_url, path, url)
+            size, checked = await asyncio.to_thread(self._check_data_url, path, url)
+            budget.spend(size, checked, path)
+            url = f"data:image/{checked.kind};base64,{url.partition(',')[2]}"
         elif self._fetcher is None:
             raise GatewayError(
                 400,
@@ -97,20 +128,22 @@ class MediaCheck:
             )
         else:
             data = await self._fetcher.fetch(url, path)
-            kind = await asyncio.to_thread(check_image, data, self._limits, path)
-            url = to_data_url(kind, data)
+            checked = await asyncio.to_thread(check_image, data, self._limits, path)
+            budget.spend(len(data), checked, path)
+            url = to_data_url(checked.kind, data)
         part["image_url"] = {"url": url} if isinstance(part["image_url"], dict) else url
 
-    def _check_data_url(self, path: str, url: str) -> str:
-        _, data = decode_data_url(url, self._limits, path)
-        kind = check_image(data, self._limits, path)
-        return f"data:image/{kind};base64,{url.partition(',')[2]}"
+    def _check_data_url(self, path: str, url: str) -> tuple[int, CheckedImage]:
+        data = decode_data_url(url, self._limits, path)
+        return len(data), check_image(data, self._limits, path)
 
     def _check_text(self, body: Any, images: Collection[int]) -> None:
         """vLLM (and CVE-2026-44222): the token of an image, typed, is taken for an image."""
-        rest: list[tuple[str, Any]] = [("", body)]
+        if not self.placeholders:
+            return
+        rest: list[tuple[Any, _Place | None]] = [(body, None)]
         while rest:
-            path, node = rest.pop()
+            node, place = rest.pop()
             if isinstance(node, str):
                 for token in self.placeholders:
                     if token in node:
@@ -119,13 +152,54 @@ class MediaCheck:
                             f"{token} stands for an image in this model's prompts and can't be "
                             "sent as text; send images as image_url parts",
                             reason="placeholder",
-                            param=path.lstrip("."),
+                            param=_path(place),
                         )
             elif isinstance(node, list):
-                rest.extend((f"{path}[{index}]", value) for index, value in enumerate(node))
+                rest.extend(
+                    (value, (place, index))
+                    for index, value in enumerate(node)
+                    if isinstance(value, _MAY_HOLD_TEXT)  # prompts come as token ids, too
+                )
             elif isinstance(node, dict) and id(node) not in images:
-                rest.extend((f"{path}.{key}", value) for key, value in node.items())
-                rest.extend((path, key) for key in node)
+                rest.extend((key, place) for key in node)
+                rest.extend(
+                    (value, (place, key))
+                    for key, value in node.items()
+                    if isinstance(value, _MAY_HOLD_TEXT)
+                    and not (place is None and key in _NO_PROMPT)
+                )
+
+
+# Where a value stands in the body: linked, because a path for each would take as many characters
+# as their keys have, times their number.
+_Place = tuple[Any, str | int]
+
+
+def _path(place: _Place | None) -> str:
+    steps: list[str] = []
+    while place is not None:
+        place, step = place
+        steps.append(f"[{step}]" if isinstance(step, int) else f".{step}")
+    return "".join(reversed(steps)).lstrip(".")[:200]
+
+
+class _Budget:
+    """What the images of a request may still come to."""
+
+    def __init__(self, pixels: int, size: int) -> None:
+        self._limits = pixels, size
+        self._pixels = self._size = 0
+
+    def spend(self, size: int, image: CheckedImage, path: str) -> None:
+        self._pixels += image.pixels
+        self._size += size
+        for what, spent, limit, status in (
+            ("pixels", self._pixels, self._limits[0], 400),
+            ("bytes", self._size, self._limits[1], 413),
+        ):
+            if spent > limit:
+                text = f"the images of this request have more than {limit} {what} together"
+                raise GatewayError(status, text, reason=f"image_{what}", param=path)
 
 
 def _parts(body: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -148,7 +222,10 @@ def _parts(body: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _is_image(path: str, part: dict[str, Any]) -> bool:
-    names = {*part, part["type"]} if isinstance(part.get("type"), str) else set(part)
+    names = set(part)
+    if isinstance(part.get("type"), str) and part.get("uuid") is None:
+        # vLLM goes by the type alone, and clients send the other fields as null.
+        names = {name for name, value in part.items() if value is not None} | {part["type"]}
     if not _OTHER_MEDIA.isdisjoint(names):
         raise GatewayError(
             400,
@@ -158,7 +235,7 @@ def _is_image(path: str, part: dict[str, Any]) -> bool:
         )
     if _IMAGE.isdisjoint(names):
         return False
-    if "uuid" in part:
+    if part.get("uuid") is not None:
         # vLLM would look the image up by it, whoever sent that image.
         raise GatewayError(
             400, "uuid is not supported for images", reason="media", param=f"{path}.uuid"
@@ -173,8 +250,3 @@ def _url(part: dict[str, Any]) -> Any:
 
 def _is_data_url(url: Any) -> bool:
     return isinstance(url, str) and url[:5].lower() == "data:"
-
-
-def _first(errors: BaseExceptionGroup[GatewayError]) -> GatewayError:
-    error = errors.exceptions[0]
-    return error if isinstance(error, GatewayError) else _first(error)

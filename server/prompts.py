@@ -49,6 +49,7 @@ class PromptObserver:
         if record is None:
             return
         tokens = request.prompt_token_ids or []
+        record.prompt_tokens += len(tokens)
         if self._max_tokens is not None and len(tokens) > self._max_tokens:
             record.reason = "prompt_tokens"
             raise VLLMValidationError(

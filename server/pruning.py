@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
-
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG, EngineSettings
 
 from .errors import GatewayError
@@ -23,16 +21,15 @@ class PruningPolicy:
         """Turn `himap` into `vllm_xargs`, and keep API keys' prefix caches apart.
 
         Raises:
-            GatewayError: 403, a ratio that the key does not allow.
-            VLLMValidationError: beam search, which vLLM runs without the request's own arguments.
+            GatewayError: 403, a ratio that the key does not allow; 400, beam search, each step of
+                which vLLM runs as a new request, without the arguments of the one it belongs to.
         """
-        if getattr(request, "use_beam_search", False) and (
-            any(self._defaults.values()) or request.himap is not None
-        ):
-            raise VLLMValidationError(
-                "beam search can't be combined with pruning, which the request or this server's "
-                "default asks for",
-                parameter="use_beam_search",
+        if getattr(request, "use_beam_search", False):
+            raise GatewayError(
+                400,
+                "beam search is not supported",
+                reason="beam_search",
+                param="use_beam_search",
             )
         args = dict(request.vllm_xargs or {})
         if request.himap is not None:

@@ -96,7 +96,6 @@ class RequestRecord:
                 yield output
         finally:  # a client that goes away ends it early
             if last is not None:
-                self.prompt_tokens += len(last.prompt_token_ids or ())
                 self.completion_tokens += tokens
                 stats: Any = last.metrics
                 if stats is not None:  # None: --disable-log-stats

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses.protocol import ResponseInputOutputItem, ResponsesRequest
+from vllm.renderers.chat_utils import ChatCompletionMessageParam
 
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 
@@ -86,13 +87,18 @@ class _WithPruning(BaseModel):
     ID_PREFIX: ClassVar[str] = ""
     """Of the id that vLLM takes as it is; its chat and text handlers put their own before it."""
 
+    # A wrong one is repeated in the answer and in the log.
+    model: str | None = Field(default=None, max_length=256)
     himap: HiMAPOptions | None = Field(
         default=None, description="pruning of image tokens; see HiMAPOptions"
     )
 
 
+# The first bad item is enough: each has hundreds of errors, one for each kind that it is not.
 class ChatRequest(_WithPruning, ChatCompletionRequest):
     """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatCompletionMessageParam], Field(fail_fast=True)]
 
 
 class TextRequest(_WithPruning, CompletionRequest):
@@ -103,6 +109,7 @@ class ResponsesBody(_WithPruning, ResponsesRequest):
     """Body of `POST /v1/responses`."""
 
     ID_PREFIX = "resp_"
+    input: str | Annotated[list[ResponseInputOutputItem], Field(fail_fast=True)]
 
 
 class ErrorInfo(BaseModel):

@@ -28,12 +28,17 @@ from ..record import RequestRecord, current
 from ..schemas import EXAMPLES, ChatRequest, ResponsesBody, TextRequest
 
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+_MAX_VALUES = 1_000_000
 _UNDECODABLE = "Failed to load image"
 
 
 class _CheckedRequest(Request):
     async def json(self) -> Any:
         """The body, its images and text checked: what pydantic, and vLLM, get to see."""
+        # Megabytes of small values hold up everything else for seconds; of text and images, not.
+        if (await self.body()).count(b",") > _MAX_VALUES:
+            text = f"the body has more than {_MAX_VALUES} values"
+            raise GatewayError(413, text, reason="body_values")
         body = await super().json()
         await self.app.state.media(body, current.get())
         return body

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
+from typing import NamedTuple
 
 import pybase64
 from PIL.GifImagePlugin import GifImageFile
@@ -29,8 +30,14 @@ _FORMATS: tuple[tuple[str, re.Pattern[bytes], Callable[[BytesIO], ImageFile]], .
 )
 _DATA_URL = re.compile(r"data:image/(png|jpeg|jpg|webp|gif);base64,", re.IGNORECASE)
 
-# A PNG has one. Pillow inflates each, up to 1 MiB: 10 MB of them would take 20 s.
-_MAX_COLOR_PROFILES = 8
+# What an image has once, and hostile ones a thousand times. Pillow inflates each colour profile of
+# a PNG, up to 1 MiB (10 MB of them took 20 s), and adds each Exif segment of a JPEG to those before
+# it, which takes the square of their number (16 MB took 114 s).
+_REPEATED = (b"iCCP", b"Exif\0\0")
+_MAX_REPEATED = 8
+
+# Pillow reads no further than to the size. Photos have megabytes before it, in depth maps.
+_MAX_HEADER = 8 << 20
 
 # Pillow warns about odd metadata in texts that a client can vary without end, and Python keeps
 # each text. Once and here, since catch_warnings is not safe in threads. Its errors stay.
@@ -47,8 +54,15 @@ class ImageLimits:
     min_side: int
 
 
-def check_image(data: bytes, limits: ImageLimits, param: str) -> str:
-    """The image's format: "png", "jpeg", "webp" or "gif".
+class CheckedImage(NamedTuple):
+    """An image that may be decoded: "png", "jpeg", "webp" or "gif", and its size."""
+
+    kind: str
+    pixels: int
+
+
+def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
+    """The image's format and size.
 
     By content, whatever a header or a URL declares, and without decoding it: vLLM PR #47010 (a
     decompression bomb), CVE-2026-22773 (a 1x1 image ended the engine).
@@ -64,9 +78,11 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> str:
     if decoder is None:
         raise _refusal("image_type", "the image must be PNG, JPEG, WebP or GIF", param)
     try:
-        if data.count(b"iCCP") > _MAX_COLOR_PROFILES:
+        if any(data.count(name) > _MAX_REPEATED for name in _REPEATED):
             raise ValueError
-        with decoder(BytesIO(data)) as image:
+        # The WebP decoder wants the whole file; it has no header to speak of.
+        header = data if kind == "webp" else data[:_MAX_HEADER]
+        with decoder(BytesIO(header)) as image:
             width, height = image.size
         too_many = width * height > limits.max_pixels
     except DecompressionBombError:
@@ -79,11 +95,11 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> str:
     if min(width, height) < limits.min_side:
         message = f"the image must be at least {limits.min_side} pixels wide and high"
         raise _refusal("image_side", message, param)
-    return kind
+    return CheckedImage(kind, width * height)
 
 
-def decode_data_url(url: str, limits: ImageLimits, param: str) -> tuple[str, bytes]:
-    """The declared format and the bytes, which `check_image` has yet to see.
+def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
+    """The bytes of a data URL, which `check_image` has yet to see.
 
     Four types only: behind `data:video/jpeg`, vLLM found thousands of frames (CVE-2026-5497).
 
@@ -98,11 +114,10 @@ def decode_data_url(url: str, limits: ImageLimits, param: str) -> tuple[str, byt
     if len(url) - match.end() > (limits.max_bytes + 2) // 3 * 4:
         raise _too_large(limits, param)
     try:
-        data = pybase64.b64decode(url[match.end() :], validate=True)
+        return pybase64.b64decode(url[match.end() :], validate=True)
     except ValueError:
         message = "the image's data URL is not valid base64"
         raise _refusal("image_broken", message, param) from None
-    return match[1].lower().replace("jpg", "jpeg"), data
 
 
 def to_data_url(kind: str, data: bytes) -> str:

@@ -82,12 +82,13 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         return _File.model_validate(yaml.safe_load(path.read_text())).keys
     except OSError as error:
         raise KeyFileError(f"{path}: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise KeyFileError(f"{path} is not YAML") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise KeyFileError(f"{path}: {where or 'keys'}: {first['msg']}") from error
+    # ValueError: bytes that are no text, dates that are none.
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise KeyFileError(f"{path} is not YAML") from error
 
 
 class KeyRing:
@@ -145,4 +146,5 @@ def make_key(name: str) -> tuple[str, str]:
     token = f"himap-{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(token.encode()).hexdigest()
     key = Key(name=name, sha256=digest)
-    return token, f"  - name: {key.name}\n    sha256: {key.sha256}\n"
+    # In quotes: to YAML, 123 and no are not names.
+    return token, f'  - name: "{key.name}"\n    sha256: "{key.sha256}"\n'

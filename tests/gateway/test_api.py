@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from typing import Any
 
@@ -108,6 +109,40 @@ def test_bad_options_name_the_field_and_the_range(
     assert body["type"]
 
 
+def test_hostile_structures_are_refused_at_once(server: Server) -> None:
+    """None may take more than its share of the event loop, or of the memory."""
+    item = {"type": "message", "role": "x", "content": [{"type": "zzz"}]}
+    message = {"role": "user", "content": "x"}
+    bodies = [
+        ("/v1/responses", {"input": [item] * 2000}, "input[0]"),
+        ("/v1/responses", {"input": [item] * 5000}, "input"),
+        (
+            "/v1/chat/completions",
+            {"messages": [message] * 5000},
+            "messages",
+        ),
+        ("/v1/chat/completions", {"messages": [{"role": 1}] * 4000}, "messages[0]"),
+        ("/v1/chat/completions", {"messages": MESSAGES, "x" * 100_000: [""] * 10_000}, None),
+        ("/v1/chat/completions", {"messages": MESSAGES, "model": "x" * 300}, "model"),
+    ]
+    for path, body, param in bodies:
+        begun = time.monotonic()
+        status, _, answer = post(server, path, {"model": "tiny", "max_tokens": 1, **body})
+        assert time.monotonic() - begun < 5
+        if param is None:
+            assert status == 200
+        else:
+            assert status == 400
+            assert param.partition("[")[0] in answer["error"]["param"]
+            assert len(answer["error"]["message"]) < 12_000
+
+
+def test_beam_search_is_refused(server: Server) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, "use_beam_search": True, "n": 2}
+    status, _, answer = post(server, "/v1/chat/completions", body)
+    assert (status, answer["error"]["param"]) == (400, "use_beam_search")
+
+
 def test_request_ids(server: Server) -> None:
     body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1}
     _, headers, first = post(server, "/v1/chat/completions", body, **{"X-Request-Id": "abc-1"})
@@ -160,3 +195,10 @@ def test_metrics(server: Server) -> None:
     )
     assert metric(server, "vllm:prompt_tokens_total") > 0
     assert metric(server, "himap_requests_in_flight") == 0
+
+
+def test_a_body_of_too_many_values(server: Server) -> None:
+    status, _, answer = post(
+        server, "/v1/completions", {"model": "tiny", "prompt": [1] * 1_000_002}
+    )
+    assert (status, "1000000 values" in answer["error"]["message"]) == (413, True)

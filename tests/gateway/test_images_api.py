@@ -140,6 +140,7 @@ def test_urls_that_are_refused(server: Server, image_host: ImageHost, url: str) 
         {"type": "file", "file": {"file_id": "x"}},
         {"type": "input_file", "file_url": "http://127.0.0.1:1/"},
         {"type": "input_image", "file_id": "x"},
+        {"image_url": None},
         # Whoever knows it would get what another client sent under it.
         {"type": "image_url", "image_url": None, "uuid": "someone-elses"},
     ],
@@ -199,7 +200,7 @@ def test_a_checked_image_is_decoded_as_what_was_checked() -> None:
     struct.pack_into("<HHH", head, 6, 1, 13000, 13000)
     struct.pack_into("<IH", head, 128, 16, 0xF1FA)
     image = bytes(head) + jpeg[2:]
-    assert check_image(image, ImageLimits(10**6, 10**6, 8), "image") == "jpeg"
+    assert check_image(image, ImageLimits(10**6, 10**6, 8), "image").kind == "jpeg"
     before = vllm_image.ALLOWED_IMAGE_FORMATS
     try:
         assert vllm_image.open_image(io.BytesIO(image)).size == (13000, 13000)
@@ -207,6 +208,20 @@ def test_a_checked_image_is_decoded_as_what_was_checked() -> None:
         assert vllm_image.open_image(io.BytesIO(image)).size == PICTURES[0].size
     finally:
         vllm_image.ALLOWED_IMAGE_FORMATS = before
+
+
+def test_fields_that_are_null_are_not_there(server: Server) -> None:
+    """Clients send what their classes have."""
+    text = {"type": "text", "text": "hi", "image_url": None, "input_audio": None, "uuid": None}
+    assert ask(server, {**image_part(DATA_URL), "text": None, "uuid": None}, text).usage.himap
+
+
+def test_images_of_a_request_together(server: Server) -> None:
+    """One can be within the limits, and sixteen of it too much for the memory."""
+    large = encoded(Image.new("1", (5000, 5000)), "PNG")
+    part = image_part(f"data:image/png;base64,{large}")
+    with pytest.raises(openai.BadRequestError, match="50000000 pixels together"):
+        ask(server, part, part, part)
 
 
 def test_sizes(server: Server) -> None:
@@ -235,6 +250,10 @@ def test_placeholders_in_text_are_refused(server: Server, with_image: bool) -> N
     for body in bodies:
         status, _, answer = post(server, "/v1/chat/completions", {"model": "tiny", **body})
         assert (status, "stands for an image" in answer["error"]["message"]) == (400, True)
+
+
+def test_placeholders_may_be_stop_strings(server: Server) -> None:
+    assert ask(server, image_part(DATA_URL), stop=["<image>"]).usage.himap
 
 
 def test_placeholders_put_together_from_pieces_are_refused(server: Server) -> None:

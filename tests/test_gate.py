@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate around apps that misbehave: what the client gets, and what is written down."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from himap_server.gate import Gate
+from himap_server.lifecycle import Lifecycle, Phase
+from himap_server.record import RequestRecord
+
+App = Callable[[Any, Any, Any], Awaitable[None]]
+START = {"type": "http.response.start", "status": 200, "headers": []}
+EVENTS = {**START, "headers": [(b"content-type", b"text/event-stream")]}
+
+
+class Client:
+    """Sends one request through a gate around `app`."""
+
+    def __init__(self, app: App, timeout: float = 5.0, body: bytes = b"{}") -> None:
+        self.sent: list[Any] = []
+        self.records: list[RequestRecord] = []
+        self.reads = True
+        self.gone = asyncio.Event()
+        self._messages = [{"type": "http.request", "body": body, "more_body": False}]
+        self.lifecycle = Lifecycle(1.0)
+        self.lifecycle.phase = Phase.READY
+        self.gate = Gate(
+            app,
+            self.lifecycle,
+            keys=None,
+            max_body_bytes=100,
+            request_timeout=timeout,
+            report=self.records.append,
+        )
+
+    async def receive(self) -> Any:
+        if self._messages:
+            return self._messages.pop(0)
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        if not self.reads:
+            await asyncio.Event().wait()
+        self.sent.append(message)
+
+    async def ask(self) -> RequestRecord:
+        """Run the request to its end; nothing may be left of it."""
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": headers}
+        await self.gate(scope, self.receive, self.send)
+        assert self.lifecycle.in_flight == 0
+        await asyncio.sleep(0)  # a cancelled task ends with the loop's next turn
+        assert len(asyncio.all_tasks()) == 1
+        (record,) = self.records
+        return record
+
+    @property
+    def error(self) -> Any:
+        """The error in the answer's last body."""
+        text = self.sent[-1]["body"].decode().removeprefix("data: ")
+        return json.loads(text)["error"]
+
+
+async def stuck(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+    await asyncio.Event().wait()
+
+
+async def stuck_stream(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+    await send(EVENTS)
+    await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+    await asyncio.Event().wait()
+
+
+async def answers_its_cancellation(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        await send({**START, "status": 400})
+        await send({"type": "http.response.body", "body": b"late"})
+
+
+async def fails_when_cancelled(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+    try:
+        await asyncio.Event().wait()
+    finally:
+        raise RuntimeError
+
+
+async def fails_in_mid_answer(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+    await send(EVENTS)
+    raise RuntimeError
+
+
+async def answers(scope: Any, receive: Any, send: Any) -> None:
+    assert (await receive())["body"] == b"{}"
+    assert dict(scope["headers"]) == {b"content-type": b"application/json"}
+    await send(START)
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def test_an_answer() -> None:
+    async def run() -> None:
+        client = Client(answers)
+        record = await client.ask()
+        assert (record.status, record.reason) == (200, None)
+        assert client.sent[-1]["body"] == b"ok"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "app", [stuck, stuck_stream, answers_its_cancellation, fails_when_cancelled]
+)
+def test_the_time_limit(app: App) -> None:
+    async def run() -> None:
+        client = Client(app, timeout=0.1)
+        record = await client.ask()
+        assert client.error["code"] == 408
+        assert record.reason == "timeout"
+        assert record.status == (200 if app is stuck_stream else 408)
+        starts = [message for message in client.sent if message["type"] == "http.response.start"]
+        assert len(starts) == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "app", [stuck, stuck_stream, answers_its_cancellation, fails_when_cancelled]
+)
+def test_a_client_that_goes_away(app: App) -> None:
+    async def run() -> None:
+        client = Client(app)
+        asyncio.get_running_loop().call_later(0.1, client.gone.set)
+        record = await client.ask()
+        assert record.status == 499
+        assert len(client.sent) == (2 if app is stuck_stream else 0)
+
+    asyncio.run(run())
+
+
+def test_a_client_that_stops_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("himap_server.gate._LAST_WORDS_SECONDS", 0.1)
+
+    async def run() -> None:
+        client = Client(stuck, timeout=0.1)
+        client.reads = False
+        assert (await client.ask()).reason == "timeout"
+
+    asyncio.run(run())
+
+
+def test_a_body_that_is_declared_too_large_and_never_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("himap_server.gate._LAST_WORDS_SECONDS", 0.1)
+
+    async def run() -> None:
+        client = Client(answers, body=b"x" * 101)
+        client._messages[0]["more_body"] = True
+        assert (await client.ask()).status == 413
+
+    asyncio.run(run())
+
+
+def test_an_app_that_fails_is_not_a_client_that_goes_away() -> None:
+    async def run() -> None:
+        client = Client(fails_in_mid_answer)
+        with pytest.raises(RuntimeError):
+            await client.ask()
+        assert client.records[0].status == 500
+
+    asyncio.run(run())
