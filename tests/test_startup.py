@@ -43,7 +43,7 @@ def test_plugin_does_nothing_unless_asked(world: World) -> None:
     assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
     config = configure(world.checkpoint("mha12"), {})
     assert config.scheduler_config.scheduler_cls == "himap_vllm.scheduler.PruningScheduler"
-    assert config.parallel_config.worker_cls == "himap_vllm.runner.worker.PruningCPUWorker"
+    assert config.parallel_config.worker_cls == "himap_vllm.runner.cpu_worker.PruningCPUWorker"
 
 
 @pytest.mark.parametrize(

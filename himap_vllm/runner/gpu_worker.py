@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's GPU worker with a pruning model runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from himap_vllm.runner import v2
+from himap_vllm.runner.worker import PruningWorkerMixin
+
+
+class PruningGPUWorker(PruningWorkerMixin, Worker):
+    """`Worker` with Model Runner V2."""
+
+    def _make_model_runner(self) -> Any:
+        runner = super()._make_model_runner()
+        v2.adopt(runner)
+        return runner

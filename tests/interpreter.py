@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's interpreter on CPU tensors: Model Runner V2 and our kernels without a GPU.
+
+In a process of its own, as both are decided when Triton and vLLM are imported; `tests/test_v2.py`
+starts it. By hand: `TRITON_INTERPRET=1 pytest tests/interpreted`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+WANTED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def enable() -> None:
+    """Make vLLM choose Model Runner V2; before anything imports it."""
+    assert not any(name.partition(".")[0] in ("vllm", "triton") for name in sys.modules)
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    from triton.backends import Backend, backends
+
+    class Driver:
+        """Stands where vLLM looks for a Triton that can run here."""
+
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+    backends["cpu"] = Backend(compiler=None, driver=Driver)  # type: ignore[arg-type]
