@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +63,9 @@ class StageView:
 
     def apply(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """A copy of `common` with this view's geometry."""
-        common = copy.copy(common)
+        view = object.__new__(CommonAttentionMetadata)  # copy.copy takes thrice the time
+        view.__dict__.update(common.__dict__)
+        common = view
         common.seq_lens = self.seq_lens[: common.num_reqs]
         if self.seq_lens_cpu is not None:
             common.seq_lens_cpu_upper_bound = self.seq_lens_cpu[: common.num_reqs]

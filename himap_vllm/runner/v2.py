@@ -140,6 +140,10 @@ class PruningModelState(DefaultModelState):
             ubatch_idx,
             **kwargs,
         )
+        if full_graph and not for_capture:
+            # A replay reads what its capture did. Only the builders' own tensors matter (a
+            # FlashAttention schedule, say), and those are the leaders': nothing reads the rest.
+            return metadata
         for index, stage in enumerate(self.himap.recorder.group_stages):
             leader = leaders[stage]
             if index == leader:
