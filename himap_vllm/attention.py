@@ -128,8 +128,8 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             fast_build: bool = False,
         ) -> Any:
             views = self._himap_state.views
-            if views is not None:
-                view = views[self.kv_cache_spec.stage]
+            view = None if views is None else views[self.kv_cache_spec.stage]
+            if view is not None:
                 common_attn_metadata = view.apply(common_attn_metadata)
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 

@@ -164,7 +164,6 @@ class _SegmentedDecoder(nn.Module):
         slots = context.slot_mapping
         assert isinstance(slots, dict), "dual batch overlap is refused at start-up"
         stages = step.layout.stages
-        # Absent in profiling runs, in which nothing is pruned.
         shorter = {name: slots[name][: stages[s].num_tokens] for name, s in self.himap_later_layers}
         later = replace(
             context,

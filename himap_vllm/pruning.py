@@ -157,12 +157,12 @@ class PruningState:
         heads: of the decoder's attention, on this rank.
         recorder: plans of live requests, counters, traces.
         step: the running step, if it prunes a prompt.
-        views: the running step as each stage sees it; None: all as vLLM does, which is so where no
-            request of the batch has a plan.
+        views: [NUM_STAGES] the running step as each stage sees it. None, for one stage or for all:
+            as vLLM does, which is so in the first stage, and where no request has a plan.
     """
 
     settings: EngineSettings
     heads: Heads
     recorder: Recorder
     step: ActiveStep | None = None
-    views: Sequence[StageView] | None = None
+    views: Sequence[StageView | None] | None = None

@@ -57,7 +57,8 @@ class PruningRunnerMixin(_Base):
         )
         if layout is not None:
             self.himap_layout = layout
-            self.himap.views = [StageView.of(stage, self.device) for stage in layout.stages]
+            later = (StageView.of(stage, self.device) for stage in layout.stages[1:])
+            self.himap.views = [None, *later]
             if layout.cuts is not None:
                 self.himap.step = ActiveStep(layout, self.device)
         return prepared

@@ -63,15 +63,18 @@ class _LaterStages:
     """Geometry of the later stages in tensors that stay where they are.
 
     A captured CUDA graph reads the lengths of the sequences where they were when it was captured.
-    Lengths and first rows lie side by side, so that one copy fills them.
+    Lengths and first rows lie side by side, so that one copy fills them, each stage's aligned as a
+    tensor of its own would be.
     """
 
+    _ALIGNMENT = 64  # elements
+
     def __init__(self, max_num_reqs: int, device: torch.device) -> None:
-        shape = (NUM_STAGES - 1, 2 * max_num_reqs + 1)
-        self._max_num_reqs = max_num_reqs
+        self._half = -(-(max_num_reqs + 1) // self._ALIGNMENT) * self._ALIGNMENT
+        shape = (NUM_STAGES - 1, 2 * self._half)
         self._tensor = torch.zeros(shape, dtype=torch.int32, device=device)
         self.seq_lens = self._tensor[:, :max_num_reqs]
-        self.query_start_loc = self._tensor[:, max_num_reqs:]
+        self.query_start_loc = self._tensor[:, self._half :]
 
     def copy(self, layout: StepLayout) -> None:
         """From the host, without waiting; requests that only pad the batch get length 0."""
@@ -79,7 +82,7 @@ class _LaterStages:
         for row, stage in zip(packed, layout.stages[1:], strict=True):
             num_reqs = len(stage.seq_lens)
             row[:num_reqs] = stage.seq_lens
-            row[self._max_num_reqs :][: num_reqs + 1] = stage.query_start_loc
+            row[self._half :][: num_reqs + 1] = stage.query_start_loc
         async_tensor_h2d(packed, out=self._tensor)
 
     def copy_first_stage(self, seq_lens: torch.Tensor) -> None:
@@ -170,11 +173,10 @@ class PruningModelState(DefaultModelState):
             input_batch.num_scheduled_tokens,
         )
         later = self._later
-        first = StageView(input_batch.seq_lens)
         if layout is None:
             if full_graph:
                 later.copy_first_stage(input_batch.seq_lens)
-                state.views = [first, *map(StageView, later.seq_lens)]
+                state.views = [None, *map(StageView, later.seq_lens)]
             return
         later.copy(layout)
         write_stage_slots(
@@ -189,7 +191,7 @@ class PruningModelState(DefaultModelState):
         )
         prunes = layout.cuts is not None
         assert not (prunes and full_graph), "a step that prunes can't replay a full graph"
-        state.views = [first, *(self._view(layout, stage) for stage in range(1, NUM_STAGES))]
+        state.views = [None, *(self._view(layout, stage) for stage in range(1, NUM_STAGES))]
         if prunes:
             state.step = ActiveStep(layout, self.device)
             self._request_ids = input_batch.req_ids
