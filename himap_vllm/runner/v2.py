@@ -143,10 +143,9 @@ class PruningModelState(DefaultModelState):
             ubatch_idx,
             **kwargs,
         )
-        if full_graph and not for_capture:
-            # A replay reads what its capture did. Only the builders' own tensors matter (a
-            # FlashAttention schedule, say), and those are the leaders': nothing reads the rest.
-            return metadata
+        # A replay reads what its capture did. Only the tensors that builders keep matter then (a
+        # FlashAttention schedule, say), and those of a stage's first group serve the others.
+        replays = full_graph and not for_capture
         for index, stage in enumerate(self.himap.recorder.group_stages):
             leader = leaders[stage]
             if index == leader:
@@ -154,20 +153,19 @@ class PruningModelState(DefaultModelState):
             (of_leader,) = attn_groups[leader]
             built = metadata[of_leader.layer_names[0]]
             for group in attn_groups[index]:
-                own = group.get_metadata_builder(ubatch_idx).update_block_table(
-                    built,
-                    group.map_to_kernel_block_table(block_tables[index], ubatch_idx),
-                    slot_mappings[index],
-                )
-                metadata.update(dict.fromkeys(group.layer_names, own))
+                # Where the kernel's blocks are smaller than the manager's, a tensor of the group's.
+                table = group.map_to_kernel_block_table(block_tables[index], ubatch_idx)
+                if not replays:
+                    builder = group.get_metadata_builder(ubatch_idx)
+                    own = builder.update_block_table(built, table, slot_mappings[index])
+                    metadata.update(dict.fromkeys(group.layer_names, own))
         return metadata
 
     def _see_step(self, input_batch: Any, slot_mappings: torch.Tensor, full_graph: bool) -> None:
         """Lay out a step; dummy batches have no plans."""
         state = self.himap
         state.step = state.views = None
-        recorder = state.recorder
-        layout = recorder.plans.layout(
+        layout = state.recorder.plans.layout(
             input_batch.req_ids,
             input_batch.num_computed_tokens_np,
             input_batch.num_scheduled_tokens,
