@@ -16,6 +16,7 @@ from himap_vllm.kernels.gather import gather_rows
 from himap_vllm.kernels.importance import BLOCK_ROWS, VoteTiles, importance
 from himap_vllm.kernels.stage_slots import PAD_SLOT, write_stage_slots
 from himap_vllm.layout import Cut, step_layout
+from himap_vllm.upload import upload
 
 _SEEDS = itertools.count(torch.seed() % 2**31)
 
@@ -139,6 +140,17 @@ def test_importance(
     assert scores.dtype == expected.dtype == torch.float32
     assert scores.shape == (cut.num_image_tokens,)
     torch.testing.assert_close(scores, expected, rtol=2e-5, atol=1e-5)
+
+
+def test_upload() -> None:
+    shapes = [(3,), (0,), (5, 3), (1,), (4, 2)]
+    arrays = [np.random.default_rng().integers(0, 2**40, shape) for shape in shapes]
+    tensors = upload(arrays, torch.device("cpu"))
+    start = tensors[0].data_ptr()
+    for tensor, array in zip(tensors, arrays, strict=True):
+        assert tensor.shape == array.shape
+        assert tensor.tolist() == array.tolist()
+        assert (tensor.data_ptr() - start) % 16 == 0
 
 
 @pytest.mark.parametrize("width", [96, 1500])
