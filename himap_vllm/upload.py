@@ -10,7 +10,6 @@ import torch
 
 from himap_vllm.layout import IntArray
 
-
 _ALIGNMENT = 2  # elements: 16 bytes, by whose multiples Triton specialises kernels
 
 
