@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter on CPU tensors: Model Runner V2 and our kernels without a GPU.
+"""Triton without a GPU: kernels run by its interpreter, or only compiled.
 
-In a process of its own, as both are decided when Triton and vLLM are imported; `tests/test_v2.py`
-starts it. By hand: `TRITON_INTERPRET=1 pytest tests/interpreted`.
+In a process of its own, as both are decided when Triton and vLLM are imported. By hand:
+`TRITON_INTERPRET=1 pytest tests/interpreted`; `tests/test_v2.py` does the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ WANTED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def enable() -> None:
-    """Make vLLM choose Model Runner V2; before anything imports it."""
+    """Make vLLM take Triton for usable and choose Model Runner V2; before anything imports it."""
     assert not any(name.partition(".")[0] in ("vllm", "triton") for name in sys.modules)
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     from triton.backends import Backend, backends  # type: ignore[import-untyped]

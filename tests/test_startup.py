@@ -113,6 +113,7 @@ def test_a_gpu_takes_model_runner_v2(world: World, monkeypatch: pytest.MonkeyPat
 def test_graphs_that_a_pruning_step_would_replay(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import vllm.envs
     from vllm.config import CUDAGraphMode
 
     from himap_vllm.support import check_and_configure
@@ -123,7 +124,8 @@ def test_graphs_that_a_pruning_step_would_replay(
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
     with pytest.raises(ValueError, match="cudagraph_mode FULL"):
         check_and_configure(config)
-    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    # Not in the environment, which vLLM has read for good once an engine runs.
+    monkeypatch.setitem(vars(vllm.envs), "VLLM_USE_BREAKABLE_CUDAGRAPH", True)
     with pytest.raises(ValueError, match="breakable CUDA graphs"):
         configure(world.checkpoint("mha12"), {})
 

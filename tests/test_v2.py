@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs `tests/interpreted`: Model Runner V2 and our Triton kernels, in a process of their own."""
+"""Model Runner V2 and our Triton kernels without a GPU, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,20 +10,32 @@ from pathlib import Path
 
 import pytest
 
-DIRECTORY = Path(__file__).parent / "interpreted"
-FILES = sorted(path.name for path in DIRECTORY.glob("test_*.py"))
+ROOT = Path(__file__).parent.parent
+INTERPRETED = sorted(path.name for path in (ROOT / "tests" / "interpreted").glob("test_*.py"))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_under_the_interpreter(name: str) -> None:
+def run(module: str, *args: str, **environment: str) -> str:
+    """Standard output of `python -m module`, which must end well."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", str(DIRECTORY / name)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=DIRECTORY.parent.parent,
+        [sys.executable, "-m", module, *args],
+        env={**os.environ, **environment},
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=900,
     )
     print(result.stdout[-20_000:], result.stderr[-5_000:])
     assert result.returncode == 0
-    assert "skipped" not in result.stdout.splitlines()[-1]
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_under_the_interpreter(name: str) -> None:
+    output = run("pytest", "-q", f"tests/interpreted/{name}", TRITON_INTERPRET="1")
+    assert " passed" in output
+    assert "skipped" not in output
+
+
+def test_kernels_compile_for_a_gpu() -> None:
+    output = run("tests.compile_kernels")
+    assert len(output.splitlines()) == 6
