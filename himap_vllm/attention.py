@@ -88,10 +88,10 @@ def install_votes(attention: Attention, cut: int, state: PruningState) -> None:
     ) -> Any:
         step = state.step
         # Metadata is absent in profiling and warm-up runs.
-        if step is not None and step.prunes and attn_metadata is not None:
+        if step is not None and attn_metadata is not None:
 
-            def cached_keys(request: int, num_keys: int) -> torch.Tensor:
-                return read_keys(layer, kv_cache, attn_metadata.block_table[request], num_keys)
+            def cached_keys(requests: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+                return read_keys(layer, kv_cache, attn_metadata.block_table, requests, positions)
 
             scores = step.score(cut, query, key, impl.scale, cached_keys)
             if tensor_parallel:
@@ -127,11 +127,10 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
         ) -> Any:
-            step = self._himap_state.step
-            if step is not None:
-                common_attn_metadata = _as_seen_by(
-                    step.layout.stages[self.kv_cache_spec.stage], common_attn_metadata
-                )
+            views = self._himap_state.views
+            view = None if views is None else views[self.kv_cache_spec.stage]
+            if view is not None:
+                common_attn_metadata = view.apply(common_attn_metadata)
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
         def update_block_table(
@@ -145,23 +144,3 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             return metadata
 
     return subclass_attention_backend("HiMAP", base, StageBuilder)
-
-
-def _as_seen_by(stage: Any, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-    """`common` with the geometry of a stage; block table and slot mapping are the runner's."""
-    device = common.query_start_loc.device
-    query_start_loc_cpu = torch.from_numpy(stage.query_start_loc)
-    seq_lens_cpu = torch.from_numpy(stage.seq_lens)
-    common = copy.copy(common)
-    common.query_start_loc_cpu = query_start_loc_cpu
-    common.query_start_loc = query_start_loc_cpu.to(device)
-    common.seq_lens = seq_lens_cpu.to(device)
-    common.seq_lens_cpu_upper_bound = seq_lens_cpu
-    common.num_actual_tokens = stage.num_tokens
-    common.max_query_len = stage.max_query_len
-    common.max_seq_len = stage.max_seq_len
-    # In terms of stage 0; no builder of a supported backend wants them.
-    common.positions = None
-    common._num_computed_tokens_cache = None
-    common._token_to_req_indices_cache = None
-    return common

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 
-KeyReader = Callable[[Any, torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""(attention layer, its kv_cache, block table row [blocks], n) -> [n, num_kv_heads, head_size]."""
+KeyReader = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(attention layer, its kv_cache, block table [num_reqs, blocks], request [n], KV position [n]) ->
+keys [n, num_kv_heads, head_size]. One gather, whatever requests the keys belong to."""
 
 
 @functools.cache
@@ -42,19 +43,43 @@ def _cpu_key_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int
 
 
 def read_cpu_keys(
-    layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, num_keys: int
+    layer: Any,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    requests: torch.Tensor,
+    positions: torch.Tensor,
 ) -> torch.Tensor:
     """Keys from the cache of `CPUAttentionBackend`.
 
     `kv_cache` is [num_blocks, num_kv_heads, block_size, 2 * head_size]; per block and head it
     holds all keys, then all values (`CPUAttentionBackendImpl.forward`).
     """
-    _, num_kv_heads, block_size, width = kv_cache.shape
-    head_size = width // 2
-    order = _cpu_key_order(layer.isa, kv_cache.dtype, block_size, head_size)
-    blocks = kv_cache[block_table[: -(-num_keys // block_size)].long()]
-    keys = blocks.reshape(len(blocks), num_kv_heads, -1)[:, :, order]
-    return keys.transpose(1, 2).reshape(-1, num_kv_heads, head_size)[:num_keys]
+    num_blocks, num_kv_heads, block_size, width = kv_cache.shape
+    order = _cpu_key_order(layer.isa, kv_cache.dtype, block_size, width // 2)
+    blocks = block_table[requests, positions // block_size].long()
+    heads = torch.arange(num_kv_heads)
+    interiors = kv_cache.view(num_blocks, num_kv_heads, block_size * width)
+    return interiors[blocks[:, None, None], heads[:, None], order[positions % block_size][:, None]]
+
+
+def read_flash_keys(
+    layer: Any,  # noqa: ARG001
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    requests: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Keys from the cache of `FlashAttentionBackend`.
+
+    `kv_cache` is [num_blocks, num_kv_heads, block_size, 2 * head_size], key and value of a token
+    side by side (`FlashAttentionImpl.forward`).
+    """
+    block_size, width = kv_cache.shape[2:]
+    blocks = block_table[requests, positions // block_size].long()
+    return kv_cache[blocks, :, positions % block_size, : width // 2]
+
+
+_READERS: dict[str, KeyReader] = {"CPU_ATTN": read_cpu_keys, "FLASH_ATTN": read_flash_keys}
 
 
 def key_reader(backend_name: str) -> KeyReader:
@@ -63,8 +88,10 @@ def key_reader(backend_name: str) -> KeyReader:
     Raises:
         ValueError: no reader for it.
     """
-    if backend_name == "CPU_ATTN":
-        return read_cpu_keys
-    raise ValueError(
-        f"himap: attention backend {backend_name} is not supported; supported: CPU_ATTN"
-    )
+    try:
+        return _READERS[backend_name]
+    except KeyError:
+        raise ValueError(
+            f"himap: attention backend {backend_name} is not supported; supported: "
+            f"{', '.join(_READERS)}"
+        ) from None

@@ -3,7 +3,14 @@
 
 vLLM compiles a decoder as one graph. The gathers change the number of tokens by an amount that
 differs from step to step, so each segment is a graph of its own, with a dynamic token dimension
-like vLLM's. A step that prunes nothing runs the three one after the other.
+like vLLM's. A step that prunes nothing runs the three one after the other; vLLM captures them in
+one full CUDA graph, as it does the decoder of another model.
+
+With piecewise CUDA graphs (mixed steps, by default) there are two differences. vLLM frees the
+output of a compiled module's last piece for the pieces captured next, as nothing but the model's
+output comes after it; here another segment does, so its inputs are copied to buffers of their own
+(Gemma3n, whose decoder is two compiled modules in vLLM, does the same). And a step that prunes runs
+the segments after the first cut without graphs: captured ones know other token counts and inputs.
 
 For vLLM decoders of the plain common form: `layers` called as `(positions, hidden_states,
 residual) -> (hidden_states, residual)`, then `norm(hidden_states, residual)`; positions are
@@ -12,15 +19,19 @@ residual) -> (hidden_states, residual)`, then `norm(hidden_states, residual)`; p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.forward_context import get_forward_context, override_forward_context
 
+from himap_vllm.kernels.gather import gather_rows
 from himap_vllm.pruning import ActiveStep, PruningState
 
 _DYNAMIC = {"positions": 0, "hidden_states": 0}
@@ -82,9 +93,11 @@ class LastSegment(nn.Module):
 class _SegmentedDecoder(nn.Module):
     """Mixed into the class of a loaded decoder by `install_segments`."""
 
-    # Plain tuple and object, not registered: the layers stay where the checkpoint has them.
+    # Plain tuples and objects, not registered: the layers stay where the checkpoint has them.
     himap_segments: tuple[FirstSegment, MiddleSegment, LastSegment]
     himap_state: PruningState
+    himap_later_layers: tuple[tuple[str, int], ...]
+    himap_boundary: tuple[torch.Tensor, torch.Tensor] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # vLLM's `support_torch_compile` puts the compiled whole into `__call__`; not used here.
@@ -104,40 +117,80 @@ class _SegmentedDecoder(nn.Module):
             inputs_embeds = embed_input_ids(input_ids)
             assert inputs_embeds is not None
         step = self.himap_state.step
-        if step is not None and step.prunes:
+        if step is not None:
             return self._forward_pruning(step, positions, inputs_embeds)
         first, middle, last = self.himap_segments
-        hidden_states, residual = first(positions, inputs_embeds)
-        hidden_states, residual = middle(positions, hidden_states, residual)
+        hidden_states, residual = self._across(*first(positions, inputs_embeds))
+        hidden_states, residual = self._across(*middle(positions, hidden_states, residual))
         return last(positions, hidden_states, residual)
+
+    def _across(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From one segment to the next, where the latter may be a captured graph."""
+        if get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
+            return hidden_states, residual
+        assert self.himap_boundary is not None
+        num_tokens = len(hidden_states)
+        hidden_buffer, residual_buffer = (buffer[:num_tokens] for buffer in self.himap_boundary)
+        return hidden_buffer.copy_(hidden_states), residual_buffer.copy_(residual)
 
     def _forward_pruning(
         self, step: ActiveStep, positions: torch.Tensor, inputs_embeds: torch.Tensor
     ) -> torch.Tensor:
         first, middle, last = self.himap_segments
-        assert len(inputs_embeds) == step.layout.stages[0].num_tokens, "padded step"
+        # May be padded to a captured size; no row that survives is padding.
         hidden_states, residual = first(positions, inputs_embeds)
-        rows = step.cut(0, len(hidden_states))
-        positions = positions.index_select(0, rows)
-        hidden_states, residual = middle(
-            positions, hidden_states.index_select(0, rows), residual.index_select(0, rows)
-        )
-        again = step.cut(1, len(hidden_states))
-        hidden_states = last(
-            positions.index_select(0, again),
-            hidden_states.index_select(0, again),
-            residual.index_select(0, again),
-        )
+        rows = step.cut(0)
+        with self._later_stages(step):
+            positions, hidden_states, residual = gather_rows(
+                rows, positions, hidden_states, residual
+            )
+            hidden_states, residual = middle(positions, hidden_states, residual)
+            again = step.cut(1)
+            hidden_states = last(*gather_rows(again, positions, hidden_states, residual))
         # The runner's indices of rows to sample from count every token of the step.
         full = hidden_states.new_zeros(len(inputs_embeds), hidden_states.shape[-1])
         return full.index_copy_(0, rows.index_select(0, again), hidden_states)
 
+    @contextmanager
+    def _later_stages(self, step: ActiveStep) -> Iterator[None]:
+        """vLLM's forward context for fewer tokens than the step has.
 
-def install_segments(decoder: Any, state: PruningState, vllm_config: VllmConfig) -> None:
+        Slot mappings (of the later layers) are cut to length: the kernels that write the KV cache
+        take one row per slot.
+        """
+        context = get_forward_context()
+        slots = context.slot_mapping
+        assert isinstance(slots, dict), "dual batch overlap is refused at start-up"
+        stages = step.layout.stages
+        shorter = {name: slots[name][: stages[s].num_tokens] for name, s in self.himap_later_layers}
+        later = replace(
+            context,
+            slot_mapping={**slots, **shorter},
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            batch_descriptor=None,
+        )
+        with override_forward_context(later):
+            yield
+
+
+def install_segments(
+    decoder: Any,
+    attention_layers: Sequence[str],
+    state: PruningState,
+    vllm_config: VllmConfig,
+) -> None:
     """Make a loaded decoder run in three segments.
 
     Rebinds the class of this one instance, so that whatever calls the decoder gets the new
     behaviour; its parameters, their names and the model around it are untouched.
+
+    Args:
+        decoder: vLLM's.
+        attention_layers: name of each layer's attention.
+        state: shared with runner and attention.
+        vllm_config: the engine's configuration.
     """
     settings = state.settings
     layers = list(decoder.layers)
@@ -153,3 +206,24 @@ def install_segments(decoder: Any, state: PruningState, vllm_config: VllmConfig)
     decoder.__class__ = type(f"Segmented{base.__name__}", (_SegmentedDecoder, base), {})
     decoder.himap_segments = (first, middle, last)
     decoder.himap_state = state
+    decoder.himap_later_layers = tuple(
+        (name, 1 if index < deep else 2)
+        for index, name in enumerate(attention_layers)
+        if index >= shallow
+    )
+    decoder.himap_boundary = _boundary(decoder, vllm_config)
+
+
+def _boundary(decoder: Any, vllm_config: VllmConfig) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Hidden states and residual between captured segments, for the largest graph."""
+    compilation = vllm_config.compilation_config
+    # vLLM may still settle for piecewise graphs where others are configured.
+    if compilation.cudagraph_mode in (None, CUDAGraphMode.NONE):
+        return None
+    weight = next(decoder.parameters())
+    shape = (compilation.max_cudagraph_capture_size, vllm_config.model_config.get_hidden_size())
+    dtype = vllm_config.model_config.dtype
+    return (
+        torch.zeros(shape, dtype=dtype, device=weight.device),
+        torch.zeros(shape, dtype=dtype, device=weight.device),
+    )

@@ -4,11 +4,12 @@
 HiMAP (CVPR 2025), Eq. 8 at the first cut and Eq. 9, as its text and code have it, at the second:
 the column sum of the head-averaged softmax over the rows that vote. Only those rows are computed;
 the attention kernel stays as it is.
+
+This is the plain torch form, which a CPU runs and `himap_vllm.kernels.importance` is
+tested against.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
@@ -17,42 +18,39 @@ from himap_vllm.layout import Cut, PrunedRequest
 # Bounds the probabilities held at once: heads * rows * keys, in float32.
 _MAX_PROBABILITIES = 32 * 1024 * 1024
 
-CachedKeys = Callable[[int, int], torch.Tensor]
-"""(row in the batch, number of KV entries n) -> keys [n, num_kv_heads, head_size]."""
-
 
 def importance(
     query: torch.Tensor,
     key: torch.Tensor,
+    cached: torch.Tensor,
     scale: float,
     cut: Cut,
     image_tokens: torch.Tensor,
-    cached_keys: CachedKeys,
 ) -> torch.Tensor:
     """Score every image token of the step.
 
-    A loop over the pruned prompts of the step: on a CPU padding them to one batch costs more than
-    it saves. `cut` is what one varlen launch needs, too.
+    A loop over the pruned prompts of the step: on a CPU there is no launch to save, and padding
+    them to one batch costs more than it saves.
 
     Args:
         query: [num_tokens, num_heads, head_size] of the layer before the cut, rotary applied.
         key: [num_tokens, num_kv_heads, head_size], likewise.
+        cached: [num cached keys, num_kv_heads, head_size] keys that the prompts' earlier chunks
+            left in the KV cache, prompts one after the other.
         scale: softmax scale.
         cut: the prompts to score.
         image_tokens: [num flat images] their rows in `query` and `key`.
-        cached_keys: reads keys computed in earlier steps.
 
     Returns:
         [num flat images] float32, summed over the heads given. Every cut of a prompt compares
         sums over the same number of heads, so the mean's constant factor is left out.
     """
     scores = query.new_empty(cut.num_image_tokens, dtype=torch.float32)
-    for request in cut.requests:
-        keys = key[request.tokens]
-        if request.num_cached:
-            keys = torch.cat([cached_keys(request.request, request.num_cached), keys])
+    cached_of = cached.split([request.num_cached for request in cut.requests])
+    for request, before in zip(cut.requests, cached_of, strict=True):
+        keys = torch.cat([before, key[request.tokens]])
         columns = image_tokens[request.image_tokens] - request.tokens.start
-        rows = columns if request.rows is None else torch.from_numpy(request.rows).to(key.device)
+        rows = columns if request.rows is None else torch.from_numpy(request.rows)
         scores[request.image_tokens] = _received(
             query[request.tokens], keys, scale, rows, columns, request
         )

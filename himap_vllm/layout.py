@@ -12,7 +12,7 @@ Integer arithmetic on the host, before the forward pass; neither torch nor vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,12 +31,17 @@ class StageGeometry:
     Attributes:
         query_start_loc: [num_reqs + 1] first row of each request, in step s.
         seq_lens: [num_reqs] KV entries of each request after this step, in stage s.
-        positions: [num_tokens] KV position of each new token, in stage s.
     """
 
     query_start_loc: Int32Array
     seq_lens: Int32Array
-    positions: IntArray
+
+    @property
+    def positions(self) -> IntArray:
+        """[num_tokens] KV position of each new token, in stage s; worked out when asked for."""
+        lengths = np.diff(self.query_start_loc)
+        first = self.seq_lens - self.query_start_loc[1:]
+        return np.repeat(first, lengths) + np.arange(self.num_tokens, dtype=np.int64)
 
     @property
     def num_tokens(self) -> int:
@@ -115,6 +120,109 @@ class StepLayout:
     cuts: tuple[Cut, Cut] | None
 
 
+@dataclass(frozen=True, slots=True)
+class PlanArrays:
+    """Plans by row, as arrays; a row without a plan has what never matters.
+
+    Attributes:
+        first_image: [num_rows] tokens before the first image token.
+        num_prompt: [num_rows] tokens of the prompt.
+        removed: [NUM_STAGES, num_rows] tokens of the prompt that are gone in each stage.
+    """
+
+    first_image: IntArray
+    num_prompt: IntArray
+    removed: IntArray
+
+    @classmethod
+    def empty(cls, num_rows: int) -> PlanArrays:
+        """Rows without plans."""
+        return cls(
+            first_image=np.full(num_rows, np.iinfo(np.int64).max),
+            num_prompt=np.zeros(num_rows, dtype=np.int64),
+            removed=np.zeros((NUM_STAGES, num_rows), dtype=np.int64),
+        )
+
+    def put(self, row: int, plan: PromptPlan) -> None:
+        """Write a plan into a row."""
+        self.first_image[row] = plan.first_image_token
+        self.num_prompt[row] = plan.num_prompt_tokens
+        self.removed[:, row] = plan.removed
+
+    def take(self, rows: IntArray) -> PlanArrays:
+        """A copy of some rows."""
+        return PlanArrays(self.first_image[rows], self.num_prompt[rows], self.removed[:, rows])
+
+
+class PlanTable:
+    """The plans of live requests.
+
+    Kept as arrays, so that laying out a step costs the same few array operations for one planned
+    request as for hundreds: all but the steps that prune are decode steps.
+    """
+
+    _NO_PLAN = 0  # the first row
+
+    def __init__(self) -> None:
+        self._row: dict[str, int] = {}
+        self._plans: list[PromptPlan | None] = [None]
+        self._free: list[int] = []
+        self._arrays = PlanArrays.empty(1)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __getitem__(self, request_id: str) -> PromptPlan:
+        plan = self._plans[self._row[request_id]]
+        assert plan is not None
+        return plan
+
+    def add(self, request_id: str, plan: PromptPlan) -> None:
+        """Remember the plan of a request that has none yet."""
+        if not self._free:
+            size = len(self._plans)
+            grown = PlanArrays.empty(2 * size)
+            grown.first_image[:size] = self._arrays.first_image
+            grown.num_prompt[:size] = self._arrays.num_prompt
+            grown.removed[:, :size] = self._arrays.removed
+            self._arrays = grown
+            self._plans += [None] * size
+            self._free = list(range(size, 2 * size))
+        row = self._free.pop()
+        self._row[request_id] = row
+        self._plans[row] = plan
+        self._arrays.put(row, plan)
+
+    def discard(self, request_id: str) -> None:
+        """Forget a request, planned or not."""
+        row = self._row.pop(request_id, None)
+        if row is not None:
+            self._plans[row] = None
+            self._free.append(row)
+
+    def layout(
+        self,
+        request_ids: Sequence[str],
+        num_computed: npt.ArrayLike,
+        num_scheduled: npt.ArrayLike,
+    ) -> StepLayout | None:
+        """`step_layout` of a batch, or None if no request of it has a plan."""
+        find = self._row.get
+        rows = np.fromiter(
+            (find(request_id, self._NO_PLAN) for request_id in request_ids),
+            dtype=np.int64,
+            count=len(request_ids),
+        )
+        if not rows.any():
+            return None
+        return _step_layout(
+            num_computed,
+            num_scheduled,
+            self._arrays.take(rows),
+            lambda row: self._plans[rows[row]],
+        )
+
+
 def step_layout(
     num_computed: npt.ArrayLike,
     num_scheduled: npt.ArrayLike,
@@ -130,45 +238,49 @@ def step_layout(
     Raises:
         ValueError: a chunk of a pruned prompt ends inside its one-step part.
     """
+    arrays = PlanArrays.empty(len(plans))
+    for row, plan in enumerate(plans):
+        if plan is not None:
+            arrays.put(row, plan)
+    return _step_layout(num_computed, num_scheduled, arrays, plans.__getitem__)
+
+
+def _step_layout(
+    num_computed: npt.ArrayLike,
+    num_scheduled: npt.ArrayLike,
+    plans: PlanArrays,
+    plan_of_row: Callable[[int], PromptPlan | None],
+) -> StepLayout:
     start = np.asarray(num_computed, dtype=np.int64)
     end = start + np.asarray(num_scheduled, dtype=np.int64)
-    gone_before = np.zeros((NUM_STAGES, len(plans)), dtype=np.int64)
-    gone_after = np.zeros_like(gone_before)
-    pruned: list[int] = []
-    for row, plan in enumerate(plans):
-        if plan is None or end[row] <= plan.first_image_token:
-            continue
-        gone_after[:, row] = plan.removed
-        if start[row] >= plan.num_prompt_tokens:
-            gone_before[:, row] = plan.removed
-        elif start[row] <= plan.first_image_token and end[row] >= plan.num_prompt_tokens:
-            pruned.append(row)
-        else:
-            raise ValueError(
-                f"a chunk [{start[row]}, {end[row]}) splits the one-step part "
-                f"[{plan.first_image_token}, {plan.num_prompt_tokens}) of a pruned prompt"
-            )
+    reached = end > plans.first_image
+    past = reached & (start >= plans.num_prompt)
+    pruned = np.flatnonzero(reached & ~past)
+    split = pruned[
+        (start[pruned] > plans.first_image[pruned]) | (end[pruned] < plans.num_prompt[pruned])
+    ]
+    if len(split):
+        row = split[0]
+        raise ValueError(
+            f"a chunk [{start[row]}, {end[row]}) splits the one-step part "
+            f"[{plans.first_image[row]}, {plans.num_prompt[row]}) of a pruned prompt"
+        )
+    starts = start - plans.removed * past
+    ends = end - plans.removed * reached
+    lengths = ends - starts
+    query_start_loc = np.zeros((NUM_STAGES, len(start) + 1), dtype=np.int32)
+    np.cumsum(lengths, axis=1, out=query_start_loc[:, 1:])
+    # In C order, whatever NumPy made of the above: kernels read a stage's row by its address.
+    seq_lens = ends.astype(np.int32, order="C")
     stages = tuple(
-        _geometry(start - gone_before[stage], end - gone_after[stage])
+        StageGeometry(query_start_loc=query_start_loc[stage], seq_lens=seq_lens[stage])
         for stage in range(NUM_STAGES)
     )
     cuts = None
-    if pruned:
-        chosen = [(row, plan) for row in pruned if (plan := plans[row]) is not None]
+    if len(pruned):
+        chosen = [(row, plan) for row in pruned.tolist() if (plan := plan_of_row(row)) is not None]
         cuts = (_first_cut(chosen, start, stages), _second_cut(chosen, start, stages))
     return StepLayout(stages=stages, cuts=cuts)  # type: ignore[arg-type]
-
-
-def _geometry(start: IntArray, end: IntArray) -> StageGeometry:
-    lengths = end - start
-    query_start_loc = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=query_start_loc[1:])
-    first_position = np.repeat(start - query_start_loc[:-1], lengths)
-    return StageGeometry(
-        query_start_loc=query_start_loc,
-        seq_lens=end.astype(np.int32),
-        positions=first_position + np.arange(query_start_loc[-1], dtype=np.int64),
-    )
 
 
 def _first_cut(

@@ -7,20 +7,63 @@ attention layers before the cuts, which score, and the decoder, which gathers.
 
 from __future__ import annotations
 
+import itertools
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from vllm.triton_utils import HAS_TRITON
 
 from himap_vllm.config import EngineSettings
-from himap_vllm.importance import CachedKeys, importance
-from himap_vllm.layout import Cut, StepLayout
-from himap_vllm.selection import compact, surviving_rows
-from himap_vllm.stats import PruningStats
+from himap_vllm.importance import importance
+from himap_vllm.kernels.importance import VoteTiles
+from himap_vllm.kernels.importance import importance as importance_in_one_launch
+from himap_vllm.layout import Cut, IntArray, StepLayout
+from himap_vllm.recorder import Recorder
+from himap_vllm.selection import SurvivorCounts, compact, surviving_rows
+from himap_vllm.stage_view import StageView
+from himap_vllm.upload import upload
+
+CachedKeys = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(row in the batch [n], KV position [n]) -> keys [n, num_kv_heads, head_size]."""
+
+
+class _DeviceCut:
+    """One cut's arrays on the device."""
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+        self._tiles = VoteTiles.of(cut)
+        self.num_lines = self._tiles.num_lines
+        self.counts: SurvivorCounts
+        self.tiles: torch.Tensor
+        self.rows: torch.Tensor | None
+
+    def arrays(self) -> list[IntArray]:
+        """What `take` wants on the device."""
+        rows = self._tiles.rows
+        return [
+            self.cut.padded,
+            self.cut.keep,
+            self.cut.protected,
+            self._tiles.tiles,
+            np.empty(0, dtype=np.int64) if rows is None else rows,
+        ]
+
+    def take(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Receive `arrays` as tensors."""
+        padded, keep, protected, self.tiles, rows = tensors
+        self.counts = SurvivorCounts(padded, keep, protected, self.cut.num_tokens)
+        self.rows = None if self._tiles.rows is None else rows
 
 
 class ActiveStep:
-    """One step that holds planned requests, pruned in this step or earlier.
+    """One step that prunes a prompt.
+
+    Everything that the cuts need from the host goes to the device here, in one copy; from then on
+    no operation waits for the device, and none is repeated per prompt.
 
     Attributes:
         layout: geometry and cuts.
@@ -29,23 +72,26 @@ class ActiveStep:
     """
 
     def __init__(self, layout: StepLayout, device: torch.device) -> None:
+        assert layout.cuts is not None
+        first = layout.cuts[0]
+        assert first.image_tokens is not None
+        began = time.perf_counter()
         self.layout = layout
         self.rows: list[torch.Tensor] = []
-        self.seconds = 0.0
         self._scores: torch.Tensor | None = None
-        if layout.cuts is not None:
-            first = layout.cuts[0]
-            assert first.image_tokens is not None
-            self._image_tokens = torch.from_numpy(first.image_tokens).to(device)
-
-    @property
-    def prunes(self) -> bool:
-        """Whether a prompt is pruned in this very step."""
-        return self.layout.cuts is not None
-
-    def _cut(self, index: int) -> Cut:
-        assert self.layout.cuts is not None
-        return self.layout.cuts[index]
+        self._cuts = [_DeviceCut(cut) for cut in layout.cuts]
+        num_cached = [request.num_cached for request in first.requests]
+        arrays = [
+            first.image_tokens,
+            np.repeat([request.request for request in first.requests], num_cached),
+            np.concatenate([np.arange(n) for n in num_cached]),
+        ]
+        of_cuts = [cut.arrays() for cut in self._cuts]
+        tensors = iter(upload([*arrays, *of_cuts[0], *of_cuts[1]], device))
+        self._image_tokens, *self._cached = itertools.islice(tensors, len(arrays))
+        for cut, own in zip(self._cuts, of_cuts, strict=True):
+            cut.take(list(itertools.islice(tensors, len(own))))
+        self.seconds = time.perf_counter() - began
 
     def score(
         self,
@@ -55,9 +101,21 @@ class ActiveStep:
         scale: float,
         cached_keys: CachedKeys,
     ) -> torch.Tensor:
-        """Importance at cut `index`, from the layer before it; see `importance`."""
+        """Importance at cut `index`, from the layer before it; see `importance`.
+
+        What the prompts have in the KV cache precedes their first image: it is the same in every
+        stage.
+        """
         began = time.perf_counter()
-        scores = importance(query, key, scale, self._cut(index), self._image_tokens, cached_keys)
+        cut = self._cuts[index]
+        cached = cached_keys(*self._cached) if len(self._cached[0]) else key[:0]
+        if HAS_TRITON:
+            rows = self._image_tokens if cut.rows is None else cut.rows
+            scores = importance_in_one_launch(
+                query, key, cached, scale, cut.tiles, rows, cut.num_lines, self._image_tokens
+            )
+        else:
+            scores = importance(query, key, cached, scale, cut.cut, self._image_tokens)
         self.seconds += time.perf_counter() - began
         return scores
 
@@ -65,25 +123,46 @@ class ActiveStep:
         """Hand the scores, summed over all heads of the model, to the next `cut`."""
         self._scores = scores
 
-    def cut(self, index: int, num_tokens: int) -> torch.Tensor:
-        """Rows that survive cut `index` of a step with `num_tokens` rows before it."""
+    def cut(self, index: int) -> torch.Tensor:
+        """Rows that survive cut `index`, among the step's rows before it."""
         began = time.perf_counter()
-        cut = self._cut(index)
         assert self._scores is not None, "the layer before the cut has not run"
-        rows = surviving_rows(self._scores, self._image_tokens, num_tokens, cut)
+        num_tokens = self.layout.stages[index].num_tokens
+        cut = self._cuts[index]
+        rows = surviving_rows(self._scores, self._image_tokens, num_tokens, cut.counts)
         self._scores = None
         image_token = torch.zeros(num_tokens, dtype=torch.bool, device=rows.device)
-        image_token[self._image_tokens] = True
-        self._image_tokens = compact(image_token[rows], int(cut.keep.sum()))
+        image_token.index_fill_(0, self._image_tokens, True)
+        self._image_tokens = compact(image_token[rows], int(cut.cut.keep.sum()))
         self.rows.append(rows)
         self.seconds += time.perf_counter() - began
         return rows
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Shape of an attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+
 @dataclass
 class PruningState:
-    """Per model instance; `step` is None unless a planned request is in the running step."""
+    """Per model instance.
+
+    Attributes:
+        settings: the engine's.
+        heads: of the decoder's attention, on this rank.
+        recorder: plans of live requests, counters, traces.
+        step: the running step, if it prunes a prompt.
+        views: [NUM_STAGES] the running step as each stage sees it. None, for one stage or for all:
+            as vLLM does, which is so in the first stage, and where no request has a plan.
+    """
 
     settings: EngineSettings
-    stats: PruningStats = field(default_factory=PruningStats)
+    heads: Heads
+    recorder: Recorder
     step: ActiveStep | None = None
+    views: Sequence[StageView | None] | None = None

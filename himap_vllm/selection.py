@@ -3,39 +3,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from himap_vllm.layout import Cut
 
 
+@dataclass(frozen=True, slots=True)
+class SurvivorCounts:
+    """What `Cut` says of survivors, its arrays as tensors; see there for the index spaces.
+
+    Attributes:
+        padded: [num_images, longest image] int64.
+        keep: [num_images] int64.
+        protected: int64.
+        num_tokens: rows after the cut.
+    """
+
+    padded: torch.Tensor
+    keep: torch.Tensor
+    protected: torch.Tensor
+    num_tokens: int
+
+    @classmethod
+    def of(cls, cut: Cut) -> SurvivorCounts:
+        """On the host."""
+        padded, keep, protected = map(torch.from_numpy, (cut.padded, cut.keep, cut.protected))
+        return cls(padded, keep, protected, cut.num_tokens)
+
+
 def surviving_rows(
-    scores: torch.Tensor, image_tokens: torch.Tensor, num_tokens: int, cut: Cut
+    scores: torch.Tensor, image_tokens: torch.Tensor, num_tokens: int, counts: SurvivorCounts
 ) -> torch.Tensor:
     """Rows of the step that go on, ascending: all text, and each image's best tokens.
+
+    All images of the step are sorted at once, padded to the longest.
 
     Args:
         scores: [num flat images] float32; ties go to the lower index.
         image_tokens: [num flat images] rows in the step.
         num_tokens: rows of the step before the cut.
-        cut: how many tokens of each image to keep.
+        counts: how many tokens of each image to keep.
 
     Returns:
-        [cut.num_tokens] int64, rows in the step before the cut.
+        [counts.num_tokens] int64, rows in the step before the cut.
     """
-    device = scores.device
-    protected = torch.from_numpy(cut.protected).to(device)
     ranked = torch.cat([scores, scores.new_full((1,), float("-inf"))])
-    ranked = ranked.index_fill(0, protected, float("inf"))
-    padded = torch.from_numpy(cut.padded).to(device)
+    ranked = ranked.index_fill(0, counts.protected, float("inf"))
+    padded = counts.padded
     order = torch.sort(ranked[padded], dim=1, descending=True, stable=True).indices
-    place = torch.arange(padded.shape[1], device=device)
-    keep = place < torch.from_numpy(cut.keep).to(device)[:, None]
+    place = torch.arange(padded.shape[1], device=scores.device)
+    keep = place < counts.keep[:, None]
     # One place more, where the padding lands.
-    survives = torch.zeros(len(ranked), dtype=torch.bool, device=device)
+    survives = torch.zeros(len(ranked), dtype=torch.bool, device=scores.device)
     survives.scatter_(0, padded.gather(1, order).flatten(), keep.flatten())
-    going_on = torch.ones(num_tokens, dtype=torch.bool, device=device)
-    going_on[image_tokens] = survives[:-1]
-    return compact(going_on, cut.num_tokens)
+    going_on = torch.ones(num_tokens, dtype=torch.bool, device=scores.device)
+    going_on.scatter_(0, image_tokens, survives[:-1])
+    return compact(going_on, counts.num_tokens)
 
 
 def compact(mask: torch.Tensor, count: int) -> torch.Tensor:

@@ -22,7 +22,12 @@ _SCHEDULERS = {
     False: "himap_vllm.scheduler.PruningScheduler",
     True: "himap_vllm.scheduler.PruningAsyncScheduler",
 }
-_WORKERS = {"vllm.v1.worker.cpu_worker.CPUWorker": "himap_vllm.runner.worker.PruningCPUWorker"}
+_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+_GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
+_WORKERS = {
+    _CPU_WORKER: "himap_vllm.runner.cpu_worker.PruningCPUWorker",
+    _GPU_WORKER: "himap_vllm.runner.gpu_worker.PruningGPUWorker",
+}
 
 
 def check_and_configure(vllm_config: VllmConfig) -> None:
@@ -55,7 +60,12 @@ def check_and_configure(vllm_config: VllmConfig) -> None:
             raise HiMAPError(
                 "worker_cls",
                 f"himap does not support the worker {parallel.worker_cls} yet; "
-                f"supported: {', '.join(_WORKERS)} (the CPU backend)",
+                f"supported: {', '.join(_WORKERS)}",
+            )
+        if parallel.worker_cls == _GPU_WORKER and not vllm_config.use_v2_model_runner:
+            raise HiMAPError(
+                "use_v2_model_runner",
+                "himap needs Model Runner V2 on a GPU; unset VLLM_USE_V2_MODEL_RUNNER",
             )
         parallel.worker_cls = _WORKERS[parallel.worker_cls]
     # vLLM's compilation cache is keyed by this value: spelled out, it names the layers of the cuts.
@@ -96,6 +106,7 @@ def _check_model(vllm_config: VllmConfig, settings: EngineSettings) -> None:
 
 def _check_features(vllm_config: VllmConfig) -> None:
     # Here, so that this module can be imported, and refuse, beside any vLLM.
+    from vllm.config import CUDAGraphMode
     from vllm.utils.torch_utils import is_quantized_kv_cache
 
     parallel = vllm_config.parallel_config
@@ -127,9 +138,13 @@ def _check_features(vllm_config: VllmConfig) -> None:
         ),
         "lora_config": (vllm_config.lora_config is not None, "LoRA"),
         "enable_dbo": (parallel.use_ubatching, "dual batch overlap"),
-        "use_v2_model_runner": (
-            vllm_config.use_v2_model_runner,
-            "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER)",
+        "cudagraph_mode": (
+            vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL,
+            "cudagraph_mode FULL: steps that prune can't replay a full graph",
+        ),
+        "VLLM_USE_BREAKABLE_CUDAGRAPH": (
+            envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
+            "breakable CUDA graphs: a step that prunes would replay those of another",
         ),
         "ec_transfer_config": (
             vllm_config.ec_transfer_config is not None,

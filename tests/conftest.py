@@ -15,6 +15,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only lose by more threads
 
+from tests import interpreter
+
+if interpreter.WANTED:
+    interpreter.enable()
+else:
+    collect_ignore = ["interpreted"]
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from himap_vllm.budget import ImageTokens, PromptPlan, Ratios, make_plan
-from himap_vllm.layout import step_layout
-from himap_vllm.selection import compact, surviving_rows
+from himap_vllm.layout import PlanTable, step_layout
+from himap_vllm.selection import SurvivorCounts, compact, surviving_rows
 
 
 def plan_with(
@@ -38,6 +38,39 @@ def test_step_without_a_pruned_prompt_has_no_cuts() -> None:
     plan = plan_with(20, ((4, 14),))
     assert step_layout([20], [1], [plan]).cuts is None
     assert step_layout([0], [4], [plan]).cuts is None
+
+
+def test_a_plan_table_lays_out_what_its_plans_do() -> None:
+    """Whatever came and went before; and a kernel can read its arrays by their addresses."""
+    plans = {
+        f"request {n}": plan_with(n, ((2, n - 3),), ratios=(0.5, n / 100)) for n in range(10, 40)
+    }
+    table = PlanTable()
+    assert table.layout(["unknown"], [0], [5]) is None
+    for name, plan in plans.items():
+        table.add(name, plan)
+    for name in list(plans)[::2]:
+        table.discard(name)
+    table.discard("unknown")
+    assert len(table) == 15
+    table.add("request 10", plans["request 10"])
+    names = ["request 11", "unknown", "request 21", "request 10", "request 33", "request 12"]
+    num_computed, num_new = [0, 4, 30, 0, 2, 0], [11, 9, 1, 15, 31, 12]
+    chosen = [plans.get(name) for name in names]
+    chosen[-1] = None  # discarded
+    expected = step_layout(num_computed, num_new, chosen)
+    layout = table.layout(names, num_computed, num_new)
+    assert layout is not None
+    assert layout.cuts is not None
+    assert expected.cuts is not None
+    for stage, wanted in zip(layout.stages, expected.stages, strict=True):
+        for name in ("query_start_loc", "seq_lens", "positions"):
+            array = getattr(stage, name)
+            assert array.tolist() == getattr(wanted, name).tolist()
+            assert array.flags.c_contiguous
+    requests = [request.request for request in layout.cuts[0].requests]
+    assert requests == [request.request for request in expected.cuts[0].requests] == [0, 3, 4]
+    assert table["request 33"] is plans["request 33"]
 
 
 @pytest.mark.parametrize(("num_computed", "num_new"), [(0, 19), (0, 5), (5, 15), (4, 15), (19, 1)])
@@ -94,7 +127,7 @@ def test_selection_equals_sorting_each_image() -> None:
     for _ in range(20):
         # Few distinct values: most decisions are ties.
         scores = rng.integers(0, 4, cut.num_image_tokens).astype(np.float32)
-        rows = surviving_rows(torch.from_numpy(scores), image_tokens, 58, cut)
+        rows = surviving_rows(torch.from_numpy(scores), image_tokens, 58, SurvivorCounts.of(cut))
         expected = set(range(58)) - set(cut.image_tokens.tolist())
         for indices, keep in zip(cut.padded, cut.keep, strict=True):
             own = [int(i) for i in indices if i < cut.num_image_tokens]
@@ -109,7 +142,7 @@ def test_the_last_row_of_a_prompt_survives() -> None:
     cut = layout.cuts[0]
     assert cut.image_tokens is not None
     scores = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
-    rows = surviving_rows(scores, torch.from_numpy(cut.image_tokens), 10, cut)
+    rows = surviving_rows(scores, torch.from_numpy(cut.image_tokens), 10, SurvivorCounts.of(cut))
     assert rows.tolist() == [0, 1, 2, 3, 4, 5, 9]
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def test_plugin_does_nothing_unless_asked(world: World) -> None:
     assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
     config = configure(world.checkpoint("mha12"), {})
     assert config.scheduler_config.scheduler_cls == "himap_vllm.scheduler.PruningScheduler"
-    assert config.parallel_config.worker_cls == "himap_vllm.runner.worker.PruningCPUWorker"
+    assert config.parallel_config.worker_cls == "himap_vllm.runner.cpu_worker.PruningCPUWorker"
 
 
 @pytest.mark.parametrize(
@@ -91,11 +92,41 @@ def test_decode_context_parallelism(world: World) -> None:
         )
 
 
-def test_model_runner_v2(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_takes_model_runner_v2(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.config import VllmConfig
 
+    from himap_vllm.support import check_and_configure
+
+    # vLLM wants Triton for V2 and a GPU for its GPU worker: not while it configures itself, then.
+    config = configure(world.checkpoint("mha12"), {})
+    config.parallel_config.worker_cls = "vllm.v1.worker.gpu_worker.Worker"
+    with pytest.raises(ValueError, match="needs Model Runner V2 on a GPU"):
+        check_and_configure(config)
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda _: True))
-    with pytest.raises(ValueError, match="Model Runner V2"):
+    check_and_configure(config)
+    worker = config.parallel_config.worker_cls
+    assert worker == "himap_vllm.runner.gpu_worker.PruningGPUWorker"
+    module, _, name = worker.rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_graphs_that_a_pruning_step_would_replay(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm.envs
+    from vllm.config import CUDAGraphMode
+
+    from himap_vllm.support import check_and_configure
+
+    config = configure(world.checkpoint("mha12"), {})
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    check_and_configure(config)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+    with pytest.raises(ValueError, match="cudagraph_mode FULL"):
+        check_and_configure(config)
+    # Not in the environment, which vLLM has read for good once an engine runs.
+    monkeypatch.setitem(vars(vllm.envs), "VLLM_USE_BREAKABLE_CUDAGRAPH", True)
+    with pytest.raises(ValueError, match="breakable CUDA graphs"):
         configure(world.checkpoint("mha12"), {})
 
 

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gather of a cut: hidden states, residual and positions together."""
+
+from __future__ import annotations
+
+import torch
+from vllm.triton_utils import HAS_TRITON, tl, triton
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _gather_kernel(
+    rows_ptr,  # [num_rows]
+    hidden_ptr,
+    residual_ptr,
+    positions_ptr,
+    hidden_out_ptr,
+    residual_out_ptr,
+    positions_out_ptr,
+    hidden_stride,
+    residual_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    target = tl.program_id(0).to(tl.int64)
+    source = tl.load(rows_ptr + target)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < WIDTH
+    hidden = tl.load(hidden_ptr + source * hidden_stride + channel, mask=inside)
+    tl.store(hidden_out_ptr + target * WIDTH + channel, hidden, mask=inside)
+    residual = tl.load(residual_ptr + source * residual_stride + channel, mask=inside)
+    tl.store(residual_out_ptr + target * WIDTH + channel, residual, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(positions_out_ptr + target, tl.load(positions_ptr + source))
+
+
+def gather_rows(
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of all three, in one launch where there is Triton.
+
+    Args:
+        rows: [num_rows] int64.
+        positions: [num_tokens].
+        hidden_states: [num_tokens, hidden_size], channels contiguous.
+        residual: [num_tokens, hidden_size], likewise.
+
+    Returns:
+        positions, hidden states and residual of the rows.
+    """
+    if not HAS_TRITON:
+        inputs = (positions, hidden_states, residual)
+        return tuple(tensor.index_select(0, rows) for tensor in inputs)  # type: ignore[return-value]
+    width = hidden_states.shape[1]
+    assert hidden_states.stride(1) == residual.stride(1) == positions.stride(0) == 1
+    outputs = (
+        positions.new_empty(len(rows)),
+        hidden_states.new_empty(len(rows), width),
+        residual.new_empty(len(rows), width),
+    )
+    _gather_kernel[(len(rows), triton.cdiv(width, _BLOCK))](
+        rows,
+        hidden_states,
+        residual,
+        positions,
+        outputs[1],
+        outputs[2],
+        outputs[0],
+        hidden_states.stride(0),
+        residual.stride(0),
+        WIDTH=width,
+        BLOCK=_BLOCK,
+    )
+    return outputs

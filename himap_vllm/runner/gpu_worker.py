@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's GPU worker with a pruning model runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from himap_vllm.runner import v2
+from himap_vllm.runner.worker import PruningWorkerMixin
+
+
+class PruningGPUWorker(PruningWorkerMixin, Worker):
+    """`Worker` with Model Runner V2."""
+
+    def _make_model_runner(self) -> Any:
+        runner = super()._make_model_runner()
+        v2.adopt(runner)
+        return runner
+
+    def compile_or_warm_up_model(self) -> Any:
+        # Before vLLM's, which ends with watching for kernels that are compiled too late.
+        self.model_runner.model_state.warm_up()
+        return super().compile_or_warm_up_model()

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles our Triton kernels for a GPU that need not be there: `python -m tests.compile_kernels`.
+
+Down to machine code, with Triton's own compiler. The interpreter runs what no GPU could (and has
+no bfloat16); this shows that one could.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests import interpreter
+
+
+def compile_kernel(kernel: Any, constants: dict[str, int], **pointers: str) -> None:
+    """Compile with these element types behind the pointers; other arguments are int32."""
+    import triton  # type: ignore[import-untyped]
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+    from triton.compiler import ASTSource  # type: ignore[import-untyped]
+
+    names = kernel.arg_names
+    constant_types = dict.fromkeys(constants, "constexpr")
+    signature = {**dict.fromkeys(names, "i32"), **pointers, **constant_types}
+    assert signature.keys() == set(names), signature.keys() ^ set(names)
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if signature[name].startswith("*")
+        },
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    print(kernel.__name__, *pointers.values(), len(compiled.asm["cubin"]))
+
+
+def main() -> None:
+    """Compile all kernels, for the dtypes that models have."""
+    interpreter.enable()
+    import triton
+    from triton.backends import backends  # type: ignore[import-untyped]
+
+    from himap_vllm.kernels import gather, importance, stage_slots
+
+    del backends["cpu"]  # the stand-in, which has no compiler
+
+    for dtype, head_size in (("bf16", 128), ("fp16", 64), ("fp32", 128), ("bf16", 80)):
+        vectors = dict.fromkeys(("query_ptr", "key_ptr", "cached_ptr"), f"*{dtype}")
+        indices = dict.fromkeys(("rows_ptr", "image_tokens_ptr", "tiles_ptr"), "*i64")
+        compile_kernel(
+            importance._vote_kernel,
+            {
+                "NUM_FIELDS": 8,
+                "HEADS_PER_KEY": 4,
+                "HEAD_SIZE": head_size,
+                "BLOCK_HEAD": triton.next_power_of_2(head_size),
+                "BLOCK_ROWS": importance.BLOCK_ROWS,
+                "BLOCK_KEYS": importance.BLOCK_KEYS,
+            },
+            **vectors,
+            **indices,
+            lines_ptr="*fp32",
+            scale="fp32",
+        )
+    compile_kernel(
+        gather._gather_kernel,
+        {"WIDTH": 4096, "BLOCK": 1024},
+        rows_ptr="*i64",
+        hidden_ptr="*bf16",
+        residual_ptr="*bf16",
+        positions_ptr="*i64",
+        hidden_out_ptr="*bf16",
+        residual_out_ptr="*bf16",
+        positions_out_ptr="*i64",
+    )
+    compile_kernel(
+        stage_slots._stage_slots_kernel,
+        {"PAD": stage_slots.PAD_SLOT, "BLOCK": 1024},
+        groups_ptr="*i64",
+        query_start_loc_ptr="*i32",
+        seq_lens_ptr="*i32",
+        block_table_ptrs="*u64",
+        block_table_strides="*i64",
+        block_sizes_ptr="*i32",
+        slot_mappings_ptr="*i64",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model Runner V2 against the oracle, and what serving semantics the runner has a part in.
+
+The tests are those of Model Runner V1 where they hold for both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests import test_oracle, test_serving
+from tests.checkpoints import sample_images
+from tests.conftest import (
+    BLOCK_SIZE,
+    IMAGE_TOKENS,
+    Case,
+    Engine,
+    World,
+    assert_equals_oracle,
+    watched,
+)
+
+PICTURES = tuple(sample_images(8, seed=3))
+QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
+
+
+def runner_of(engine: Engine) -> Any:
+    core = engine.llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner
+
+
+def test_it_is_model_runner_v2(world: World) -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from himap_vllm.runner.v2 import PruningModelState
+
+    runner = runner_of(world.engine())
+    assert isinstance(runner, GPUModelRunner)
+    assert type(runner.model_state) is PruningModelState
+
+
+def test_one_mixed_batch_equals_the_oracle(world: World) -> None:
+    test_oracle.test_one_mixed_batch_equals_the_oracle(world, "gqa12", compiled=False)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_serving.test_long_prompts_are_chunked_and_pruned_ones_only_before_the_image,
+        test_serving.test_prefix_cache_serves_what_precedes_the_image,
+        test_serving.test_prompt_logprobs_and_pruning_exclude_each_other,
+    ],
+)
+def test_as_on_v1_eager(world: World, test: Any) -> None:
+    test(world, compiled=False)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_serving.test_counters_tell_what_was_done,
+        test_serving.test_a_prompt_that_never_fits_a_step,
+        test_serving.test_a_request_that_was_not_admitted_runs_unpruned,
+    ],
+)
+def test_as_on_v1(world: World, test: Any) -> None:
+    test(world)
+
+
+def test_preempted_requests_are_recomputed_and_counted_once(world: World) -> None:
+    """On V2 a preempted request ends, and arrives anew."""
+    engine = world.engine(num_gpu_blocks_override=1 + 6 * 512 // BLOCK_SIZE)
+    ratios = [(0.5, 0.75), (0, 0), (0.9, 0.5), (0, 0), (0.25, 0.25), (0, 0)]
+    cases = [
+        Case(QUESTION, PICTURES[i : i + 1], pair, max_tokens=80) for i, pair in enumerate(ratios)
+    ]
+    preempted = set()
+
+    def look(_: Any) -> None:
+        for request in engine.scheduler.requests.values():
+            if request.num_preemptions:
+                preempted.add(request.request_id.rpartition("-")[0])
+
+    with watched(engine, look):
+        outputs = engine.generate(cases)
+    for case, output in zip(cases, outputs, strict=True):
+        assert_equals_oracle(world, engine, "mha12", case, output)
+    pruned = [output.request_id for output in outputs[::2]]
+    assert preempted & set(pruned)
+    assert preempted - set(pruned)
+    stats = engine.stats
+    assert stats["requests"] == {"pruned": 3, "unpruned": 3}
+    assert stats["recomputed"] > 0
+    assert stats["image_tokens"] == 3 * IMAGE_TOKENS
+    engine.generate([Case("Lets the worker hear of the last end.", max_tokens=1)])
+    assert not runner_of(engine).himap.recorder.plans

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our Triton kernels against plain torch: fresh random inputs, poisoned outputs."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from himap_vllm.budget import ImageTokens, PromptPlan, Ratios, make_plan
+from himap_vllm.importance import importance as reference
+from himap_vllm.kernels.gather import gather_rows
+from himap_vllm.kernels.importance import BLOCK_ROWS, VoteTiles, importance
+from himap_vllm.kernels.stage_slots import PAD_SLOT, write_stage_slots
+from himap_vllm.layout import Cut, step_layout
+from himap_vllm.upload import upload
+
+_SEEDS = itertools.count(torch.seed() % 2**31)
+
+
+@pytest.fixture
+def random() -> torch.Generator:
+    """Seeded anew in every run; pytest shows the seed of a failure."""
+    seed = next(_SEEDS)
+    print("seed", seed)
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory is NaN, or a huge integer."""
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
+
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+
+
+def plan_with(num_tokens: int, *images: tuple[int, int]) -> PromptPlan:
+    plan = make_plan(num_tokens, [ImageTokens((image,)) for image in images], Ratios(0.5, 0.5))
+    assert plan is not None
+    return plan
+
+
+# Rows that vote: fewer than a block, several blocks, one; images: one to three, one of two tiles
+# and more than a block of keys; a chunk of text before; unpruned requests before and between.
+PLANS = (
+    None,
+    plan_with(60, (5, 41)),
+    plan_with(200, (10, 90), (95, 110), (110, 160)),
+    None,
+    plan_with(45, (9, 45)),
+    plan_with(130, (70, 106)),
+)
+COMPUTED = (7, 0, 3, 0, 9, 66)
+SCHEDULED = (1, 60, 197, 12, 36, 64)
+
+
+def cut_of(index: int) -> Cut:
+    cuts = step_layout(COMPUTED, SCHEDULED, PLANS).cuts
+    assert cuts is not None
+    return cuts[index]
+
+
+def second_image_tokens(random: torch.Generator) -> torch.Tensor:
+    """Rows of the survivors of a first cut, chosen at random."""
+    first, cut = cut_of(0), cut_of(1)
+    rows = []
+    for before, request in zip(first.requests, cut.requests, strict=True):
+        assert first.image_tokens is not None
+        old = torch.from_numpy(first.image_tokens[before.image_tokens]) - before.tokens.start
+        gone, begin = [], 0
+        for vote, now in zip(before.votes, request.votes, strict=True):
+            count = vote.tokens.stop - vote.tokens.start
+            order = torch.randperm(count, generator=random) + begin
+            gone.append(order[now.tokens.stop - now.tokens.start :])
+            begin += count
+        alive = torch.ones(before.tokens.stop - before.tokens.start, dtype=torch.bool)
+        alive[old[torch.cat(gone)]] = False
+        is_image = torch.zeros_like(alive)
+        is_image[old] = True
+        rows.append(is_image[alive].nonzero()[:, 0] + request.tokens.start)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["first", "second"])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_size", "dtype"),
+    # No bfloat16: the interpreter multiplies its bit patterns as integers.
+    [(2, 2, 32, torch.float32), (4, 2, 80, torch.float32), (2, 1, 64, torch.float16)],
+)
+def test_importance(
+    random: torch.Generator,
+    index: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+) -> None:
+    cut = cut_of(index)
+    layout = step_layout(COMPUTED, SCHEDULED, PLANS)
+    num_tokens = layout.stages[index].num_tokens
+    padding = 5  # rows of a captured size
+
+    def values(*shape: int) -> torch.Tensor:
+        return 2 * torch.randn(shape, generator=random).to(dtype)
+
+    # One projection's output, as vLLM's layers split it: rows are not contiguous.
+    qkv = values(num_tokens + padding, (num_heads + 2 * num_kv_heads) * head_size)
+    qkv[num_tokens:] = float("nan")
+    query, key, _ = qkv.split(
+        [num_heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size], dim=1
+    )
+    query = query.view(-1, num_heads, head_size)
+    key = key.view(-1, num_kv_heads, head_size)
+    cached = values(sum(request.num_cached for request in cut.requests), num_kv_heads, head_size)
+    if cut.image_tokens is None:
+        image_tokens = second_image_tokens(random)
+    else:
+        image_tokens = torch.from_numpy(cut.image_tokens)
+    tiles = VoteTiles.of(cut)
+    assert tiles.num_lines > 1
+    assert {int(n) for n in tiles.tiles[:, 1]} - {BLOCK_ROWS}  # full and partly full tiles
+    scores = importance(
+        query,
+        key,
+        cached,
+        head_size**-0.5,
+        torch.from_numpy(tiles.tiles),
+        image_tokens if tiles.rows is None else torch.from_numpy(tiles.rows),
+        tiles.num_lines,
+        image_tokens,
+    )
+    expected = reference(query, key, cached, head_size**-0.5, cut, image_tokens)
+    assert scores.dtype == expected.dtype == torch.float32
+    assert scores.shape == (cut.num_image_tokens,)
+    torch.testing.assert_close(scores, expected, rtol=2e-5, atol=1e-5)
+
+
+def test_upload() -> None:
+    shapes = [(3,), (0,), (5, 3), (1,), (4, 2)]
+    arrays = [np.random.default_rng().integers(0, 2**40, shape) for shape in shapes]
+    tensors = upload(arrays, torch.device("cpu"))
+    start = tensors[0].data_ptr()
+    for tensor, array in zip(tensors, arrays, strict=True):
+        assert tensor.shape == array.shape
+        assert tensor.tolist() == array.tolist()
+        assert (tensor.data_ptr() - start) % 16 == 0
+
+
+@pytest.mark.parametrize("width", [96, 1500])
+def test_gather(random: torch.Generator, width: int) -> None:
+    positions = torch.randint(10_000, (40,), generator=random)
+    hidden, both = (torch.randn(40, n * width, generator=random) for n in (1, 2))
+    residual = both[:, width:]  # not contiguous
+    rows = torch.randperm(40, generator=random)[:17].sort().values
+    gathered = gather_rows(rows, positions, hidden, residual)
+    for result, source in zip(gathered, (positions, hidden, residual), strict=True):
+        assert result.is_contiguous()
+        assert torch.equal(result, source[rows])
+
+
+def test_stage_slots(random: torch.Generator) -> None:
+    layout = step_layout(COMPUTED, SCHEDULED, PLANS)
+    stages = [0, 2, 1, 1, 2]
+    block_sizes = [16, 16, 16, 32, 8]
+    num_reqs, padded = len(PLANS), sum(SCHEDULED) + 9
+    tables = [
+        torch.randint(1, 10_000, (8, 40), generator=random, dtype=torch.int32) for _ in stages
+    ]
+    slots = torch.full((len(stages), padded), 77)
+    later = [(group, stage - 1) for group, stage in enumerate(stages) if stage]
+
+    def side_by_side(name: str) -> torch.Tensor:
+        rows = [torch.from_numpy(getattr(stage, name)) for stage in layout.stages[1:]]
+        return torch.nn.functional.pad(torch.stack(rows), (0, 3), value=2**30)
+
+    write_stage_slots(
+        torch.tensor(later),
+        side_by_side("query_start_loc"),
+        side_by_side("seq_lens"),
+        num_reqs,
+        torch.tensor([table.data_ptr() for table in tables], dtype=torch.uint64),
+        torch.tensor([table.stride(0) for table in tables]),
+        torch.tensor(block_sizes, dtype=torch.int32),
+        slots,
+    )
+    assert slots[0].tolist() == [77] * padded
+    for group, stage in enumerate(stages):
+        if not stage:
+            continue
+        geometry = layout.stages[stage]
+        request = np.repeat(np.arange(num_reqs), np.diff(geometry.query_start_loc))
+        block, offset = np.divmod(geometry.positions, block_sizes[group])
+        expected: Any = tables[group].numpy()[request, block] * block_sizes[group] + offset
+        assert slots[group].tolist() == [
+            *expected.tolist(),
+            *[PAD_SLOT] * (padded - geometry.num_tokens),
+        ]
