@@ -22,7 +22,7 @@ def run(module: str, *args: str, **environment: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     print(result.stdout[-20_000:], result.stderr[-5_000:])
     assert result.returncode == 0
