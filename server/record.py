@@ -36,6 +36,10 @@ class RequestRecord:
         time_to_first_token: from the request's arrival to the first prompt's first token.
         time_per_output_token: mean of the tokens after the first, over its prompts.
         savings: of each prompt with images.
+        lost_image: the engine failed one of its prompts before the first token. vLLM (0.32) sends
+            an image it has sent before as a hash; where the request that brought it was refused
+            or aborted on its way, the engine has never seen it. Both sides know it by then, and
+            the same request succeeds when it is made again. Can go when vLLM does that itself.
     """
 
     request_id: str
@@ -55,6 +59,7 @@ class RequestRecord:
     time_to_first_token: float | None = None
     duration: float = 0.0
     savings: list[PromptSavings] = field(default_factory=list)
+    lost_image: bool = False
     started: float = field(default_factory=time.perf_counter)
     _decoding: float = 0.0
     _decoded: int = 0
@@ -77,6 +82,13 @@ class RequestRecord:
     def hand_over(self) -> None:
         """The gateway has done its part; vLLM's handler is next."""
         self.overhead = self.elapsed - self.received - self.fetching
+
+    def start_over(self) -> None:
+        """Forget what the engine made of it."""
+        self.lost_image = False
+        self.prompt_tokens = self.completion_tokens = 0
+        self.time_to_first_token = self.queued = None
+        self.savings.clear()
 
     def usage(self) -> dict[str, Any] | None:
         """`usage.himap`: all its prompts together; None if it had no images."""
@@ -103,6 +115,10 @@ class RequestRecord:
                     self._decoded += max(0, stats.num_generation_tokens - 1)
 
     def _first_output(self, output: RequestOutput) -> None:
+        self.lost_image |= bool(self.images) and any(
+            completion.finish_reason == "error" and not completion.token_ids
+            for completion in output.outputs
+        )
         stats: Any = output.metrics
         if stats is None:
             return

@@ -96,6 +96,26 @@ async def _answer(
     record.stream = bool(request.stream)
     request.request_id = f"{request.ID_PREFIX}{uuid.uuid4().hex}"
     record.hand_over()
+    for is_last in (False, True):
+        try:
+            # A copy: the handlers write into requests.
+            response = await _try(create, request.model_copy(), raw_request, record)
+        except Exception:
+            if is_last or not record.lost_image:
+                raise
+        else:
+            if is_last or not record.lost_image:
+                return response
+        record.start_over()
+    raise AssertionError("unreachable")
+
+
+async def _try(
+    create: Callable[[Any, Request], Awaitable[Any]],
+    request: Any,
+    raw_request: Request,
+    record: RequestRecord,
+) -> Response:
     try:
         answer = await create(request, raw_request)
         if isinstance(answer, ErrorResponse):
