@@ -85,7 +85,7 @@ def _requests(image_host: ImageHost) -> list[tuple[str, dict[str, Any], str | No
     fetched = [picture_message(PICTURES[1], "And this?")]
     fetched[0]["content"][0]["image_url"]["url"] = image_host.url("1.png")
     private = [picture_message(PICTURES[1], "And this?")]
-    private[0]["content"][0]["image_url"]["url"] = "http://127.0.0.1:1/0.png"
+    private[0]["content"][0]["image_url"]["url"] = "http://127.0.0.1/0.png"
     common = {"model": "tiny", "max_tokens": 24, "ignore_eos": True}
     return [
         (chat, {**common, "messages": pictured}, "load"),
