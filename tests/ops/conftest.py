@@ -39,7 +39,7 @@ _WAIT_SECONDS = 60.0
 def program(name: str) -> str:
     """Path of a program that these tests can't do without."""
     path = shutil.which(name)
-    assert path is not None, f"{name} is missing: apt-get install prometheus shellcheck"
+    assert path is not None, f"{name} is missing; .ci/run installs it"
     return path
 
 
