@@ -34,11 +34,9 @@ RUN python3 -m pip install --no-cache-dir /wheels/*.whl
 COPY --from=init /usr/bin/tini-static /usr/local/bin/tini
 COPY docker/entrypoint.sh /usr/local/bin/entrypoint.sh
 RUN groupadd --gid 10001 himap \
-    && useradd --uid 10001 --gid 10001 --create-home himap \
-    && install -d -o himap -g himap /var/cache/himap
-ENV HF_HOME=/var/cache/himap/huggingface \
-    XDG_CACHE_HOME=/var/cache/himap \
-    XDG_CONFIG_HOME=/tmp \
+    && useradd --uid 10001 --gid 10001 --home-dir /var/cache/himap --create-home himap
+ENV HOME=/var/cache/himap \
+    TORCHINDUCTOR_CACHE_DIR=/var/cache/himap/torchinductor \
     PROMETHEUS_DISABLE_CREATED_SERIES=true \
     VLLM_NO_USAGE_STATS=1
 USER 10001:10001
@@ -48,7 +46,8 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
     CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health/ready', timeout=4)"]
 ENTRYPOINT ["tini", "--", "/usr/local/bin/entrypoint.sh"]
 
-# Last, hence the default.
+# Last, hence the default. Models, compiled kernels and whatever else is written goes to the volume,
+# which is the user's home; /tmp may be mounted noexec.
 FROM python:3.11.15-slim-bookworm AS cpu
 # g++: on a CPU torch.compile makes C++. libnuma1: vLLM's CPU kernels link to it. Both as Debian 12
 # has them, security fixes included.
@@ -61,13 +60,11 @@ COPY --from=cpu-environment /opt/himap /opt/himap
 COPY examples/demo-model /opt/demo-model
 COPY docker/entrypoint.sh /usr/local/bin/entrypoint.sh
 RUN groupadd --gid 10001 himap \
-    && useradd --uid 10001 --gid 10001 --create-home himap \
-    && install -d -o himap -g himap /var/cache/himap
+    && useradd --uid 10001 --gid 10001 --home-dir /var/cache/himap --create-home himap
 ENV PATH=/opt/himap/bin:$PATH \
     DEMO_MODEL=/opt/demo-model \
-    HF_HOME=/var/cache/himap/huggingface \
-    XDG_CACHE_HOME=/var/cache/himap \
-    XDG_CONFIG_HOME=/tmp \
+    HOME=/var/cache/himap \
+    TORCHINDUCTOR_CACHE_DIR=/var/cache/himap/torchinductor \
     PROMETHEUS_DISABLE_CREATED_SERIES=true \
     PYTHONDONTWRITEBYTECODE=1 \
     VLLM_NO_USAGE_STATS=1

@@ -110,7 +110,7 @@ def _variables(builder: dashboard.Dashboard) -> dashboard.Dashboard:
         variable = (
             dashboard.QueryVariable(name)
             .label(label)
-            .query({"query": query, "refId": name})
+            .query(query)
             .datasource(_DATASOURCE)
             .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
             .sort(models.VariableSort.ALPHABETICAL_ASC)

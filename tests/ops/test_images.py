@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
+from tests.gateway.support import post
 from tests.ops.conftest import ROOT, program
-from tests.servers import Server
+from tests.servers import Server, picture_message
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE = ("docker-compose.yml", "docker/compose.gpu.yml", "docker/compose.keys.yml")
@@ -34,7 +36,8 @@ _UNPRIVILEGED = (
 _READ_ONLY = """
 mount --make-rprivate /
 mount -o remount,bind,ro /
-for folder in "$1" "$2"; do mount -t tmpfs -o mode=0700,uid=10001,gid=10001 none "$folder"; done
+mount -t tmpfs -o mode=0700,uid=10001,gid=10001,noexec,nosuid,nodev none "$1"
+mount -t tmpfs -o mode=0700,uid=10001,gid=10001 none "$2"
 shift 2
 exec "$@"
 """
@@ -219,7 +222,6 @@ def test_the_entry_point_runs_unprivileged_on_a_read_only_system(tmp_path: Path)
     environment |= {
         "DEMO_MODEL": str(ROOT / "examples" / "demo-model"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HOME": str(cache),
         "TMPDIR": str(temporary),
         "OMP_NUM_THREADS": "1",
     }
@@ -240,6 +242,7 @@ def test_the_entry_point_runs_unprivileged_on_a_read_only_system(tmp_path: Path)
         assert health_check(port) == 1, "not ready while it loads"
         server.wait_for("/health/ready")
         assert health_check(port) == 0
+        assert question(server) == "purple"
         status = Path(f"/proc/{process.pid}/status").read_text()
         assert re.search(r"^Uid:\s+10001\s+10001", status, re.M)
         mounts = Path(f"/proc/{process.pid}/mounts").read_text()
@@ -250,6 +253,17 @@ def test_the_entry_point_runs_unprivileged_on_a_read_only_system(tmp_path: Path)
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def question(server: Server) -> str:
+    """What the demonstration model says of the picture in README.md."""
+    with Image.open(ROOT / "examples" / "scene.png") as image:
+        message = picture_message(image, "What color is the star?")
+    body = {"model": "demo", "messages": [message], "max_tokens": 8, "temperature": 0}
+    status, _, answer = post(server, "/v1/chat/completions", body)
+    assert status == 200
+    assert answer["usage"]["himap"]["kept_deep"] == 18
+    return str(answer["choices"][0]["message"]["content"]).strip()
 
 
 def _moved(value: str, places: dict[str, Path]) -> str:
