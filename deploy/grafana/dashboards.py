@@ -37,11 +37,17 @@ _FLOPS_AVOIDED = "1 - " + ratio(
 )
 
 
-def _kept(stage: int) -> str:
+def _kept(stage: int, by: tuple[str, ...] = ()) -> str:
     return ratio(
-        plugin("himap_image_tokens_total", f'stage="{stage}"'),
-        plugin("himap_image_tokens_total", 'stage="0"'),
+        plugin("himap_image_tokens_total", f'stage="{stage}"', by),
+        plugin("himap_image_tokens_total", 'stage="0"', by),
     )
+
+
+def _blocks(by: tuple[str, ...]) -> tuple[str, str]:
+    """KV blocks that pruned prompts held, and would have held."""
+    held, saved = (plugin(f"himap_kv_blocks{end}_total", by=by) for end in ("", "_saved"))
+    return held, f"({saved} + {held})"
 
 
 _PRUNED_STAT = Panel(
@@ -449,6 +455,19 @@ SAVINGS = Dashboard(
                         ),
                     ),
                     "percentunit",
+                ),
+                Panel(
+                    "Image tokens kept",
+                    "Of pruned prompts, after the second cut.",
+                    (Query(_kept(2, ("model_name",)), "{{model_name}}"),),
+                    "percentunit",
+                ),
+                Panel(
+                    "Requests that fit",
+                    "How many pruned prompts fit where one unpruned prompt did, by their KV "
+                    "blocks.",
+                    (Query(ratio(*reversed(_blocks(("model_name",)))), "{{model_name}}"),),
+                    "suffix: x",
                 ),
                 Panel(
                     "KV memory saved per second",

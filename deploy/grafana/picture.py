@@ -99,9 +99,12 @@ def draw(url: str, uid: str, rows: list[str], minutes: float, window: str, file:
         lines.append([])
     lines = [line for line in lines if line]
     heights = [1.0 if line[0].kind == "stat" else 2.8 for line in lines]
-    figure = plt.figure(figsize=(15, sum(heights) * 1.15 + 0.6), layout="constrained")
+    figure = plt.figure(figsize=(15, sum(heights) * 1.15 + 0.6))
     figure.suptitle(source.title, fontsize=13, weight="bold")
-    grid = figure.add_gridspec(len(lines), _COLUMNS, height_ratios=heights)
+    grid = figure.add_gridspec(
+        len(lines), _COLUMNS, height_ratios=heights, hspace=0.35, wspace=2.2,
+        left=0.045, right=0.99, bottom=0.05, top=0.93,
+    )  # fmt: skip
     for number, line in enumerate(lines):
         left = 0
         for panel in line:

@@ -140,6 +140,17 @@ def test_services() -> None:
     assert int(gateway["stop_grace_period"].removesuffix("s")) > grace
 
 
+def test_the_readme_lists_what_starts() -> None:
+    text = (ROOT / "README.md").read_text()
+    source = compose("docker-compose.yml")
+    for name, service in source["services"].items():
+        assert f"\n| {name.capitalize()}" in text.replace("\n| gateway", "\n| Gateway")
+        for port in service["ports"]:
+            assert port.rsplit(":", 1)[0] in text
+    for volume in source["volumes"]:
+        assert f"`{volume}`" in text
+
+
 def test_compose_names_what_the_configurations_name() -> None:
     services = compose("docker-compose.yml")["services"]
     prometheus = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
