@@ -83,15 +83,18 @@ def _draw_graph(axes: Any, panel: Panel, lines: list[tuple[str, list[Any], list[
     axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%H:%M"))
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
     if lines:
-        axes.legend(fontsize=7, ncols=2, frameon=False)
+        axes.legend(fontsize=7, ncols=2, frameon=False, loc="upper left")
+        axes.set_ylim(top=axes.get_ylim()[1] * 1.25)
+    else:
+        axes.text(0.5, 0.5, "No traffic", ha="center", transform=axes.transAxes, color="0.5")
 
 
-def draw(url: str, uid: str, rows: list[str], minutes: float, window: str, file: str) -> None:
-    """Draw the named rows of a dashboard, as they were in the last `minutes`."""
-    (source,) = (dashboard for dashboard in DASHBOARDS if dashboard.uid == uid)
-    end = time.time()
+def draw(args: argparse.Namespace) -> None:
+    """Draw rows of a dashboard, as they were in the minutes before `args.end`."""
+    url, minutes, end = args.prometheus, args.minutes, args.end
+    (source,) = (dashboard for dashboard in DASHBOARDS if dashboard.uid == args.dashboard)
     lines: list[list[Panel]] = [[]]
-    for row in (row for row in source.rows if row.title in rows):
+    for row in (row for row in source.rows if row.title in args.rows):
         for panel in row.panels:
             if sum(other.width for other in lines[-1]) + panel.width > _COLUMNS:
                 lines.append([])
@@ -110,7 +113,7 @@ def draw(url: str, uid: str, rows: list[str], minutes: float, window: str, file:
         for panel in line:
             axes = figure.add_subplot(grid[number, left : left + panel.width])
             left += panel.width
-            expressions = [(q, _expression(q, window, minutes)) for q in panel.queries]
+            expressions = [(q, _expression(q, args.window, minutes)) for q in panel.queries]
             if panel.kind == "stat":
                 readings = [
                     (_legend(q, series["metric"]), float(series["value"][1]))
@@ -128,7 +131,7 @@ def draw(url: str, uid: str, rows: list[str], minutes: float, window: str, file:
                     values = [value for _, value in points]
                     found.append((_legend(q, series["metric"]), times, values))
             _draw_graph(axes, panel, found)
-    figure.savefig(file, dpi=75)
+    figure.savefig(args.file, dpi=75)
 
 
 def main() -> None:
@@ -140,8 +143,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["Now", "Latency, pruned and not"])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--window", default="1m", help="in the place of $__rate_interval")
-    args = parser.parse_args()
-    draw(args.prometheus, args.dashboard, args.rows, args.minutes, args.window, args.file)
+    parser.add_argument("--end", type=float, default=time.time(), help="Unix time; now")
+    draw(parser.parse_args())
 
 
 if __name__ == "__main__":
