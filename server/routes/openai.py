@@ -92,6 +92,7 @@ async def _answer(
     raw_request: Request,
 ) -> Response:
     record = current.get()
+    _refuse_truncation(request, record)
     raw_request.app.state.pruning.apply(request, record.key)
     record.stream = bool(request.stream)
     request.request_id = f"{request.ID_PREFIX}{uuid.uuid4().hex}"
@@ -108,6 +109,14 @@ async def _answer(
                 return response
         record.start_over()
     raise AssertionError("unreachable")
+
+
+def _refuse_truncation(request: Any, record: RequestRecord) -> None:
+    """vLLM (0.32) fails on an image whose tokens are cut off, with 500."""
+    for param, off in (("truncate_prompt_tokens", None), ("truncation", "disabled")):
+        if record.images and (getattr(request, param, None) or off) != off:
+            text = f"{param} can't be combined with images"
+            raise GatewayError(400, text, reason="truncation", param=param)
 
 
 async def _try(
