@@ -27,6 +27,7 @@ class Load:
     text_tokens: int
     output_tokens: int
     seed: int
+    images: int = 1  # per request
 
     def arguments(
         self, url: str, model: Path, model_name: str, xargs: Mapping[str, float]
@@ -41,7 +42,7 @@ class Load:
             "--dataset-name", "random-mm",
             "--random-input-len", str(self.text_tokens),
             "--random-output-len", str(self.output_tokens),
-            "--random-mm-base-items-per-request", "1",
+            "--random-mm-base-items-per-request", str(self.images),
             "--random-mm-num-mm-items-range-ratio", "0",
             "--random-mm-limit-mm-per-prompt", '{"image": 1}',
             "--random-mm-bucket-config", f"{{({IMAGE_SIZE}, {IMAGE_SIZE}, 1): 1.0}}",

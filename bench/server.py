@@ -32,6 +32,8 @@ class Histogram(NamedTuple):
 class Server:
     """vLLM's OpenAI-compatible server; a context manager that starts and stops it."""
 
+    ready_path = "/health"  # answers 200 when the model does
+
     def __init__(self, model: Path, arguments: Sequence[str], plugins: str, log: Path) -> None:
         """Prepare, but don't start yet.
 
@@ -88,7 +90,7 @@ class Server:
                 tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
                 raise RuntimeError(f"the server ended during start-up; {self.log} ends:\n{tail}")
             with contextlib.suppress(OSError):  # URLError, refused connections
-                self._request("GET", "/health")
+                self._request("GET", self.ready_path)
                 return
             time.sleep(1)
         raise TimeoutError(f"the server was not ready after {START_SECONDS:.0f} s; see {self.log}")

@@ -1,0 +1,566 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gateway through the clients that its users have.
+
+The model's weights are random and its answers greedy, so every client must come back with the same
+text for the same image: that of a raw request. Pruning is asked for with other ratios than the
+server's defaults, which the usage of each answer then shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+from pydantic import BaseModel
+
+from tests.gateway.conftest import PICTURES, ImageHost
+from tests.gateway.support import client, post
+from tests.servers import Server, picture_message
+
+QUESTION = "What is this?"
+DATA_URL: str = picture_message(PICTURES[0], QUESTION)["content"][0]["image_url"]["url"]
+HIMAP = {"deep_ratio": 0}
+KEPT_DEEP = 18  # 5 by default
+NUM_TOKENS = 8
+GREEDY: dict[str, Any] = {"model": "tiny", "max_tokens": NUM_TOKENS, "temperature": 0}
+# Room for the spaces that a random model puts wherever JSON may have them.
+ROOM = 200
+
+NODE_PACKAGE = "openai@7.55.0"  # exact: a new release must not turn CI red by itself
+
+
+class Paint(BaseModel):
+    """Few enough answers that a random model gives one of them."""
+
+    colour: Literal["red", "green", "blue"]
+    large: bool
+
+
+class Expected(NamedTuple):
+    """The answer that all clients get to the first picture."""
+
+    text: str
+    responses_text: str
+    usage: dict[str, Any]
+
+
+def chat_messages(url: str) -> Any:
+    return [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": url}},
+                {"type": "text", "text": QUESTION},
+            ],
+        }
+    ]
+
+
+def responses_input(url: str) -> Any:
+    content = [
+        {"type": "input_image", "image_url": url, "detail": "auto"},
+        {"type": "input_text", "text": QUESTION},
+    ]
+    return [{"role": "user", "content": content}]
+
+
+def tool(**function: Any) -> Any:
+    # Strict: the schema binds what the model writes.
+    schema = {**Paint.model_json_schema(), "additionalProperties": False}
+    function = {"name": "paint", "parameters": schema, "strict": True, **function}
+    return {"type": "function", "function": function}
+
+
+@pytest.fixture(scope="module")
+def expected(server: Server) -> Expected:
+    body = {**GREEDY, "messages": chat_messages(DATA_URL), "himap": HIMAP}
+    status, _, chat = post(server, "/v1/chat/completions", body)
+    assert status == 200
+    assert chat["usage"]["himap"]["kept_deep"] == KEPT_DEEP
+    text: str = chat["choices"][0]["message"]["content"]
+    assert len(text) == NUM_TOKENS
+    body = {
+        "model": "tiny", "max_output_tokens": NUM_TOKENS, "temperature": 0, "himap": HIMAP,
+        "input": responses_input(DATA_URL),
+    }  # fmt: skip
+    status, _, response = post(server, "/v1/responses", body)
+    assert status == 200
+    responses_text = response["output"][0]["content"][0]["text"]
+    return Expected(text, responses_text, chat["usage"])
+
+
+@pytest.fixture(params=["data", "http"])
+def url(request: pytest.FixtureRequest, image_host: ImageHost) -> str:
+    """The same picture both ways."""
+    return DATA_URL if request.param == "data" else image_host.url("0.png")
+
+
+@pytest.fixture
+def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Client libraries must not look elsewhere for prices, or tell anyone of the tests."""
+    resolve = socket.getaddrinfo
+
+    def resolve_loopback(host: Any, *args: Any, **kwargs: Any) -> Any:
+        assert host in ("127.0.0.1", b"127.0.0.1", "localhost"), f"wants to reach {host!r}"
+        return resolve(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_loopback)
+
+
+# The OpenAI SDK: chat
+
+
+def test_openai_chat(server: Server, url: str, expected: Expected) -> None:
+    answer = client(server).chat.completions.create(
+        messages=chat_messages(url), extra_body={"himap": HIMAP}, **GREEDY
+    )
+    assert answer.choices[0].message.content == expected.text
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.model_dump(exclude_none=True) == {
+        key: value for key, value in expected.usage.items() if value is not None
+    }
+
+
+def test_openai_chat_stream(server: Server, url: str, expected: Expected) -> None:
+    chunks = list(
+        client(server).chat.completions.create(
+            messages=chat_messages(url),
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"himap": HIMAP},
+            **GREEDY,
+        )
+    )
+    deltas = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+    assert "".join(deltas) == expected.text
+    assert sum(map(bool, deltas)) > 1
+    assert len({chunk.id for chunk in chunks}) == 1
+    *others, last = chunks
+    assert all(chunk.usage is None for chunk in others)
+    usage: Any = last.usage
+    assert (usage.prompt_tokens, usage.himap) == (
+        expected.usage["prompt_tokens"],
+        expected.usage["himap"],
+    )
+
+
+def test_openai_chat_async(server: Server, url: str, expected: Expected) -> None:
+    async def ask() -> tuple[Any, str, Any]:
+        async with AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0
+        ) as asking:
+            request: Any = {
+                **GREEDY, "messages": chat_messages(url), "extra_body": {"himap": HIMAP},
+            }  # fmt: skip
+            answer = await asking.chat.completions.create(**request)
+            text, usage = "", None
+            async for chunk in await asking.chat.completions.create(
+                stream=True, stream_options={"include_usage": True}, **request
+            ):
+                text += "".join(choice.delta.content or "" for choice in chunk.choices)
+                usage = chunk.usage
+            return answer, text, usage
+
+    answer, text, usage = asyncio.run(ask())
+    assert answer.choices[0].message.content == text == expected.text
+    assert answer.usage.himap == usage.himap == expected.usage["himap"]
+
+
+def test_openai_async_requests_keep_their_own_options(
+    server: Server, image_host: ImageHost
+) -> None:
+    ratios = (0.0, 0.25, 0.5, 0.75)
+
+    async def ask() -> Any:
+        async with AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0
+        ) as asking:
+            return await asyncio.gather(
+                *(
+                    asking.chat.completions.create(
+                        messages=chat_messages(image_host.url(f"{index}.png")),
+                        extra_body={"himap": {"shallow_ratio": ratio, "deep_ratio": 0}},
+                        **GREEDY,
+                    )
+                    for index, ratio in enumerate(ratios)
+                )
+            )
+
+    kept = [answer.usage.himap["kept_shallow"] for answer in asyncio.run(ask())]
+    assert kept == [36, 27, 18, 9]
+
+
+def test_openai_logprobs(server: Server, expected: Expected) -> None:
+    answer = client(server).chat.completions.create(
+        messages=chat_messages(DATA_URL),
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"himap": HIMAP},
+        **GREEDY,
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    entries = logprobs.content or []
+    assert "".join(entry.token for entry in entries) == expected.text
+    for entry in entries:
+        first, second = entry.top_logprobs
+        assert entry.logprob == first.logprob >= second.logprob
+        assert bytes(first.bytes or []).decode() == entry.token
+
+
+def test_openai_n_seed_and_temperature(server: Server) -> None:
+    def ask(seed: int) -> list[str | None]:
+        answer = client(server).chat.completions.create(
+            model="tiny",
+            messages=chat_messages(DATA_URL),
+            max_tokens=16,
+            temperature=1,
+            n=2,
+            seed=seed,
+        )
+        assert [choice.index for choice in answer.choices] == [0, 1]
+        return [choice.message.content for choice in answer.choices]
+
+    texts = ask(1)
+    assert texts[0] != texts[1]
+    assert ask(1) == texts
+    assert ask(2) != texts
+
+
+def test_openai_n_in_a_stream(server: Server) -> None:
+    texts = ["", ""]
+    for chunk in client(server).chat.completions.create(
+        model="tiny",
+        messages=chat_messages(DATA_URL),
+        max_tokens=8,
+        temperature=1,
+        n=2,
+        seed=1,
+        stream=True,
+    ):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert len(set(texts)) == 2
+    assert all(texts)
+
+
+def test_openai_stop(server: Server, expected: Expected) -> None:
+    stop = expected.text[4:6]
+    answer = client(server).chat.completions.create(
+        messages=chat_messages(DATA_URL), stop=[stop], extra_body={"himap": HIMAP}, **GREEDY
+    )
+    assert answer.choices[0].message.content == expected.text.partition(stop)[0]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+# The OpenAI SDK: tools and structured output
+
+NAMED = {"type": "function", "function": {"name": "paint"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_openai_tools(server: Server, choice: Any) -> None:
+    request: Any = {
+        "model": "tiny",
+        "messages": chat_messages(DATA_URL),
+        "tools": [tool()],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,  # a random model would go on calling
+        "max_tokens": ROOM,
+        "temperature": 0,
+        "extra_body": {"himap": HIMAP},
+    }
+    answer: Any = client(server).chat.completions.create(**request)
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "paint"
+    painted = Paint.model_validate_json(call.function.arguments)
+    assert answer.usage.himap["kept_deep"] == KEPT_DEEP
+
+    name, arguments = "", ""
+    for chunk in client(server).chat.completions.create(stream=True, **request):
+        for delta in chunk.choices[0].delta.tool_calls or ():
+            name += delta.function.name or ""
+            arguments += delta.function.arguments or ""
+    assert name == "paint"
+    assert Paint.model_validate_json(arguments) == painted
+
+    # What the tool said goes back with the call.
+    conversation = [
+        *request["messages"],
+        {"role": "assistant", "content": "", "tool_calls": [call.model_dump()]},
+        {"role": "tool", "tool_call_id": call.id, "content": "painted"},
+    ]
+    following = client(server).chat.completions.create(
+        messages=conversation, tools=[tool()], tool_choice="none", **GREEDY
+    )
+    assert following.usage is not None
+    assert following.usage.prompt_tokens > answer.usage.prompt_tokens
+    assert following.choices[0].message.content
+
+
+def test_openai_tools_auto(server: Server) -> None:
+    """What a random model does of itself is no call; the parser must let it through."""
+    answer = client(server).chat.completions.create(
+        messages=chat_messages(DATA_URL), tools=[tool()], tool_choice="auto", **GREEDY
+    )
+    assert answer.choices[0].message.content
+    assert not answer.choices[0].message.tool_calls
+
+
+def test_openai_structured_output(server: Server) -> None:
+    request: Any = {
+        "model": "tiny",
+        "messages": chat_messages(DATA_URL),
+        "max_tokens": ROOM,
+        "temperature": 0,
+        "extra_body": {"himap": HIMAP},
+    }
+    answer = client(server).chat.completions.parse(response_format=Paint, **request)
+    painted = answer.choices[0].message.parsed
+    assert isinstance(painted, Paint)
+    assert answer.choices[0].finish_reason == "stop"
+    usage: Any = answer.usage
+    assert usage.himap["kept_deep"] == KEPT_DEEP
+
+    schema = {**Paint.model_json_schema(), "additionalProperties": False}
+    plain = client(server).chat.completions.create(
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "paint", "schema": schema, "strict": True},
+        },
+        **request,
+    )
+    assert Paint.model_validate_json(plain.choices[0].message.content or "") == painted
+
+
+# The OpenAI SDK: text completions and the Responses API
+
+
+def test_openai_text_completions(server: Server) -> None:
+    answer = client(server).completions.create(prompt=["Once", "Twice"], logprobs=1, **GREEDY)
+    texts = [choice.text for choice in answer.choices]
+    assert [len(text) for text in texts] == [NUM_TOKENS] * 2
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        assert "".join(choice.logprobs.tokens or []) == choice.text
+    streamed, usage = "", None
+    for chunk in client(server).completions.create(
+        prompt="Once", stream=True, stream_options={"include_usage": True}, **GREEDY
+    ):
+        streamed += "".join(choice.text for choice in chunk.choices)
+        usage = chunk.usage
+    assert streamed == texts[0]
+    assert usage is not None
+    assert usage.completion_tokens == NUM_TOKENS
+    echoed = client(server).completions.create(prompt="Once", echo=True, **GREEDY)
+    assert echoed.choices[0].text == f"Once{texts[0]}"
+    stopped = client(server).completions.create(prompt="Once", stop=texts[0][3], **GREEDY)
+    assert stopped.choices[0].text == texts[0].partition(texts[0][3])[0]
+
+
+def test_openai_responses(server: Server, url: str, expected: Expected) -> None:
+    request: Any = {
+        "model": "tiny",
+        "input": responses_input(url),
+        "max_output_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "extra_body": {"himap": HIMAP},
+    }
+    answer: Any = client(server).responses.create(**request)
+    assert answer.output_text == expected.responses_text
+    assert answer.status == "incomplete"  # by max_output_tokens
+    assert answer.usage.himap["kept_deep"] == KEPT_DEEP
+
+    events: list[Any] = list(client(server).responses.create(stream=True, **request))
+    assert events[0].type == "response.created"
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == expected.responses_text
+    assert len(deltas) > 1
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    final = events[-1].response
+    assert final.output_text == expected.responses_text
+    assert final.usage.himap == answer.usage.himap
+    assert final.id == events[0].response.id
+
+
+def test_openai_responses_structured_output_and_tools(server: Server) -> None:
+    request: Any = {
+        "model": "tiny",
+        "input": responses_input(DATA_URL),
+        "max_output_tokens": ROOM,
+        "temperature": 0,
+    }
+    answer = client(server).responses.parse(text_format=Paint, **request)
+    assert isinstance(answer.output_parsed, Paint)
+    tools: Any = [{"type": "function", **tool()["function"]}]
+    called: Any = client(server).responses.create(
+        tools=tools,
+        tool_choice="required",
+        parallel_tool_calls=False,
+        **request,
+    )
+    calls = [item for item in called.output if item.type == "function_call"]
+    assert {call.name for call in calls} == {"paint"}
+    assert Paint.model_validate_json(calls[0].arguments)
+
+
+def test_openai_errors(server: Server) -> None:
+    asking = client(server)
+    with pytest.raises(openai.NotFoundError) as unknown:
+        asking.chat.completions.create(**{**GREEDY, "model": "x"}, messages=chat_messages(DATA_URL))
+    assert unknown.value.param == "model"
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="deep_ratio") as bad:
+            asking.chat.completions.create(
+                messages=chat_messages(DATA_URL),
+                stream=stream,
+                extra_body={"himap": {"deep_ratio": 0.95}},
+                **GREEDY,
+            )
+        assert bad.value.param == "himap_deep_ratio"
+    assert asking.models.list().data[0].id == "tiny"
+
+
+# LangChain
+
+
+@pytest.mark.usefixtures("only_loopback")
+def test_langchain(
+    server: Server, url: str, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LANGSMITH_TRACING", "false")
+    from langchain_core.messages import HumanMessage
+    from langchain_openai import ChatOpenAI
+
+    def model(**options: Any) -> ChatOpenAI:
+        settings: dict[str, Any] = {
+            "model": "tiny", "base_url": f"{server.url}/v1", "api_key": "none", "temperature": 0,
+            "max_tokens": NUM_TOKENS, "max_retries": 0, "extra_body": {"himap": HIMAP}, **options,
+        }  # fmt: skip
+        return ChatOpenAI(**settings)
+
+    message = HumanMessage(chat_messages(url)[0]["content"])
+    answer = model().invoke([message])
+    assert answer.content == expected.text
+    assert answer.response_metadata["token_usage"]["himap"] == expected.usage["himap"]
+
+    # LangChain keeps of a stream's usage what it knows.
+    chunks = list(model(stream_usage=True).stream([message]))
+    assert "".join(str(chunk.content) for chunk in chunks) == expected.text
+    usages = [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata]
+    assert usages[0]["input_tokens"] == expected.usage["prompt_tokens"]
+
+    answer = model(use_responses_api=True).invoke([message])
+    assert answer.text == expected.responses_text
+
+    structured = model(max_tokens=ROOM).with_structured_output(Paint, method="json_schema")
+    assert isinstance(structured.invoke([message]), Paint)
+    calling = model(max_tokens=ROOM).bind_tools(
+        [Paint], tool_choice="any", strict=True, parallel_tool_calls=False
+    )
+    (call,) = calling.invoke([message]).tool_calls
+    assert call["name"] == "Paint"
+    assert Paint.model_validate(call["args"])
+
+
+# LiteLLM
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own use of pydantic
+@pytest.mark.usefixtures("only_loopback")
+def test_litellm(
+    server: Server, url: str, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else fetched when imported
+    monkeypatch.setenv("LITELLM_MODE", "PRODUCTION")  # else it reads .env files
+    import litellm
+
+    litellm.telemetry = False
+    litellm.suppress_debug_info = True
+    request: dict[str, Any] = {
+        "model": "openai/tiny", "api_base": f"{server.url}/v1", "api_key": "none",
+        "messages": chat_messages(url), "max_tokens": NUM_TOKENS, "temperature": 0,
+        "max_retries": 0, "extra_body": {"himap": HIMAP},
+    }  # fmt: skip
+    answer: Any = litellm.completion(**request)
+    assert answer.choices[0].message.content == expected.text
+    assert answer.usage.himap == expected.usage["himap"]
+
+    # LiteLLM keeps of a stream's usage what it knows.
+    chunks: list[Any] = list(
+        litellm.completion(**request, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
+    assert chunks[-1].usage.prompt_tokens == expected.usage["prompt_tokens"]
+
+    with pytest.raises(litellm.exceptions.BadRequestError, match="deep_ratio"):
+        litellm.completion(**{**request, "extra_body": {"himap": {"deep_ratio": 0.95}}})
+
+
+# Node
+
+
+@pytest.fixture(scope="module")
+def node_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the Node SDK and our script."""
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI must have Node and npm")
+        pytest.skip("needs Node and npm")
+    directory = tmp_path_factory.mktemp("node")
+    # Without a lock file in the repository: it would hold the addresses of a registry.
+    subprocess.run(
+        [npm, "install", "--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts",
+         "--prefix", str(directory), NODE_PACKAGE],
+        check=True, timeout=120,
+    )  # fmt: skip
+    # Beside its modules: that is where Node looks for what a module imports.
+    shutil.copy(Path(__file__).with_name("node_client.mjs"), directory)
+    return directory
+
+
+def test_node(server: Server, url: str, expected: Expected, node_directory: Path) -> None:
+    given = {
+        "baseURL": f"{server.url}/v1",
+        "himap": HIMAP,
+        "chat": {**GREEDY, "messages": chat_messages(url)},
+        "tools": [tool()],
+        "room": ROOM,
+        "response": {
+            "model": "tiny", "input": responses_input(url), "max_output_tokens": NUM_TOKENS,
+            "temperature": 0,
+        },
+    }  # fmt: skip
+    ran = subprocess.run(
+        ["node", "node_client.mjs"],
+        input=json.dumps(given), cwd=node_directory, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    got = json.loads(ran.stdout)
+    assert got["models"] == ["tiny"]
+    assert got["chat"]["choices"][0]["message"]["content"] == expected.text
+    assert got["chat"]["usage"]["himap"] == expected.usage["himap"]
+    assert got["streamed"] == expected.text
+    assert got["streamUsage"]["himap"] == expected.usage["himap"]
+    assert got["tool"]["name"] == "paint"
+    assert Paint.model_validate_json(got["tool"]["arguments"])
+    assert Paint.model_validate(got["parsed"])
+    assert got["response"]["output_text"] == expected.responses_text
+    assert got["response"]["usage"]["himap"]["kept_deep"] == KEPT_DEEP
+    assert got["responseStreamed"] == expected.responses_text
+    assert len(got["text"]) == NUM_TOKENS
+    assert got["error"]["name"] == "BadRequestError"
+    assert got["error"]["status"] == 400
+    assert "deep_ratio" in got["error"]["message"]
