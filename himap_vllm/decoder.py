@@ -218,8 +218,8 @@ def install_segments(
 def _boundary(decoder: Any, vllm_config: VllmConfig) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Hidden states and residual between captured segments, for the largest graph."""
     compilation = vllm_config.compilation_config
-    mode = compilation.cudagraph_mode
-    if mode is None or not mode.has_piecewise_cudagraphs():
+    # vLLM may still settle for piecewise graphs where others are configured.
+    if compilation.cudagraph_mode in (None, CUDAGraphMode.NONE):
         return None
     weight = next(decoder.parameters())
     shape = (compilation.max_cudagraph_capture_size, vllm_config.model_config.get_hidden_size())

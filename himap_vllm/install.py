@@ -13,7 +13,7 @@ from himap_vllm.attention import install_stage, install_votes
 from himap_vllm.config import engine_settings
 from himap_vllm.decoder import install_segments
 from himap_vllm.models import FAMILIES
-from himap_vllm.pruning import PruningState
+from himap_vllm.pruning import Heads, PruningState
 from himap_vllm.recorder import Recorder
 
 
@@ -21,18 +21,24 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> PruningState:
     """Install stages, votes and segments; returns the state they share with the runner."""
     settings = engine_settings(vllm_config.additional_config)
     assert settings is not None, "installed only with himap settings"
-    state = PruningState(settings, Recorder(settings))
     architecture = vllm_config.model_config.architecture
     decoder: Any = FAMILIES[architecture].decoder(model)
-    names = []
-    for index, layer in enumerate(decoder.layers):
-        (attention,) = (m for m in layer.modules() if isinstance(m, Attention))
-        names.append(attention.layer_name)
+    attentions = [_attention_of(layer) for layer in decoder.layers]
+    first = attentions[0]
+    heads = Heads(first.num_heads, first.num_kv_heads, first.head_size)
+    state = PruningState(settings, heads, Recorder(settings))
+    for index, attention in enumerate(attentions):
         stage = int(index >= settings.shallow_layer) + int(index >= settings.deep_layer)
         install_stage(attention, stage, state)
         if index == settings.shallow_layer - 1:
             install_votes(attention, 0, state)
         if index == settings.deep_layer - 1:
             install_votes(attention, 1, state)
+    names = [attention.layer_name for attention in attentions]
     install_segments(decoder, names, state, vllm_config)
     return state
+
+
+def _attention_of(layer: nn.Module) -> Attention:
+    (attention,) = (module for module in layer.modules() if isinstance(module, Attention))
+    return attention

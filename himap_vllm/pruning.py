@@ -139,12 +139,22 @@ class ActiveStep:
         return rows
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Shape of an attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+
 @dataclass
 class PruningState:
     """Per model instance.
 
     Attributes:
         settings: the engine's.
+        heads: of the decoder's attention, on this rank.
         recorder: plans of live requests, counters, traces.
         step: the running step, if it prunes a prompt.
         views: the running step as each stage sees it; None: all as vLLM does, which is so where no
@@ -152,6 +162,7 @@ class PruningState:
     """
 
     settings: EngineSettings
+    heads: Heads
     recorder: Recorder
     step: ActiveStep | None = None
     views: Sequence[StageView] | None = None

@@ -17,7 +17,7 @@ def enable() -> None:
     """Make vLLM choose Model Runner V2; before anything imports it."""
     assert not any(name.partition(".")[0] in ("vllm", "triton") for name in sys.modules)
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    from triton.backends import Backend, backends
+    from triton.backends import Backend, backends  # type: ignore[import-untyped]
 
     class Driver:
         """Stands where vLLM looks for a Triton that can run here."""
@@ -26,4 +26,4 @@ def enable() -> None:
         def is_active() -> bool:
             return True
 
-    backends["cpu"] = Backend(compiler=None, driver=Driver)  # type: ignore[arg-type]
+    backends["cpu"] = Backend(compiler=None, driver=Driver)

@@ -87,7 +87,8 @@ def _accumulate(logits, maximum, total):
     return new_maximum, total
 
 
-@triton.jit
+# A specialisation for strides that differ from step to step would be compiled in mid-service.
+@triton.jit(do_not_specialize=["line_stride", "line_head_stride"])
 def _vote_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
     key_ptr,  # [num_tokens, num_kv_heads, head_size]

@@ -10,7 +10,8 @@ PAD_SLOT = -1  # vLLM's PAD_SLOT_ID: the kernels that write the KV cache skip it
 _BLOCK = 1024
 
 
-@triton.jit
+# A specialisation for the step's size would be compiled in mid-service.
+@triton.jit(do_not_specialize=["num_slots"])
 def _stage_slots_kernel(
     groups_ptr,  # [num later groups, 2]
     query_start_loc_ptr,  # [num later stages, >= num_reqs + 1]

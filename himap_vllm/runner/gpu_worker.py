@@ -18,3 +18,8 @@ class PruningGPUWorker(PruningWorkerMixin, Worker):
         runner = super()._make_model_runner()
         v2.adopt(runner)
         return runner
+
+    def compile_or_warm_up_model(self) -> Any:
+        # Before vLLM's, which ends with watching for kernels that are compiled too late.
+        self.model_runner.model_state.warm_up()
+        return super().compile_or_warm_up_model()

@@ -32,6 +32,7 @@ from himap_vllm.kernels.stage_slots import write_stage_slots
 from himap_vllm.layout import StepLayout
 from himap_vllm.pruning import ActiveStep, PruningState
 from himap_vllm.stage_view import QueryRows, StageView
+from himap_vllm.warmup import warm_up
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
@@ -220,6 +221,21 @@ class PruningModelState(DefaultModelState):
                 recorder.plans[request_id],
                 self._block_tables.num_blocks.np[:, index].tolist(),
             )
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile our kernels, which the first pruned prompt would wait for otherwise."""
+        warm_up(self.himap, self.dtype, self.model_config.get_hidden_size(), self.device)
+        write_stage_slots(
+            self._later_groups,
+            self._later.query_start_loc,
+            self._later.seq_lens,
+            0,  # pads only
+            self._block_tables.input_block_table_ptrs,
+            self._block_tables.block_table_strides,
+            self._block_tables.block_sizes_tensor,
+            self._block_tables.slot_mappings,
+        )
 
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
         super().postprocess_state(*args, **kwargs)

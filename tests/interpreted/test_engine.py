@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model Runner V2 against the oracle, and what serving semantics the runner has a part in.
+
+The tests are those of Model Runner V1 where they hold for both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests import test_oracle, test_serving
+from tests.checkpoints import sample_images
+from tests.conftest import Engine, World
+
+PICTURES = tuple(sample_images(8, seed=3))
+QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
+
+
+def runner_of(engine: Engine) -> Any:
+    core = engine.llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner
+
+
+def test_it_is_model_runner_v2(world: World) -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from himap_vllm.runner.v2 import PruningModelState
+
+    runner = runner_of(world.engine())
+    assert isinstance(runner, GPUModelRunner)
+    assert type(runner.model_state) is PruningModelState
+
+
+def test_one_mixed_batch_equals_the_oracle(world: World) -> None:
+    test_oracle.test_one_mixed_batch_equals_the_oracle(world, "gqa12", compiled=False)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_serving.test_long_prompts_are_chunked_and_pruned_ones_only_before_the_image,
+        test_serving.test_prefix_cache_serves_what_precedes_the_image,
+        test_serving.test_preempted_requests_are_recomputed_to_the_same_answer,
+        test_serving.test_prompt_logprobs_and_pruning_exclude_each_other,
+    ],
+)
+def test_as_on_v1_eager(world: World, test: Any) -> None:
+    test(world, compiled=False)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_serving.test_counters_tell_what_was_done,
+        test_serving.test_a_prompt_that_never_fits_a_step,
+        test_serving.test_a_request_that_was_not_admitted_runs_unpruned,
+    ],
+)
+def test_as_on_v1(world: World, test: Any) -> None:
+    test(world)
