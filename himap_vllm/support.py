@@ -146,10 +146,6 @@ def _check_features(vllm_config: VllmConfig) -> None:
             envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
             "breakable CUDA graphs: a step that prunes would replay those of another",
         ),
-        "enable_sp": (
-            bool(vllm_config.compilation_config.pass_config.enable_sp),
-            "sequence parallelism: tokens left after a cut don't divide among the ranks",
-        ),
         "ec_transfer_config": (
             vllm_config.ec_transfer_config is not None,
             "an encoder cache connector",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,39 @@ def test_decode_context_parallelism(world: World) -> None:
         )
 
 
-def test_model_runner_v2(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_takes_model_runner_v2(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.config import VllmConfig
 
+    from himap_vllm.support import check_and_configure
+
+    # vLLM wants Triton for V2 and a GPU for its GPU worker: not while it configures itself, then.
+    config = configure(world.checkpoint("mha12"), {})
+    config.parallel_config.worker_cls = "vllm.v1.worker.gpu_worker.Worker"
+    with pytest.raises(ValueError, match="needs Model Runner V2 on a GPU"):
+        check_and_configure(config)
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda _: True))
-    with pytest.raises(ValueError, match="Model Runner V2"):
+    check_and_configure(config)
+    worker = config.parallel_config.worker_cls
+    assert worker == "himap_vllm.runner.gpu_worker.PruningGPUWorker"
+    module, _, name = worker.rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_graphs_that_a_pruning_step_would_replay(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.config import CUDAGraphMode
+
+    from himap_vllm.support import check_and_configure
+
+    config = configure(world.checkpoint("mha12"), {})
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    check_and_configure(config)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+    with pytest.raises(ValueError, match="cudagraph_mode FULL"):
+        check_and_configure(config)
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(ValueError, match="breakable CUDA graphs"):
         configure(world.checkpoint("mha12"), {})
 
 

@@ -79,9 +79,7 @@ class _LaterStages:
         for row, stage in zip(packed, layout.stages[1:], strict=True):
             num_reqs = len(stage.seq_lens)
             row[:num_reqs] = stage.seq_lens
-            first_rows = row[self._max_num_reqs :]
-            first_rows[: num_reqs + 1] = stage.query_start_loc
-            first_rows[num_reqs + 1 :] = stage.num_tokens
+            row[self._max_num_reqs :][: num_reqs + 1] = stage.query_start_loc
         async_tensor_h2d(packed, out=self._tensor)
 
     def copy_first_stage(self, seq_lens: torch.Tensor) -> None:

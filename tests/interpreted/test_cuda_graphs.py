@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.checkpoints import sample_images
-from tests.conftest import Case, Engine, World, assert_equals_oracle
+from tests.conftest import SHALLOW_LAYER, Case, Engine, World, assert_equals_oracle
 
 PICTURES = tuple(sample_images(8, seed=4))
 QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
@@ -47,15 +47,38 @@ class GraphStandIn:
         monkeypatch.setattr(self.runner.cudagraph_manager, "run_fullgraph", self._replay)
         prepare = self.runner.model_state.prepare_attn
 
-        def remember(*args: Any, **kwargs: Any) -> Any:
-            self.metadata = prepare(*args, **kwargs)
+        def remember(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            self.metadata = prepare(batch, *args, **kwargs)
             self.pruning += self.runner.himap.step is not None
+            for metadata in self.metadata.values():
+                # A graph's attention runs for requests that only pad it, too: over nothing.
+                assert not metadata.seq_lens[batch.num_reqs :].any()
             return self.metadata
 
         monkeypatch.setattr(self.runner.model_state, "prepare_attn", remember)
         decoder = self.runner.model.language_model.model
         boundary = torch.full((2, 512, decoder.config.hidden_size), float("nan"))
         monkeypatch.setattr(decoder, "himap_boundary", tuple(boundary))
+        for index, layer in enumerate(decoder.layers):
+            self._watch_cache_writes(layer.self_attn.attn, index >= SHALLOW_LAYER, monkeypatch)
+
+    def _watch_cache_writes(
+        self, attention: Any, later: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In steps that prune, later layers have no captured graph, and one slot per row."""
+        from vllm.config import CUDAGraphMode
+        from vllm.forward_context import get_forward_context
+
+        write = attention.impl.do_kv_cache_update
+
+        def watched(layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any) -> None:
+            if self.runner.himap.step is not None:
+                mode = CUDAGraphMode.NONE if later else CUDAGraphMode.PIECEWISE
+                assert get_forward_context().cudagraph_runtime_mode == mode
+                assert len(slots) == len(key)
+            write(layer, key, value, kv_cache, slots)
+
+        monkeypatch.setattr(attention.impl, "do_kv_cache_update", watched)
 
     def _capture(self, size: int) -> tuple[Any, dict[str, Any]]:
         from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture

@@ -12,7 +12,7 @@ import pytest
 
 from tests import test_oracle, test_serving
 from tests.checkpoints import sample_images
-from tests.conftest import Engine, World
+from tests.conftest import BLOCK_SIZE, Case, Engine, World
 
 PICTURES = tuple(sample_images(8, seed=3))
 QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
@@ -42,7 +42,6 @@ def test_one_mixed_batch_equals_the_oracle(world: World) -> None:
     [
         test_serving.test_long_prompts_are_chunked_and_pruned_ones_only_before_the_image,
         test_serving.test_prefix_cache_serves_what_precedes_the_image,
-        test_serving.test_preempted_requests_are_recomputed_to_the_same_answer,
         test_serving.test_prompt_logprobs_and_pruning_exclude_each_other,
     ],
 )
@@ -60,3 +59,14 @@ def test_as_on_v1_eager(world: World, test: Any) -> None:
 )
 def test_as_on_v1(world: World, test: Any) -> None:
     test(world)
+
+
+def test_preempted_requests_are_recomputed_and_counted_once(world: World) -> None:
+    """On V2 a preempted request ends, and arrives anew."""
+    engine = world.engine(num_gpu_blocks_override=1 + 6 * 512 // BLOCK_SIZE)
+    assert not engine.stats["requests"]
+    test_serving.test_preempted_requests_are_recomputed_to_the_same_answer(world, compiled=False)
+    assert engine.stats["requests"] == {"pruned": 4, "unpruned": 1}
+    assert engine.stats["image_tokens"] == 4 * 36
+    engine.generate([Case("Lets the worker hear of the last end.", max_tokens=1)])
+    assert not runner_of(engine).himap.recorder.plans

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pruning step costs on the host: launches, waits for the device, work per prompt."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.checkpoints import sample_images
+from tests.conftest import Case, Engine, World, assert_equals_oracle
+
+PICTURES = tuple(sample_images(8, seed=5))
+
+# Operations whose result, or its size, the host must read from the device.
+WAITING = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.item.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.unique_consecutive.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.repeat_interleave.Tensor,
+    torch.ops.aten._to_copy.default,  # from one device to another, or of one dtype to another
+}
+
+
+class Operations(TorchDispatchMode):
+    """Records the operations that torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index.Tensor or func is torch.ops.aten.index_put_.default:
+            # By a mask: finds out where it is true.
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Launches:
+    """Stands before a Triton kernel and counts."""
+
+    def __init__(self, kernel: Any, name: str, counts: Counter[str]) -> None:
+        self._kernel, self._name, self._counts = kernel, name, counts
+
+    def __getitem__(self, grid: Any) -> Any:
+        self._counts[self._name] += 1
+        return self._kernel[grid]
+
+
+def pruning_step(engine: Engine, monkeypatch: pytest.MonkeyPatch, cases: list[Case]) -> Any:
+    """Operations within score and cut, and kernel launches, of the one step that prunes."""
+    from himap_vllm import pruning
+    from himap_vllm.kernels import gather, importance, stage_slots
+
+    launches: Counter[str] = Counter()
+    with monkeypatch.context() as patch:
+        for module, name in (
+            (importance, "_vote_kernel"),
+            (gather, "_gather_kernel"),
+            (stage_slots, "_stage_slots_kernel"),
+        ):
+            patch.setattr(module, name, Launches(getattr(module, name), name, launches))
+        seen: list[Any] = []
+        for name in ("score", "cut"):
+            method = getattr(pruning.ActiveStep, name)
+
+            def recorded(*args: Any, _method: Any = method) -> Any:
+                with Operations() as operations:
+                    result = _method(*args)
+                seen.extend(operations.seen)
+                return result
+
+            patch.setattr(pruning.ActiveStep, name, recorded)
+        before = engine.stats["steps"]
+        outputs = engine.generate([*cases])
+        assert engine.stats["steps"] == before + 1
+    return seen, launches, outputs
+
+
+def test_one_launch_per_stage_and_no_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = world.engine()
+    first = Case("USER: <image>\nWhat? ASSISTANT:", PICTURES[:1], (0.5, 0.75), max_tokens=1)
+    more = [
+        Case("USER: <image> or <image>? ASSISTANT:", PICTURES[1:3], (0.25, 0.9), max_tokens=1),
+        Case("Words before: <image>", PICTURES[3:4], (0.75, 0.5), max_tokens=1),
+        Case("Unpruned <image>", PICTURES[3:4], (0, 0), max_tokens=1),
+    ]
+    alone, launches_alone, _ = pruning_step(engine, monkeypatch, [first])
+    together, launches, outputs = pruning_step(engine, monkeypatch, [first, *more])
+    for case, output in zip([first, *more], outputs, strict=True):
+        assert_equals_oracle(world, engine, "mha12", case, output)
+    expected = {"_vote_kernel": 2, "_gather_kernel": 2, "_stage_slots_kernel": 1}
+    assert launches == launches_alone == expected
+    assert not WAITING & set(together)
+    assert torch.ops.aten.sort.stable in together
+    # Not one operation more for three pruned prompts than for one.
+    assert Counter(map(str, together)) == Counter(map(str, alone))
+
+
+def test_operations_do_not_depend_on_cached_prompts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys of text that precedes the images come from the cache in one read per cut."""
+    engine = world.engine()
+    text = "Words enough for several blocks of the KV cache, before a picture. " * 2
+    cases = [
+        Case(f"{text}<image> {question}", (picture,), (0.5, 0.5), max_tokens=1)
+        for question, picture in zip(("Who?", "Where is it?", "Why?"), PICTURES[:3], strict=True)
+    ]
+    engine.generate([Case(text, (), None, max_tokens=1)])  # into the prefix cache
+    engine.generate(cases[:1])  # learns how this CPU orders keys, once
+    alone, *_ = pruning_step(engine, monkeypatch, cases[:1])
+    together, _, outputs = pruning_step(engine, monkeypatch, cases)
+    for case, output in zip(cases, outputs, strict=True):
+        assert output.num_cached_tokens > 0
+        assert_equals_oracle(world, engine, "mha12", case, output)
+    assert Counter(map(str, together)) == Counter(map(str, alone))
+
+
+def test_warm_up_leaves_no_trace(world: World) -> None:
+    engine = world.engine()
+    core = engine.llm.llm_engine.engine_core.engine_core
+    before = engine.stats
+    core.model_executor.driver_worker.worker.model_runner.model_state.warm_up()
+    assert engine.stats == before
+    case = Case("USER: <image>\nAnd now? ASSISTANT:", PICTURES[:1], (0.5, 0.75))
+    (output,) = engine.generate([case])
+    assert_equals_oracle(world, engine, "mha12", case, output)
