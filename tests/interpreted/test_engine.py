@@ -12,7 +12,15 @@ import pytest
 
 from tests import test_oracle, test_serving
 from tests.checkpoints import sample_images
-from tests.conftest import BLOCK_SIZE, Case, Engine, World
+from tests.conftest import (
+    BLOCK_SIZE,
+    IMAGE_TOKENS,
+    Case,
+    Engine,
+    World,
+    assert_equals_oracle,
+    watched,
+)
 
 PICTURES = tuple(sample_images(8, seed=3))
 QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
@@ -64,9 +72,27 @@ def test_as_on_v1(world: World, test: Any) -> None:
 def test_preempted_requests_are_recomputed_and_counted_once(world: World) -> None:
     """On V2 a preempted request ends, and arrives anew."""
     engine = world.engine(num_gpu_blocks_override=1 + 6 * 512 // BLOCK_SIZE)
-    assert not engine.stats["requests"]
-    test_serving.test_preempted_requests_are_recomputed_to_the_same_answer(world, compiled=False)
-    assert engine.stats["requests"] == {"pruned": 4, "unpruned": 1}
-    assert engine.stats["image_tokens"] == 4 * 36
+    ratios = [(0.5, 0.75), (0, 0), (0.9, 0.5), (0, 0), (0.25, 0.25), (0, 0)]
+    cases = [
+        Case(QUESTION, PICTURES[i : i + 1], pair, max_tokens=80) for i, pair in enumerate(ratios)
+    ]
+    preempted = set()
+
+    def look(_: Any) -> None:
+        for request in engine.scheduler.requests.values():
+            if request.num_preemptions:
+                preempted.add(request.request_id.rpartition("-")[0])
+
+    with watched(engine, look):
+        outputs = engine.generate(cases)
+    for case, output in zip(cases, outputs, strict=True):
+        assert_equals_oracle(world, engine, "mha12", case, output)
+    pruned = [output.request_id for output in outputs[::2]]
+    assert preempted & set(pruned)
+    assert preempted - set(pruned)
+    stats = engine.stats
+    assert stats["requests"] == {"pruned": 3, "unpruned": 3}
+    assert stats["recomputed"] > 0
+    assert stats["image_tokens"] == 3 * IMAGE_TOKENS
     engine.generate([Case("Lets the worker hear of the last end.", max_tokens=1)])
     assert not runner_of(engine).himap.recorder.plans
