@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile: the decoder's segments are compiled at start-up, and never again."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from tests.checkpoints import sample_images
+from tests.conftest import Case, World
+
+PICTURES = sample_images(8, seed=6)
+
+
+def compilations() -> dict[str, Any]:
+    """Everything that torch and vLLM count when they trace or compile."""
+    from vllm.compilation.counter import compilation_counter
+
+    dynamo = {key: dict(values) for key, values in torch._dynamo.utils.counters.items()}
+    return {**asdict(compilation_counter), "dynamo": dynamo}
+
+
+def test_fifty_ratios_and_lengths_without_a_recompilation(world: World) -> None:
+    engine = world.engine(compiled=True)
+    rng = random.Random(0)
+    cases = []
+    for _ in range(50):
+        num_images = rng.randrange(1, 4)
+        ratios = (round(rng.uniform(0, 0.95), 3), round(rng.uniform(0.05, 0.95), 3))
+        text = "x" * rng.randrange(200)
+        cases.append(
+            Case(
+                "<image>" * num_images + text + "?",
+                tuple(rng.sample(PICTURES, num_images)),
+                ratios,
+                max_tokens=rng.randrange(1, 4),
+            )
+        )
+    # vLLM compiles what it needs for log-probabilities when they are first wanted, for one row and
+    # for several; unpruned requests bring that about.
+    engine.generate([Case("One.")])
+    engine.generate([Case("Two."), Case("Three.")])
+    before = compilations()
+    segments = before["num_aot_compiles"] + before["num_aot_artifacts_loaded"]
+    assert segments >= 3  # vLLM's cache may have them; without them, nothing here could fail
+    steps = engine.stats["steps"]
+    for begin in range(0, 50, 3):
+        engine.generate(cases[begin : begin + 3])
+    assert engine.stats["steps"] >= steps + 17
+    assert len({case.ratios for case in cases}) == 50
+    assert compilations() == before
