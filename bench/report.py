@@ -180,7 +180,8 @@ def checks(results: Results) -> list[Check]:
     return found
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -197,7 +198,7 @@ def _speed(results: Results) -> str:
             row.append(f"{results.value(tokens_per_second, cell, concurrency):.2f}")
             rows.append(row)
     header = ["concurrency", "cell", "TTFT, ms", "x stock", "TPOT, ms", "x stock"]
-    return _table([*header, "requests/s", "x stock", "output tokens/s"], rows)
+    return table([*header, "requests/s", "x stock", "output tokens/s"], rows)
 
 
 def _bound(results: Results) -> str:
@@ -211,7 +212,7 @@ def _bound(results: Results) -> str:
     bound = results.bound
     return (
         f"Token-layers per prompt: {bound.before:.0f} before, {bound.after:.0f} after; bound "
-        f"{bound.speedup:.2f}.\n\n" + _table(header, rows)
+        f"{bound.speedup:.2f}.\n\n" + table(header, rows)
     )
 
 
@@ -230,7 +231,7 @@ def _kv(results: Results) -> str:
             ]
         )
     header = ["cell", "tokens per stage", "groups x layers", "blocks per request (arithmetic)"]
-    table = _table([*header, "KV, MiB", "requests that fit (arithmetic)", "preemptions"], rows)
+    blocks = table([*header, "KV, MiB", "requests that fit (arithmetic)", "preemptions"], rows)
     stock, pruned = results.capacity[STOCK], results.capacity[PRUNED]
     stats = pruned.stats
     assert stats is not None
@@ -239,7 +240,7 @@ def _kv(results: Results) -> str:
         f"Block size {BLOCK_SIZE}, KV budget {KV_BYTES / 2**20:.0f} MiB, {OUTPUT_TOKENS} output "
         f"tokens, {THIN.num_layers} layers one head wide, float32: blocks follow from layers and "
         "tokens alone. A block holds the layers of one group.\n\n"
-        f"{table}\n\n"
+        f"{blocks}\n\n"
         f"KV of a pruned request: {pruned.kv_bytes / stock.kv_bytes:.1%} of stock. Requests that "
         f"fit: x {pruned.peak / stock.peak:.2f}. The plugin's own counters, per pruned prompt "
         f"({count}): {stats['kv_blocks'] / count:g} blocks, "
