@@ -35,6 +35,8 @@ class Setting:
         num_layers: of the decoder.
         kv_bytes: the budget.
         block_size: tokens per block.
+        batched_tokens: per step. All requests that fit must be prefilled before the first one
+            has its `output_tokens`.
         output_tokens: of each request; at most `block_size`.
         engine: further arguments of `LLM`.
     """
@@ -43,6 +45,7 @@ class Setting:
     num_layers: int = THIN.num_layers
     kv_bytes: int = KV_BYTES
     block_size: int = BLOCK_SIZE
+    batched_tokens: int = 4096
     output_tokens: int = OUTPUT_TOKENS
     engine: dict[str, Any] = field(default_factory=lambda: {"dtype": "float32"})
 
@@ -154,7 +157,7 @@ def _fill(checkpoint: Path, cuts: Cuts, pruning: bool, setting: Setting) -> Capa
         enforce_eager=True,
         max_model_len=1024,
         max_num_seqs=256,
-        max_num_batched_tokens=4096,
+        max_num_batched_tokens=setting.batched_tokens,
         block_size=setting.block_size,
         kv_cache_memory_bytes=setting.kv_bytes,
         limit_mm_per_prompt={"image": 1},

@@ -154,6 +154,7 @@ class Run:
             num_layers=plan.kv_shape.num_layers,
             kv_bytes=plan.capacity_kv_bytes,
             block_size=16 if on_gpu else 32,
+            batched_tokens=16384,
             output_tokens=8,
             engine={
                 "dtype": "bfloat16" if on_gpu else "float32",

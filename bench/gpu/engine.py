@@ -53,6 +53,8 @@ class Load:
     Attributes:
         ratios: (R1, R2) asked for by each request; None: nothing is asked for.
         text_tokens: of the prompt, beside the image's.
+        same_image: what the tower made of it is found in the encoder's cache: what is left is the
+            decoder's part.
     """
 
     concurrency: int
@@ -60,6 +62,7 @@ class Load:
     text_tokens: int
     output_tokens: int
     ratios: tuple[float, float] | None = None
+    same_image: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,11 @@ class Engine:
         gc.freeze()
         return time.perf_counter() - began
 
+    def close(self) -> None:
+        """End the engine core."""
+        if self._engine is not None:
+            self._engine.shutdown()
+
     async def stats(self) -> Any:
         """The plugin's counters."""
         return (await self._engine.collective_rpc("himap_stats"))[0]
@@ -181,7 +189,7 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        index = next(self._turn) % len(self._images)
+        index = 0 if load.same_image else next(self._turn) % len(self._images)
         # The tokenizer has a token per character and puts <s> in front.
         prompt = {
             "prompt": "<image>" + "x" * (load.text_tokens - 1),

@@ -12,7 +12,7 @@ from bench.gpu.shape import LLAVA_7B, LLAVA_7B_KV, TINY, Shape
 from bench.report import STOCK, UNPRUNED
 from himap_vllm.budget import Ratios
 
-TTFT, DECODE, LOAD = "ttft", "decode", "load"
+TTFT, PREFILL, DECODE, LOAD = "ttft", "prefill", "decode", "load"
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Plan:
         """Of one round, what matters most first."""
         for text in self.text_tokens:
             yield TTFT, Load(1, self.ttft_requests, text, 1)
+            yield PREFILL, Load(1, self.ttft_requests, text, 1, same_image=True)
         for text in self.text_tokens:
             for batch in self.batches:
                 yield DECODE, Load(batch, batch, text, self.tokens[0])

@@ -21,6 +21,9 @@ class Probe:
         self._device = torch.device(device)
         self._dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
+    def close(self) -> None:
+        """Nothing to end."""
+
     def peaks(self) -> tuple[str, Peaks]:
         """Name of the device, and its measured peaks.
 

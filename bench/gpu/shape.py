@@ -113,10 +113,10 @@ class Shape:
         flops += 2 * self.image_tokens * (patches + projector)
         return Work(num_images * flops, ELEMENT_BYTES * (layers * weights + patches + projector))
 
-    def prefill(self, text_tokens: int, cuts: Cuts) -> list[Work]:
+    def prefill(self, text_tokens: int, cuts: Cuts, tower: bool = True) -> list[Work]:
         """One prompt, one image: tower, a piece of work per decoder layer, one row of logits."""
         stages = cuts.stage_tokens(self.image_tokens + text_tokens, self.image_tokens)
-        pieces = [self.vision(1)]
+        pieces = [self.vision(1)] if tower else []
         for layers, tokens in zip(cuts.stage_layers(self.num_layers), stages, strict=True):
             flops = self.decoder.layer_flops(int(tokens))
             layer = Work(flops, self.layer_bytes + tokens * self.kv_bytes)

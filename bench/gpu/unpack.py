@@ -28,7 +28,7 @@ names = {point.name for point in metadata.entry_points(group="vllm.general_plugi
 assert "himap" in names, names
 import vllm
 from vllm.platforms import current_platform
-print("vllm", vllm.__version__, "on", current_platform.device_name or "no device")
+print("vllm", vllm.__version__, "on", type(current_platform).__name__)
 import vllm.entrypoints.llm, vllm.v1.engine.async_llm
 import himap_vllm.plugin, bench.gpu.engine
 if current_platform.is_cuda():
@@ -79,7 +79,11 @@ def check_sums(files: Sequence[Path], sums: Path) -> None:
 def make_environment(env: Path) -> None:
     """An environment over the base interpreter that sees the packages of this one."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env)], check=True)
-    site = Path(sysconfig.get_path("purelib", vars={"base": str(env), "platbase": str(env)}))
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    answer = subprocess.run(
+        [str(env / "bin" / "python"), "-c", ask], capture_output=True, text=True
+    )
+    site = Path(answer.stdout.strip())
     parents = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     lines = [f"import site; site.addsitedir({parent!r})\n" for parent in parents]
     (site / "zz_parent.pth").write_text("".join(lines))

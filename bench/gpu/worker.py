@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 
+STOP_SECONDS = 10.0
+
+
 class WorkerError(RuntimeError):
     """The object raised, its process ended, or it took too long."""
 
 
 class Worker:
     """Calls methods of `factory(*arguments)`, which lives in a process group of its own.
+
+    The object has a method `close`, which is called at the end.
 
     Coroutine methods run in one event loop, which stands still between calls.
     """
@@ -90,7 +95,7 @@ class Worker:
         """End the process and all that it started."""
         self._broken = True
         self._connection.close()
-        self._process.join(5)
+        self._process.join(STOP_SECONDS)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid or 0, signal.SIGKILL)
         self._process.join()
@@ -121,6 +126,8 @@ def _serve(
         try:
             method, parameters = connection.recv()
         except EOFError:
+            if instance is not None:
+                instance.close()
             return
         try:
             if instance is None:
