@@ -92,7 +92,12 @@ class Capacity:
 
 
 def measure(
-    checkpoint: Path, cuts: Cuts, pruning: bool, log: Path, setting: Setting | None = None
+    checkpoint: Path,
+    cuts: Cuts,
+    pruning: bool,
+    log: Path,
+    setting: Setting | None = None,
+    timeout: float | None = None,
 ) -> Capacity:
     """Fill the KV budget of an engine.
 
@@ -102,6 +107,11 @@ def measure(
         pruning: False: stock vLLM, without the plugin.
         log: where the engine's output goes; its answer is written beside it.
         setting: by default for `THIN`.
+        timeout: in seconds.
+
+    Raises:
+        RuntimeError: the engine failed.
+        subprocess.TimeoutExpired: it took too long, and was killed.
     """
     setting = setting or Setting()
     answer = log.with_suffix(".json")
@@ -118,7 +128,9 @@ def measure(
         "HF_HUB_OFFLINE": "1",
     }
     with log.open("wb") as output:
-        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout
+        )
     if done.returncode:
         raise RuntimeError(f"the engine failed; see {log}")
     fields: dict[str, Any] = json.loads(answer.read_text())

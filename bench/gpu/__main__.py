@@ -166,8 +166,9 @@ class Run:
         name = "-".join(map(str, system.ratios or ("stock",)))
         progress(f"KV capacity: {system.name}")
         self.results.capacity[system.name] = measure(
-            checkpoint, cuts, system.plugin, self._work_dir / f"capacity-{name}.log", setting
-        )
+            checkpoint, cuts, system.plugin, self._work_dir / f"capacity-{name}.log", setting,
+            timeout=max(self.left(), 1.0),
+        )  # fmt: skip
 
     def _start(self, plugin: bool, checkpoint: Path) -> Worker:
         plan = self._plan
