@@ -89,7 +89,7 @@ class Run:
             self._rounds(engines)
             if True in engines:
                 self._try("counters", lambda: self._counters(engines[True]))
-        self.write()
+            self.write()  # before anything that may hang
 
     def _try(self, what: str, function: Callable[[], Any]) -> Any:
         try:

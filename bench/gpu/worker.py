@@ -56,6 +56,7 @@ class Worker:
         self._process.start()
         theirs.close()
         self._broken = False
+        self._waiting = False
 
     def send(self, method: str, *arguments: Any) -> None:
         """Ask for a call; `receive` gets the answer."""
@@ -63,6 +64,7 @@ class Worker:
             raise WorkerError(f"gone since an earlier failure; see {self.log}")
         try:
             self._connection.send((method, arguments))
+            self._waiting = True
         except OSError as error:
             self._broken = True
             raise WorkerError(f"ended; see {self.log}: {_tail(self.log)}") from error
@@ -78,6 +80,7 @@ class Worker:
                 self._broken = True
                 raise WorkerError(f"no answer in {timeout:.0f} s; see {self.log}")
             answer, failure = self._connection.recv()
+            self._waiting = False
         except (EOFError, OSError) as error:
             self._broken = True
             raise WorkerError(f"ended; see {self.log}: {_tail(self.log)}") from error
@@ -94,10 +97,12 @@ class Worker:
         """End the process and all that it started."""
         self._broken = True
         self._connection.close()
-        self._process.join(STOP_SECONDS)
+        # One that is still in a call hears nothing.
+        self._process.join(0 if self._waiting else STOP_SECONDS)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid or 0, signal.SIGKILL)
-        self._process.join()
+        self._process.kill()  # before it has a group of its own
+        self._process.join(STOP_SECONDS)
 
 
 def _tail(log: Path, lines: int = 5) -> str:
