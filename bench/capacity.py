@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,30 @@ from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes (its default is 128)
 OUTPUT_TOKENS = 16
 KV_BYTES = 160 << 20
-BATCHED_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is filled, and with what.
+
+    Attributes:
+        image_tokens: of an image.
+        num_layers: of the decoder.
+        kv_bytes: the budget.
+        block_size: tokens per block.
+        batched_tokens: per step. All requests that fit must be prefilled before the first one
+            has its `output_tokens`.
+        output_tokens: of each request; at most `block_size`.
+        engine: further arguments of `LLM`.
+    """
+
+    image_tokens: int = THIN.image_tokens
+    num_layers: int = THIN.num_layers
+    kv_bytes: int = KV_BYTES
+    block_size: int = BLOCK_SIZE
+    batched_tokens: int = 4096
+    output_tokens: int = OUTPUT_TOKENS
+    engine: dict[str, Any] = field(default_factory=lambda: {"dtype": "float32"})
 
 
 @dataclass(frozen=True)
@@ -68,19 +91,33 @@ class Capacity:
         return (self.blocks, self.peak) == (self.blocks_expected, self.peak_expected)
 
 
-def measure(checkpoint: Path, cuts: Cuts, pruning: bool, log: Path) -> Capacity:
+def measure(
+    checkpoint: Path,
+    cuts: Cuts,
+    pruning: bool,
+    log: Path,
+    setting: Setting | None = None,
+    timeout: float | None = None,
+) -> Capacity:
     """Fill the KV budget of an engine.
 
     Args:
-        checkpoint: of `THIN`.
+        checkpoint: of `THIN`, or what `setting` describes.
         cuts: what pruning does; stock vLLM gets the same prompts, whose length depends on it.
         pruning: False: stock vLLM, without the plugin.
         log: where the engine's output goes; its answer is written beside it.
+        setting: by default for `THIN`.
+        timeout: in seconds.
+
+    Raises:
+        RuntimeError: the engine failed.
+        subprocess.TimeoutExpired: it took too long, and was killed.
     """
+    setting = setting or Setting()
     answer = log.with_suffix(".json")
     command = [
         sys.executable, "-m", "bench.capacity", str(checkpoint), str(answer),
-        "--cuts", json.dumps(asdict(cuts)),
+        "--cuts", json.dumps(asdict(cuts)), "--setting", json.dumps(asdict(setting)),
     ]  # fmt: skip
     if pruning:
         command.append("--pruning")
@@ -91,7 +128,9 @@ def measure(checkpoint: Path, cuts: Cuts, pruning: bool, log: Path) -> Capacity:
         "HF_HUB_OFFLINE": "1",
     }
     with log.open("wb") as output:
-        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout
+        )
     if done.returncode:
         raise RuntimeError(f"the engine failed; see {log}")
     fields: dict[str, Any] = json.loads(answer.read_text())
@@ -99,19 +138,20 @@ def measure(checkpoint: Path, cuts: Cuts, pruning: bool, log: Path) -> Capacity:
     return Capacity(**fields)
 
 
-def _text_tokens(cuts: Cuts, minimum: int = 30) -> int:
+def _text_tokens(cuts: Cuts, setting: Setting, minimum: int = 30) -> int:
     """The shortest text with which a request needs no further block while it answers.
 
     Then "fits" has one meaning: what is admitted also runs to its end.
     """
-    for text in range(minimum, minimum + BLOCK_SIZE):
-        before = cuts.stage_tokens(THIN.image_tokens + text, THIN.image_tokens)
-        if all((int(t) - 1) % BLOCK_SIZE + OUTPUT_TOKENS <= BLOCK_SIZE for t in before):
+    block = setting.block_size
+    for text in range(minimum, minimum + block):
+        before = cuts.stage_tokens(setting.image_tokens + text, setting.image_tokens)
+        if all((int(t) - 1) % block + setting.output_tokens <= block for t in before):
             return text
     raise ValueError("the stages' last blocks have no common room; use --no-capacity")
 
 
-def _fill(checkpoint: Path, cuts: Cuts, pruning: bool) -> Capacity:
+def _fill(checkpoint: Path, cuts: Cuts, pruning: bool, setting: Setting) -> Capacity:
     """Inside the process of the engine."""
     from PIL import Image
     from vllm import LLM, SamplingParams
@@ -126,21 +166,21 @@ def _fill(checkpoint: Path, cuts: Cuts, pruning: bool) -> Capacity:
     }
     llm = LLM(
         str(checkpoint),
-        dtype="float32",
         enforce_eager=True,
         max_model_len=1024,
         max_num_seqs=256,
-        max_num_batched_tokens=BATCHED_TOKENS,
-        block_size=BLOCK_SIZE,
-        kv_cache_memory_bytes=KV_BYTES,
+        max_num_batched_tokens=setting.batched_tokens,
+        block_size=setting.block_size,
+        kv_cache_memory_bytes=setting.kv_bytes,
         limit_mm_per_prompt={"image": 1},
         enable_prefix_caching=False,  # requests are alike, and shared blocks would count once
         additional_config={"himap": himap} if pruning else {},
+        **setting.engine,
     )
     engine: Any = llm.llm_engine
     scheduler: Any = engine.engine_core.engine_core.scheduler
     kv_cache: Any = scheduler.kv_cache_config
-    stage_layers = cuts.stage_layers(THIN.num_layers)
+    stage_layers = cuts.stage_layers(setting.num_layers)
     if pruning:
         groups = tuple(group_stages(kv_cache, stage_layers))
         ratios = {SHALLOW_ARG: cuts.ratios.shallow, DEEP_ARG: cuts.ratios.deep}
@@ -149,19 +189,19 @@ def _fill(checkpoint: Path, cuts: Cuts, pruning: bool) -> Capacity:
         ratios = {}
     layers_per_block = max(len(group.layer_names) for group in kv_cache.kv_cache_groups)
 
-    text = _text_tokens(cuts)
-    prompt = THIN.image_tokens + text
-    whole = prompt + OUTPUT_TOKENS - 1  # the last token is never computed
-    left = cuts.stage_tokens(whole, THIN.image_tokens) if pruning else (whole,) * NUM_STAGES
+    text = _text_tokens(cuts, setting)
+    prompt = setting.image_tokens + text
+    whole = prompt + setting.output_tokens - 1  # the last token is never computed
+    left = cuts.stage_tokens(whole, setting.image_tokens) if pruning else (whole,) * NUM_STAGES
     tokens = tuple(int(t) for t in left)
-    expected = sum(blocks_per_request(tokens, groups, BLOCK_SIZE))
+    expected = sum(blocks_per_request(tokens, groups, setting.block_size))
     pool = scheduler.kv_cache_manager.block_pool
     num_blocks = pool.get_num_free_blocks()
     peak_expected = num_blocks // expected
 
     image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
     params = SamplingParams(
-        temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True, extra_args=ratios or None
+        temperature=0, max_tokens=setting.output_tokens, ignore_eos=True, extra_args=ratios or None
     )
     # The tokenizer has a token per character, and puts <s> in front.
     content = {"prompt": "<image>" + "x" * (text - 1), "multi_modal_data": {"image": image}}
@@ -200,10 +240,11 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("answer", type=Path)
     parser.add_argument("--cuts", type=json.loads, required=True)
+    parser.add_argument("--setting", type=json.loads, required=True)
     parser.add_argument("--pruning", action="store_true")
     args = parser.parse_args()
     cuts = Cuts(**{**args.cuts, "ratios": Ratios(**args.cuts["ratios"])})
-    capacity = _fill(args.checkpoint, cuts, args.pruning)
+    capacity = _fill(args.checkpoint, cuts, args.pruning, Setting(**args.setting))
     args.answer.write_text(json.dumps(asdict(capacity)))
 
 

@@ -59,14 +59,19 @@ def build_llava(
     vision_layers: int = 3,
     vision_hidden_size: int = 32,
     vision_heads: int = 2,
+    vision_intermediate_size: int | None = None,
+    vocab_size: int | None = None,
     max_position_embeddings: int = 4096,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    weights: bool = True,
 ) -> Path:
     """Write a checkpoint to the directory `path` (created) and return it.
 
     An image, whatever its size, becomes `(image_size // patch_size) ** 2` tokens. Equal arguments
-    give equal files. The weights are random but scaled for testing: see `_fill`.
+    give equal files. The weights are random but scaled for testing: see `_fill`. By default the
+    vision tower's MLP is twice as wide as the tower, and the vocabulary is the tokenizer's; without
+    `weights` the checkpoint is for `--load-format dummy`.
     """
     path = Path(path)
     head_dim = hidden_size // num_heads
@@ -81,7 +86,7 @@ def build_llava(
             num_attention_heads=num_heads,
             num_key_value_heads=num_kv_heads,
             head_dim=head_dim,
-            vocab_size=len(tokenizer),
+            vocab_size=vocab_size or len(tokenizer),
             max_position_embeddings=max_position_embeddings,
             pad_token_id=PAD_ID,
             bos_token_id=BOS_ID,
@@ -90,7 +95,7 @@ def build_llava(
         ),
         vision_config=CLIPVisionConfig(
             hidden_size=vision_hidden_size,
-            intermediate_size=2 * vision_hidden_size,
+            intermediate_size=vision_intermediate_size or 2 * vision_hidden_size,
             projection_dim=vision_hidden_size,
             num_hidden_layers=vision_layers,
             num_attention_heads=vision_heads,
@@ -105,18 +110,9 @@ def build_llava(
         architectures=["LlavaForConditionalGeneration"],
         dtype=dtype,
     )
-    with torch.device("meta"):  # for its names and shapes
-        model = LlavaForConditionalGeneration(config)
-    weights: dict[str, torch.Tensor] = {}
-    for name, empty in model.state_dict().items():
-        name = _hub_name(name)
-        # One generator per tensor: a weight depends on its name and not on what precedes it.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-        weight = torch.randn(empty.shape, generator=generator)
-        weights[name] = _fill(name, weight, num_layers).to(dtype).contiguous()
-
     path.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    if weights:
+        _save_weights(path, config, dtype, seed)
     config.save_pretrained(path)
     ids = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
     (path / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
@@ -136,6 +132,20 @@ def build_llava(
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(path)
     return path
+
+
+def _save_weights(path: Path, config: LlavaConfig, dtype: torch.dtype, seed: int) -> None:
+    with torch.device("meta"):  # for its names and shapes
+        model = LlavaForConditionalGeneration(config)
+    weights: dict[str, torch.Tensor] = {}
+    for name, empty in model.state_dict().items():
+        name = _hub_name(name)
+        # One generator per tensor: a weight depends on its name and not on what precedes it.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+        weight = torch.randn(empty.shape, generator=generator)
+        layers = config.text_config.num_hidden_layers
+        weights[name] = _fill(name, weight, layers).to(dtype).contiguous()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def sample_images(n: int, seed: int = 0, size: int = 64) -> list[Image.Image]:

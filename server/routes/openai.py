@@ -11,6 +11,7 @@ wrap its routes.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Annotated, Any
@@ -29,17 +30,42 @@ from ..schemas import EXAMPLES, ChatRequest, ResponsesBody, TextRequest
 
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _MAX_VALUES = 1_000_000
+_MAX_INTEGER = 2**63 - 1
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _UNDECODABLE = "Failed to load image"
+
+
+def _parse(raw: bytes) -> Any:
+    """JSON with what the engine can take: more would fail on its way there, as an error of ours."""
+    # Megabytes of small values hold up everything else for seconds; of text and images, not.
+    if raw.count(b",") > _MAX_VALUES:
+        text = f"the body has more than {_MAX_VALUES} values"
+        raise GatewayError(413, text, reason="body_values")
+    body = json.loads(raw, parse_constant=_refuse_constant, parse_int=_integer)
+    if _SURROGATE.search(raw):
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            text = "the body has half of a surrogate pair, which is no character"
+            raise GatewayError(400, text, reason="invalid") from None
+    return body
+
+
+def _refuse_constant(name: str) -> Any:
+    raise GatewayError(400, f"{name} is not JSON", reason="invalid")
+
+
+def _integer(digits: str) -> int:
+    value = int(digits) if len(digits) <= len(str(_MAX_INTEGER)) + 1 else _MAX_INTEGER + 1
+    if abs(value) > _MAX_INTEGER:
+        raise GatewayError(400, f"{digits[:32]} is too large a number", reason="invalid")
+    return value
 
 
 class _CheckedRequest(Request):
     async def json(self) -> Any:
         """The body, its images and text checked: what pydantic, and vLLM, get to see."""
-        # Megabytes of small values hold up everything else for seconds; of text and images, not.
-        if (await self.body()).count(b",") > _MAX_VALUES:
-            text = f"the body has more than {_MAX_VALUES} values"
-            raise GatewayError(413, text, reason="body_values")
-        body = await super().json()
+        body = _parse(await self.body())
         await self.app.state.media(body, current.get())
         return body
 
@@ -114,7 +140,7 @@ async def _answer(
 def _refuse_truncation(request: Any, record: RequestRecord) -> None:
     """vLLM (0.32) fails on an image whose tokens are cut off, with 500."""
     for param, off in (("truncate_prompt_tokens", None), ("truncation", "disabled")):
-        if record.images and (getattr(request, param, None) or off) != off:
+        if record.images and getattr(request, param, off) not in (None, off):
             text = f"{param} can't be combined with images"
             raise GatewayError(400, text, reason="truncation", param=param)
 

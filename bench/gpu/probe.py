@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the device can do, and what scoring alone costs on it; lives in a `Worker`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bench.arithmetic import Cuts
+from bench.gpu.shape import Peaks, Shape
+
+
+class Probe:
+    """Measurements without an engine."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._device = torch.device(device)
+        self._dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def peaks(self) -> tuple[str, Peaks]:
+        """Name of the device, and its measured peaks.
+
+        An 8192-cube product of random bfloat16 matrices (zeros draw less power and run faster);
+        a copy within the device's memory, counted as read and written.
+        """
+        import torch
+
+        small = self._device.type != "cuda"
+        name = "CPU" if small else torch.cuda.get_device_name()
+        size, elements = (512, 1 << 22) if small else (8192, 1 << 31)
+        a, b = (torch.randn(size, size, device=self._device, dtype=self._dtype) for _ in range(2))
+        product = self._median_seconds(lambda: a @ b, 20)
+        source = torch.zeros(elements, dtype=torch.uint8, device=self._device)
+        target = torch.empty_like(source)
+        copy = self._median_seconds(lambda: target.copy_(source), 20)
+        return name, Peaks(flops=2 * size**3 / product, bandwidth=2 * elements / copy)
+
+    def scoring(self, shape: Shape, cuts: Cuts, text_tokens: int, prompts: int) -> dict[str, float]:
+        """Milliseconds, for a step of `prompts` pruned prompts.
+
+        Returns:
+            `device_ms`: both cuts, back to back on an idle device: scores, selection, gathers;
+            `launch_ms`: host time until all of it is launched, the step's upload included.
+        """
+        import torch
+
+        from himap_vllm.budget import ImageTokens, make_plan
+        from himap_vllm.kernels.gather import gather_rows
+        from himap_vllm.layout import step_layout
+        from himap_vllm.pruning import ActiveStep
+
+        length = shape.image_tokens + text_tokens
+        images = [ImageTokens(((1, 1 + shape.image_tokens),))]
+        plan = make_plan(length, images, cuts.ratios)
+        layout = step_layout([0] * prompts, [length] * prompts, [plan] * prompts)
+        heads, size = shape.num_heads, shape.hidden_size // shape.num_heads
+        inputs = []
+        for stage in layout.stages[:2]:
+            fused = torch.randn(
+                stage.num_tokens, 3 * shape.hidden_size, device=self._device, dtype=self._dtype
+            )
+            query, key, _ = (part.view(-1, heads, size) for part in fused.chunk(3, dim=1))
+            hidden = torch.randn(
+                stage.num_tokens, shape.hidden_size, device=self._device, dtype=self._dtype
+            )
+            inputs.append((query, key, hidden))
+        positions = torch.arange(length, device=self._device).repeat(prompts)
+
+        def cut_twice(step: ActiveStep) -> None:
+            moved = positions
+            for index, (query, key, hidden) in enumerate(inputs):
+                scores = step.score(index, query, key, size**-0.5, lambda *_, none=key[:0]: none)
+                step.set_scores(scores)
+                moved, _, _ = gather_rows(step.cut(index), moved, hidden, hidden)
+
+        device, launch = [], []
+        for _ in range(25):
+            began = time.perf_counter()
+            step = ActiveStep(layout, self._device)
+            self._wait()
+            uploaded = time.perf_counter()
+            device.append(self._seconds(lambda: cut_twice(step)))  # noqa: B023
+            launch.append(uploaded - began + step.seconds)
+            self._wait()
+        return {
+            "device_ms": 1000 * statistics.median(device[5:]),
+            "launch_ms": 1000 * statistics.median(launch[5:]),
+        }
+
+    def _median_seconds(self, function: Callable[[], Any], times: int) -> float:
+        for _ in range(3):
+            function()
+        return statistics.median(self._seconds(function) for _ in range(times))
+
+    def _seconds(self, function: Callable[[], Any]) -> float:
+        """Time on the device (on a CPU: of the call)."""
+        import torch
+
+        if self._device.type != "cuda":
+            began = time.perf_counter()
+            function()
+            return time.perf_counter() - began
+        # Busy for some milliseconds, so that what follows is launched before it is begun.
+        torch.cuda._sleep(10_000_000)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+
+    def _wait(self) -> None:
+        import torch
+
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
