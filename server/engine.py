@@ -16,6 +16,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
+from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from himap_vllm import admission
@@ -68,6 +69,7 @@ async def run_engine(
         )
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
         app.openapi()  # takes seconds, once: not while requests wait
+        freeze_gc_heap()  # as vLLM's server does: what is there now stays, and need not be searched
         lifecycle.phase = Phase.READY
         progress.cancel()
         logger.info("ready: %s", args.model)

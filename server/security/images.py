@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import NamedTuple
 
+import numpy as np
 import pybase64
 from PIL.GifImagePlugin import GifImageFile
 from PIL.Image import DecompressionBombError, DecompressionBombWarning
@@ -33,8 +34,9 @@ _DATA_URL = re.compile(r"data:image/(png|jpeg|jpg|webp|gif);base64,", re.IGNOREC
 # What an image has once, and hostile ones a thousand times. Pillow inflates each colour profile of
 # a PNG, up to 1 MiB (10 MB of them took 20 s), and adds each Exif segment of a JPEG to those before
 # it, which takes the square of their number (16 MB took 114 s).
-_REPEATED = (b"iCCP", b"Exif\0\0")
+_ONCE = {"png": b"iCCP", "jpeg": b"Exif\0\0"}
 _MAX_REPEATED = 8
+_MAX_LOOK_ALIKES = 100_000
 
 # Pillow reads no further than to the size. Photos have megabytes before it, in depth maps.
 _MAX_HEADER = 8 << 20
@@ -78,7 +80,7 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
     if decoder is None:
         raise _refusal("image_type", "the image must be PNG, JPEG, WebP or GIF", param)
     try:
-        if any(data.count(name) > _MAX_REPEATED for name in _REPEATED):
+        if kind in _ONCE and _repeats(data, _ONCE[kind]):
             raise ValueError
         # The WebP decoder wants the whole file; it has no header to speak of.
         header = data if kind == "webp" else data[:_MAX_HEADER]
@@ -96,6 +98,15 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
         message = f"the image must be at least {limits.min_side} pixels wide and high"
         raise _refusal("image_side", message, param)
     return CheckedImage(kind, width * height)
+
+
+def _repeats(data: bytes, name: bytes) -> bool:
+    """Whether a name occurs too often; `bytes.count` takes ten times as long to tell."""
+    values = np.frombuffer(data, np.uint8)
+    found = np.flatnonzero((values[:-1] == name[0]) & (values[1:] == name[1]))
+    if len(found) > _MAX_LOOK_ALIKES:
+        return True
+    return sum(data.startswith(name, int(place)) for place in found) > _MAX_REPEATED
 
 
 def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
