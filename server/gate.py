@@ -14,6 +14,7 @@ import re
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -30,6 +31,8 @@ _ACCEPTED_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_WENT_AWAY = 499  # nginx's number for it; goes to the log, no client sees it
 _LAST_WORDS_SECONDS = 5.0
 _RETRY_SECONDS = 5
+_MAX_HEADERS = 200
+_MAX_HEADER_BYTES = 64 << 10
 _OURS = (REQUEST_ID_HEADER.encode(), b"authorization")
 
 
@@ -64,6 +67,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        pairs = scope["headers"]
+        too_large = len(pairs) > _MAX_HEADERS or sum(map(len, chain(*pairs))) > _MAX_HEADER_BYTES
         request_id = _request_id(headers)
         answer = _Answer(send, request_id)
         if not scope["path"].startswith("/v1/"):
@@ -74,6 +79,8 @@ class Gate:
         # vLLM would name the engine's request after the header, and has no use for the key.
         inner = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] not in _OURS]}
         try:
+            if too_large:
+                raise GatewayError(431, "the headers are too large", reason="headers")
             await self._pass(inner, headers, receive, answer, record)
         except _ClientGoneError:
             record.status = _CLIENT_WENT_AWAY

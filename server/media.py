@@ -131,6 +131,8 @@ class MediaCheck:
             checked = await asyncio.to_thread(check_image, data, self._limits, path)
             budget.spend(len(data), checked, path)
             url = to_data_url(checked.kind, data)
+        if part.get("type") == "input_image":
+            part.setdefault("detail", "auto")  # OpenAI's default; vLLM (0.32) has none
         part["image_url"] = {"url": url} if isinstance(part["image_url"], dict) else url
 
     def _check_data_url(self, path: str, url: str) -> tuple[int, CheckedImage]:

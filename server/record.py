@@ -36,10 +36,7 @@ class RequestRecord:
         time_to_first_token: from the request's arrival to the first prompt's first token.
         time_per_output_token: mean of the tokens after the first, over its prompts.
         savings: of each prompt with images.
-        lost_image: the engine failed one of its prompts before the first token. vLLM (0.32) sends
-            an image it has sent before as a hash; where the request that brought it was refused
-            or aborted on its way, the engine has never seen it. Both sides know it by then, and
-            the same request succeeds when it is made again. Can go when vLLM does that itself.
+        failed_at_once: the engine failed one of its prompts with its first output.
     """
 
     request_id: str
@@ -59,7 +56,7 @@ class RequestRecord:
     time_to_first_token: float | None = None
     duration: float = 0.0
     savings: list[PromptSavings] = field(default_factory=list)
-    lost_image: bool = False
+    failed_at_once: bool = False
     started: float = field(default_factory=time.perf_counter)
     _decoding: float = 0.0
     _decoded: int = 0
@@ -85,7 +82,7 @@ class RequestRecord:
 
     def start_over(self) -> None:
         """Forget what the engine made of it."""
-        self.lost_image = False
+        self.failed_at_once = False
         self.prompt_tokens = self.completion_tokens = 0
         self.time_to_first_token = self.queued = None
         self.savings.clear()
@@ -115,9 +112,8 @@ class RequestRecord:
                     self._decoded += max(0, stats.num_generation_tokens - 1)
 
     def _first_output(self, output: RequestOutput) -> None:
-        self.lost_image |= bool(self.images) and any(
-            completion.finish_reason == "error" and not completion.token_ids
-            for completion in output.outputs
+        self.failed_at_once |= any(
+            completion.finish_reason == "error" for completion in output.outputs
         )
         stats: Any = output.metrics
         if stats is None:

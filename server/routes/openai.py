@@ -24,15 +24,19 @@ from pydantic import BaseModel
 from vllm.entrypoints.openai.models.api_router import show_available_models
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.logger import init_logger
 
 from ..errors import GatewayError
 from ..record import RequestRecord, current
 from ..schemas import EXAMPLES, ChatRequest, ResponsesBody, TextRequest
 
+logger = init_logger("vllm.himap.server")
+
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _MAX_VALUES = 1_000_000
 _MAX_INTEGER = 2**63 - 1
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_STRUCTURE = ("structured_outputs", "response_format", "tools", "text")
 _UNDECODABLE = "Failed to load image"
 
 
@@ -129,17 +133,23 @@ async def _answer(
     record.stream = bool(request.stream)
     request.request_id = f"{request.ID_PREFIX}{uuid.uuid4().hex}"
     record.hand_over()
-    for is_last in (False, True):
+    # vLLM (0.32) sends an image that it has sent before as a hash; where the request that brought
+    # it was refused or aborted on its way, the engine has never seen it, and fails. Both sides know
+    # by then, and the request succeeds when it is made again. Can go when vLLM does that itself.
+    for _ in range(2 if record.images else 1):
+        record.start_over()
         try:
             response = await _try(create, request, raw_request, record)
         except Exception:
-            if is_last or not record.lost_image:
+            if not record.failed_at_once:
                 raise
         else:
-            if is_last or not record.lost_image:
+            if not record.failed_at_once:
                 return response
-        record.start_over()
-    raise AssertionError("unreachable")
+    if any(getattr(request, name, None) for name in _STRUCTURE):
+        text = "the engine can't generate what the grammar, schema or tools ask for"
+        raise GatewayError(400, text, reason="grammar")
+    raise GatewayError(500, "the engine failed at this request", reason="error")
 
 
 def _refuse_truncation(request: Any, record: RequestRecord) -> None:
@@ -169,6 +179,13 @@ async def _try(
         if _UNDECODABLE in str(error):
             return _error(create_error_response(error))
         raise
+    except (AssertionError, AttributeError, LookupError) as error:
+        # Of vLLM's parsers and templates, for requests of a form that they did not think of.
+        if record.prompt_tokens:
+            raise
+        logger.warning("no prompt could be made of a request: %s", type(error).__name__)
+        text = "no prompt can be made of this request: check the form of its messages"
+        raise GatewayError(400, text, reason="invalid") from None
     if refusal is not None:
         return JSONResponse(refusal, status_code=refusal["error"]["code"])
     return StreamingResponse(_stream(opening, answer, record), media_type="text/event-stream")

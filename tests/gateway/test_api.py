@@ -113,7 +113,7 @@ def test_hostile_structures_are_refused_at_once(server: Server) -> None:
     """None may take more than its share of the event loop, or of the memory."""
     item = {"type": "message", "role": "x", "content": [{"type": "zzz"}]}
     message = {"role": "user", "content": "x"}
-    bodies = [
+    bodies: list[tuple[str, dict[str, Any], str | None]] = [
         ("/v1/responses", {"input": [item] * 2000}, "input[0]"),
         ("/v1/responses", {"input": [item] * 5000}, "input"),
         (
