@@ -6,7 +6,8 @@ loopback. Then the service must be as it was: ready, idle, its KV cache empty, a
 answered as before the first one, no larger than after the warm-up. Prints Markdown; the exit status
 is 1 where a check failed. The server's log stays in `--work-dir`.
 
-Memory: the cache of processed images is set so small that it is full before the warm-up is over.
+Memory: the caches that have a bound, of processed images and of kernels, are set so small that they
+are full before the warm-up is over.
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ class Gateway(Server):
         ]  # fmt: skip
         super().__init__(checkpoint, arguments, "himap", log)
         self._environment.pop("VLLM_SERVER_DEV_MODE")
+        # On a CPU the kernels for every new shape of a batch are kept, by default 1024 of them:
+        # the worker would grow by some 200 MiB until that is full, after thousands of requests.
+        self._environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "8"
         self.command[0] = str(Path(sys.executable).with_name("himap"))
 
     @property
