@@ -88,8 +88,8 @@ def gather_rows(
 def _empty_positions(positions: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Room for `num_rows` positions, laid out like `positions`.
 
-    vLLM's M-RoPE positions are columns of a longer buffer, and the compiled segments, whose guards
-    are dropped, have its stride built in.
+    vLLM's M-RoPE positions are columns of a longer buffer. With its stride in every step, Triton
+    compiles the kernel once, and the compiled segments see the layout that they were traced with.
     """
     if positions.ndim == 1:
         return positions.new_empty(num_rows)
