@@ -354,6 +354,28 @@ def pixtral(path: Path) -> None:
     save(path, config, processor, len(specials))
 
 
+def mistral3(path: Path) -> None:
+    """Mistral Small 3.1: Pixtral's tower, four patches to a token."""
+    specials = (*PLAIN, "[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    config = hf.Mistral3Config(
+        text_config=hf.MistralConfig(**text_config(specials), sliding_window=None),
+        vision_config=hf.PixtralVisionConfig(**tower(image_size=112, patch_size=14)),
+        image_token_index=specials.index("[IMG]"),
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+    processor = hf.PixtralProcessor(
+        image_processor=hf.PixtralImageProcessor(
+            size={"longest_edge": 112}, patch_size={"height": 14, "width": 14}, **NORMALIZED
+        ),
+        tokenizer=make_tokenizer(specials),
+        patch_size=14,
+        spatial_merge_size=2,
+        chat_template=CHAT_TEMPLATE.replace("<image>", "[IMG]"),
+    )
+    save(path, config, processor, len(specials))
+
+
 TINY: dict[str, Tiny] = {
     "llava-next": Tiny(llava_next),
     "llava-onevision": Tiny(llava_onevision),
@@ -364,4 +386,5 @@ TINY: dict[str, Tiny] = {
     "idefics3": Tiny(idefics3),
     "smolvlm": Tiny(smolvlm),
     "pixtral": Tiny(pixtral, "[IMG]"),
+    "mistral3": Tiny(mistral3, "[IMG]"),
 }

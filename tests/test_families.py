@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -84,3 +85,9 @@ def test_the_table_is_tested(world: World) -> None:
         for name in (*TINY, "mha12")
     }
     assert tested == FAMILIES.keys()
+
+
+def test_the_readme_shows_the_table() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for family in FAMILIES.values():
+        assert f"| {family.models} | `{family.architecture}` |" in readme
