@@ -51,7 +51,11 @@ def test_plugin_does_nothing_unless_asked(world: World) -> None:
 @pytest.mark.parametrize(
     ("himap", "options", "message"),
     [
-        ({"shallow_layer": 8, "deep_layer": 8}, {}, r"deep_layer must be greater than shallow_layer \(8\), got 8"),
+        (
+            {"shallow_layer": 8, "deep_layer": 8},
+            {},
+            r"deep_layer must be greater than shallow_layer \(8\), got 8",
+        ),
         ({"deep_layer": 12}, {}, "deep_layer must be below the decoder's 12 layers, got 12"),
         ({"shallow_ratio": 1.5}, {}, r"shallow_ratio must be in \[0, 1\), got 1.5"),
         ({"ratio": 0.5}, {}, "unknown himap setting 'ratio'"),
