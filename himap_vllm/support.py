@@ -154,7 +154,6 @@ def _check_features(vllm_config: VllmConfig) -> None:
             is_quantized_kv_cache(vllm_config.cache_config.cache_dtype),
             "a quantised KV cache",
         ),
-        "lora_config": (vllm_config.lora_config is not None, "LoRA"),
         "enable_dbo": (parallel.use_ubatching, "dual batch overlap"),
         "cudagraph_mode": (
             vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL,

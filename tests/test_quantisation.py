@@ -76,8 +76,9 @@ def answers(
         traces=[engine.trace(output.request_id) for output in pruned],
         held=engine.stats["kv_blocks"],
         expected=[
-            oracle.generate(case.prompt, case.images, *(case.ratios or (0, 0)), case.max_tokens)
+            oracle.generate(case.prompt, case.images, shallow, deep, case.max_tokens)
             for case in PRUNED
+            for shallow, deep in [case.ratios or (0, 0)]
         ],
     )
 
