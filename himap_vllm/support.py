@@ -130,6 +130,9 @@ def _check_features(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
     cache_dtype = vllm_config.cache_config.cache_dtype
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
+    if cache_dtype == "auto" and scheme is not None:
+        cache_dtype = "fp8"  # what vLLM's attention layers make of it, once they are built
     refused = {
         "pipeline_parallel_size": (
             parallel.pipeline_parallel_size > 1,

@@ -87,9 +87,9 @@ def test_a_mixed_batch_equals_the_oracle_on_merged_weights(world: World) -> None
     for i, ratios in enumerate([(0.5, 0.75), (0, 0), (0.25, 0.5), (0.75, 0.25)]):
         for k, name in enumerate(ADAPTERS):
             prompt, count = ((QUESTION, 1), (TWO, 2))[(i + k) % 2]
-            cases.append(Case(prompt, PICTURES[i : i + count], ratios))
+            cases.append(Case(prompt, PICTURES[i : i + count], ratios, max_tokens=3))
             names.append(name)
-        cases.append(Case(f"Only {i} words. Go on:", ()))
+        cases.append(Case(f"Only {i} words. Go on:", (), max_tokens=3))
         names.append(ADAPTERS[i % 3])
     engine = world.engine(**LORA)
     outputs = generate(engine, cases, [adapters[name] for name in names])
