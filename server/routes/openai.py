@@ -29,6 +29,7 @@ from vllm.logger import init_logger
 from ..errors import GatewayError
 from ..record import RequestRecord, current
 from ..schemas import EXAMPLES, ChatRequest, ResponsesBody, TextRequest
+from ..security.grammars import check_repetitions
 
 logger = init_logger("vllm.himap.server")
 
@@ -76,6 +77,7 @@ class _CheckedRequest(Request):
     async def json(self) -> Any:
         """The body, its images and text checked: what pydantic, and vLLM, get to see."""
         body = _parse(await self.body())
+        check_repetitions(body)
         await self.app.state.media(body, current.get())
         return body
 

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grammars that repeat something too often never reach vLLM's compilers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from himap_server.errors import GatewayError
+from himap_server.security.grammars import MAX_REPETITIONS, check_repetitions
+
+
+def schema(**fields: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": fields}}}
+
+
+def deep(levels: int) -> Any:
+    node: Any = {}
+    for _ in range(levels):
+        node = {"items": node}
+    return node
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (schema(minItems=10**9), "response_format.json_schema.schema"),
+        (schema(maxLength=1e9), "response_format.json_schema.schema"),
+        (
+            schema(minItems=1000, items={"minItems": 1000}),
+            "response_format.json_schema.schema.items",
+        ),
+        (
+            schema(minItems=1000, items={"pattern": "a{1000}"}),
+            "response_format.json_schema.schema.items.pattern",
+        ),
+        ({"structured_outputs": {"regex": "(ab){2,999999}"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a{" + "9" * 5000 + "}"}}, "structured_outputs.regex"),
+        (
+            {"structured_outputs": {"grammar": 'root ::= "a"{999999,}'}},
+            "structured_outputs.grammar",
+        ),
+        (
+            {"structured_outputs": {"json": json.dumps({"minItems": 10**9})}},
+            "structured_outputs.json",
+        ),
+        (
+            {"tools": [{"function": {"parameters": {"minProperties": 10**9}}}]},
+            "tools[0].function.parameters",
+        ),
+        ({"text": {"format": {"schema": {"minLength": 10**9}}}}, "text.format.schema"),
+    ],
+)
+def test_bombs(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(GatewayError, match="more than 100000 repetitions") as error:
+        check_repetitions(body)
+    assert (error.value.status_code, error.value.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        schema(minItems=3, maxItems=MAX_REPETITIONS, items={"type": "integer", "minimum": 10**9}),
+        schema(properties={"minItems": {"type": "integer"}}),
+        {"structured_outputs": {"regex": r"[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}"}},
+        {"messages": [{"role": "user", "content": "What does a{999999} match?"}]},
+        {"tools": None},
+        [],
+        schema(items=deep(20_000)),
+    ],
+)
+def test_others_pass(body: Any) -> None:
+    check_repetitions(body)
