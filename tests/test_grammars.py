@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import pytest
-
 from himap_server.errors import GatewayError
 from himap_server.security.grammars import MAX_REPETITIONS, check_repetitions
 

@@ -84,6 +84,19 @@ def test_text_only_answers_have_no_savings(server: Server) -> None:
     assert not hasattr(answer.usage, "himap")
 
 
+def test_a_grammar_that_would_take_the_memory(server: Server) -> None:
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 10**9}
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Count."}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+    }
+    status, _, answer = post(server, "/v1/chat/completions", body)
+    assert status == 400
+    assert answer["error"]["param"] == "response_format.json_schema.schema"
+    assert "more than 100000 repetitions" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("himap", "names"),
     [
