@@ -61,7 +61,7 @@ FAMILIES: dict[str, Family] = {
             first_cut=_after_deepstack,
         ),
         Family("Mistral3ForConditionalGeneration", "Mistral Small 3.1", ("mistral",)),
-        Family("InternVLForConditionalGeneration", "InternVL3 (transformers)", _TEXT),
+        Family("InternVLForConditionalGeneration", "InternVL3, 3.5 (transformers)", _TEXT),
         Family(
             "Idefics3ForConditionalGeneration", "Idefics3", ("llama",), decoder=_idefics3_decoder
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,8 +245,8 @@ def qwen3_vl(path: Path) -> None:
     save(path, config, processor, len(QWEN))
 
 
-def internvl(path: Path) -> None:
-    """InternVL3 in transformers' own form: tiles, and a thumbnail."""
+def internvl(path: Path, text: type[hf.PreTrainedConfig] = hf.Qwen2Config) -> None:
+    """InternVL3 (3.5: Qwen3) in transformers' own form: tiles, and a thumbnail."""
     named = {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
@@ -254,7 +255,7 @@ def internvl(path: Path) -> None:
     }
     specials = (*PLAIN, *named.values())
     config = hf.InternVLConfig(
-        text_config=hf.Qwen2Config(**text_config(specials)),
+        text_config=text(**text_config(specials)),
         vision_config=hf.InternVLVisionConfig(
             **tower(image_size=[56, 56], patch_size=[14, 14]), layer_scale_init_value=0.1
         ),
@@ -383,6 +384,7 @@ TINY: dict[str, Tiny] = {
     "qwen2.5-vl": Tiny(qwen2_5_vl, QWEN_IMAGE),
     "qwen3-vl": Tiny(qwen3_vl, QWEN_IMAGE),
     "internvl": Tiny(internvl, "<IMG_CONTEXT>"),
+    "internvl-qwen3": Tiny(partial(internvl, text=hf.Qwen3Config), "<IMG_CONTEXT>"),
     "idefics3": Tiny(idefics3),
     "smolvlm": Tiny(smolvlm),
     "pixtral": Tiny(pixtral, "[IMG]"),
