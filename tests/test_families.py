@@ -79,6 +79,16 @@ def test_ratio_zero_equals_stock(world: World, name: str) -> None:
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "idefics3"])
+def test_chunked_prefill(world: World, name: str) -> None:
+    """Text before the first image comes in chunks, its keys back from the cache for the votes."""
+    engine = world.engine(name, max_num_batched_tokens=128)
+    before = "Many words come before the pictures, and say little of them. " * 3
+    prompt = f"{before}{TINY[name].image} and {TINY[name].image}?"
+    mixed = [Case(f"{i}. {prompt}", pictures(i, 2), RATIOS[i % 5]) for i in range(10)]
+    equal_oracle(world, engine, name, mixed)
+
+
 def test_the_table_is_tested(world: World) -> None:
     tested = {
         json.loads((world.checkpoint(name) / "config.json").read_text())["architectures"][0]
