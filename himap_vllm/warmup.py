@@ -27,7 +27,8 @@ def warm_up(
     heads = state.heads
     plan = make_plan(64, [ImageTokens(((16, 48),))], Ratios(0.5, 0.5))
     for num_computed in (0, 16):
-        step = ActiveStep(step_layout([num_computed], [64 - num_computed], [plan]), device)
+        layout = step_layout([num_computed], [64 - num_computed], [plan])
+        step = ActiveStep(layout, device, state.criterion)
         positions = torch.arange(64, device=device)
         for cut in range(2):
             num_tokens = step.layout.stages[cut].num_tokens
@@ -43,4 +44,5 @@ def warm_up(
             scores = step.score(cut, query, key, 1.0, lambda *_, keys=cached: keys)
             step.set_scores(scores)
             hidden_states = torch.zeros(num_tokens, hidden_size, dtype=dtype, device=device)
-            positions, _, _ = gather_rows(step.cut(cut), positions, hidden_states, hidden_states)
+            rows = step.cut(cut, hidden_states, hidden_states)
+            positions, _, _ = gather_rows(rows, positions, hidden_states, hidden_states)

@@ -27,6 +27,8 @@ from himap_vllm.config import EngineSettings, HiMAPError, engine_settings, reque
         ({"deep_layer": True}, "deep_layer", "integer >= 2, got True"),
         ({"shallow_layer": 8}, "deep_layer", r"greater than shallow_layer \(8\), got 8"),
         ({"trace_requests": -1}, "trace_requests", "integer >= 0"),
+        ({"criterion": "best"}, "criterion", "one of himap, fastv, .*, got 'best'"),
+        ({"criterion": []}, "criterion", r"one of himap, .*, got \[\]"),
         ([], "himap", "must be an object, got list"),
     ],
 )
