@@ -84,7 +84,7 @@ class Endpoint:
 
 def first_model(url: str, api_key: str) -> str:
     """Name of the first model that an endpoint serves."""
-    with openai.OpenAI(base_url=url, api_key=api_key, max_retries=_RETRIES) as client:
+    with openai.OpenAI(base_url=url, api_key=api_key, max_retries=1) as client:
         return client.models.list().data[0].id
 
 

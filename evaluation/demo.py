@@ -17,7 +17,8 @@ from .results import answered, scores_of, summarize
 from .tables import percent
 
 _RATIOS = (Ratios(0.25, 0.5), Ratios(0.5, 0.75), Ratios(0.75, 0.9))
-_QUESTION_WIDTH, _ANSWER_WIDTH = 46, 22
+_QUESTION_WIDTH, _ANSWER_WIDTH = 40, 20
+_WRONG = " (wrong)"
 
 
 def main(argv: list[str]) -> int:
@@ -59,16 +60,18 @@ def _show(args: Namespace, url: str) -> int:
         errors = [answer.error for row in answers.values() for answer in row if answer.error]
         raise CommandError(f"a request failed: {errors[0]}")
     names = ["unpruned", *map(str, settings[1:])]
-    print(_line("", "accepted", *names))
+    print(_line("", *names))
     scores = {ratios: scores_of(items, answers[ratios]) for ratios in settings}
     for index, item in enumerate(items):
         if index == 0 or item.group != items[index - 1].group:
             print(f"\nscene {item.group}")
         cells = [
-            f"{answers[ratios][index].text}{'' if scores[ratios][index] else ' (wrong)'}"
+            _short(answers[ratios][index].text)
+            if scores[ratios][index]
+            else f"{_short(answers[ratios][index].text, len(_WRONG))}{_WRONG}"
             for ratios in settings
         ]
-        print(_line(item.question, item.answers[0], *cells))
+        print(_line(item.question, *cells))
     results = [summarize(items, ratios, answers[ratios], answers[UNPRUNED]) for ratios in settings]
     saved = [result.savings for result in results]
     print()
@@ -79,7 +82,7 @@ def _show(args: Namespace, url: str) -> int:
     for place, name in enumerate(("image tokens, all layers", "KV cache", "prefill FLOPs")):
         rows[name] = [percent(s.shares[place], 0) if s else "-" for s in saved]
     for name, cells in rows.items():
-        print(_line(name, "", *cells))
+        print(_line(name, *cells))
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
@@ -89,8 +92,11 @@ def _show(args: Namespace, url: str) -> int:
 
 
 def _line(question: str, *cells: str) -> str:
-    parts = [f"{textwrap.shorten(question, _QUESTION_WIDTH, placeholder='...'):{_QUESTION_WIDTH}}"]
-    for cell in cells:
-        short = textwrap.shorten(cell, _ANSWER_WIDTH, placeholder="...")
-        parts.append(f"{short:{_ANSWER_WIDTH}}")
+    first = textwrap.shorten(question, _QUESTION_WIDTH, placeholder="...")
+    parts = [f"{first:{_QUESTION_WIDTH}}", *(f"{cell:{_ANSWER_WIDTH}}" for cell in cells)]
     return " ".join(parts).rstrip()
+
+
+def _short(text: str, room: int = 0) -> str:
+    """`text` in a cell, with `room` left in it."""
+    return textwrap.shorten(text, _ANSWER_WIDTH - room, placeholder="...")
