@@ -82,7 +82,7 @@ class Gateway(Server):
             "--shallow-layer", "2",
             "--deep-layer", "8",
             "--max-body-bytes", str(MAX_BODY_BYTES),
-            "--image-timeout", "2",
+            "--image-timeout", "6",
             "--enable-auto-tool-choice",
             "--tool-call-parser", "hermes",
             *flags,

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from himap_vllm.config import default_cuts
+
 from .ask import Ratios
 from .results import Result
 
@@ -93,9 +95,8 @@ def ratios_for(target: float, layers: tuple[int, int], num_layers: int) -> Ratio
 
 
 def report_layers(num_layers: int) -> list[tuple[int, int]]:
-    """Where the paper cuts 32 layers, scaled; and later, where less can be saved."""
-    shallow = max(1, num_layers // 16)
-    early = (shallow, max(shallow + 1, num_layers // 4))
+    """The engine's default cuts; and later ones, where less can be saved."""
+    early = default_cuts(num_layers)
     late = (max(early[0] + 1, num_layers // 4), max(early[1] + 1, num_layers // 2))
     return [layers for layers in (early, late) if layers[1] < num_layers]
 

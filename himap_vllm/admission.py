@@ -50,7 +50,7 @@ def admit(request: EngineCoreRequest, settings: EngineSettings, vllm_config: Vll
     images = image_tokens(request.mm_features)
     num_tokens = len(request.prompt_token_ids or ())
     plan = make_plan(num_tokens, images, ratios)
-    if plan is not None:
+    if plan is not None or (_has_video(request) and any((ratios.shallow, ratios.deep))):
         obstacle = _obstacle(plan, request, vllm_config)
         if obstacle is None:
             args[ADMISSION_ARG] = PRUNED
@@ -65,12 +65,22 @@ def admit(request: EngineCoreRequest, settings: EngineSettings, vllm_config: Vll
         observer(request, plan)
 
 
+def _has_video(request: EngineCoreRequest) -> bool:
+    return any(feature.modality != "image" for feature in request.mm_features or ())
+
+
 def _obstacle(
-    plan: PromptPlan, request: EngineCoreRequest, vllm_config: VllmConfig
+    plan: PromptPlan | None, request: EngineCoreRequest, vllm_config: VllmConfig
 ) -> tuple[str, str, str] | None:
     """Why this prompt can't be pruned: (reason for the counters, parameter, message)."""
     params = request.sampling_params
     assert params is not None
+    if plan is None or _has_video(request):
+        return (
+            "video",
+            SHALLOW_ARG,
+            f"prompts with video are not pruned; set {SHALLOW_ARG} and {DEEP_ARG} to 0",
+        )
     if params.prompt_logprobs is not None:
         return (
             "prompt_logprobs",

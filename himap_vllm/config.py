@@ -58,8 +58,8 @@ class EngineSettings:
     """Engine-wide settings; the values below are the paper's for a 32-layer decoder.
 
     Attributes:
-        shallow_layer: K1, full layers run before the first cut.
-        deep_layer: K2, layers run before the second cut.
+        shallow_layer: K1, full layers run before the first cut; see `default_cuts`.
+        deep_layer: K2, layers run before the second cut; likewise.
         shallow_ratio: R1, share of the image tokens dropped at the first cut by requests that
             don't say. 0 here and in `deep_ratio` makes pruning opt-in.
         deep_ratio: R2, share of the rest dropped at the second cut, likewise.
@@ -81,8 +81,13 @@ class EngineSettings:
     criterion: str = "himap"
 
     @classmethod
-    def parse(cls, raw: Any) -> EngineSettings:
+    def parse(cls, raw: Any, num_layers: int = 32, first_cut: int = 1) -> EngineSettings:
         """Settings from the JSON value under `additional_config["himap"]`.
+
+        Args:
+            raw: the value.
+            num_layers: of the decoder, for cuts that `raw` does not name.
+            first_cut: least K1 of the model, likewise.
 
         Raises:
             HiMAPError: wrong type, unknown key, or a value out of range.
@@ -98,7 +103,12 @@ class EngineSettings:
                 raise HiMAPError(
                     str(key), f"unknown himap setting {key!r}; known: {', '.join(known)}"
                 )
-        settings = cls(**raw)
+        shallow, deep = default_cuts(num_layers, first_cut)
+        if "shallow_layer" in raw:
+            deep = max(deep, _check_int("shallow_layer", raw["shallow_layer"], 1) + 1)
+        elif "deep_layer" in raw:
+            shallow = min(shallow, _check_int("deep_layer", raw["deep_layer"], 2) - 1)
+        settings = cls(**{"shallow_layer": shallow, "deep_layer": deep, **raw})
         _check_int("shallow_layer", settings.shallow_layer, 1)
         _check_int("deep_layer", settings.deep_layer, 2)
         _check_int("trace_requests", settings.trace_requests, 0)
@@ -120,8 +130,20 @@ class EngineSettings:
             check_ratio(name, getattr(settings, name), maximum)
         return settings
 
-    def check_depth(self, num_layers: int) -> None:
-        """Raise HiMAPError unless both cuts lie inside a decoder of `num_layers` layers."""
+    def check_depth(self, num_layers: int, first_cut: int = 1) -> None:
+        """Raise HiMAPError unless both cuts lie inside a decoder of `num_layers` layers.
+
+        Args:
+            num_layers: of the decoder.
+            first_cut: least K1 of the model: its deepstack features are added in layers before it.
+        """
+        if self.shallow_layer < first_cut:
+            raise HiMAPError(
+                "shallow_layer",
+                f"shallow_layer must be at least {first_cut} for this model, got "
+                f"{self.shallow_layer}: visual features are added after each of its first "
+                f"{first_cut} layers",
+            )
         if self.deep_layer >= num_layers:
             raise HiMAPError(
                 "deep_layer",
@@ -130,12 +152,30 @@ class EngineSettings:
             )
 
 
+def default_cuts(num_layers: int, first_cut: int = 1) -> tuple[int, int]:
+    """K1 and K2 of a decoder of `num_layers` layers: where the paper's 2 and 8 lie in 32.
+
+    Args:
+        num_layers: of the decoder.
+        first_cut: least K1 of the model.
+    """
+    shallow = max(first_cut, round(num_layers / 16))
+    return shallow, max(shallow + 1, round(num_layers / 4))
+
+
+def is_requested(additional_config: Any) -> bool:
+    """Whether an engine is configured to prune."""
+    return (
+        isinstance(additional_config, Mapping)
+        and additional_config.get(ADDITIONAL_CONFIG_KEY) is not None
+    )
+
+
 def engine_settings(additional_config: Any) -> EngineSettings | None:
-    """The engine's settings, or None where the plugin is not asked for."""
-    if not isinstance(additional_config, Mapping):
+    """The settings of an engine that is configured, or None where the plugin is not asked for."""
+    if not is_requested(additional_config):
         return None
-    raw = additional_config.get(ADDITIONAL_CONFIG_KEY)
-    return None if raw is None else EngineSettings.parse(raw)
+    return EngineSettings.parse(additional_config[ADDITIONAL_CONFIG_KEY])
 
 
 def requested_ratios(

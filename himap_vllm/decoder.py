@@ -12,9 +12,10 @@ output comes after it; here another segment does, so its inputs are copied to bu
 (Gemma3n, whose decoder is two compiled modules in vLLM, does the same). And a step that prunes runs
 the segments after the first cut without graphs: captured ones know other token counts and inputs.
 
-For vLLM decoders of the plain common form: `layers` called as `(positions, hidden_states,
-residual) -> (hidden_states, residual)`, then `norm(hidden_states, residual)`; positions are
-[num_tokens]. A family with another form (M-RoPE, deepstack) extends this when it comes.
+For vLLM decoders of the common form: `layers` called as `(positions, hidden_states, residual) ->
+(hidden_states, residual)`, then `norm(hidden_states, residual)`. Positions are [num_tokens], or
+[3, num_tokens] with M-RoPE. Deepstack (Qwen3-VL) adds visual features after the first layers; the
+first cut must lie behind them.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.sequence import IntermediateTensors
 
 from himap_vllm.kernels.gather import gather_rows
 from himap_vllm.pruning import ActiveStep, PruningState
 
-_DYNAMIC = {"positions": 0, "hidden_states": 0}
+_DYNAMIC = {"positions": -1, "hidden_states": 0}
 
 
 # Three classes, not one: vLLM keys its cache of compiled functions by where `forward` is written.
-@support_torch_compile(dynamic_arg_dims=_DYNAMIC)
+@support_torch_compile(dynamic_arg_dims={**_DYNAMIC, "deepstack_input_embeds": 0})
 class FirstSegment(nn.Module):
     """Layers before the first cut; there is no residual yet."""
 
@@ -47,11 +49,18 @@ class FirstSegment(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        deepstack_input_embeds: IntermediateTensors | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         residual = None
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             hidden_states, residual = layer(positions, hidden_states, residual)
+            # vLLM's name and order (Qwen3LLMModel): behind layer 0, 1, ...
+            if deepstack_input_embeds is not None and index < len(deepstack_input_embeds):
+                visual = deepstack_input_embeds[f"deepstack_input_embeds_{index}"]
+                hidden_states = hidden_states + visual
         assert residual is not None
         return hidden_states, residual
 
@@ -109,18 +118,20 @@ class _SegmentedDecoder(nn.Module):
         positions: torch.Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
+        deepstack_input_embeds: IntermediateTensors | None = None,
     ) -> torch.Tensor:
         assert intermediate_tensors is None, "pipeline parallelism is refused at start-up"
-        assert positions.ndim == 1, "M-RoPE is not supported"
         if inputs_embeds is None:
             embed_input_ids: Any = self.embed_input_ids
             inputs_embeds = embed_input_ids(input_ids)
             assert inputs_embeds is not None
         step = self.himap_state.step
         if step is not None:
-            return self._forward_pruning(step, positions, inputs_embeds)
+            return self._forward_pruning(step, positions, inputs_embeds, deepstack_input_embeds)
         first, middle, last = self.himap_segments
-        hidden_states, residual = self._across(*first(positions, inputs_embeds))
+        hidden_states, residual = self._across(
+            *first(positions, inputs_embeds, deepstack_input_embeds)
+        )
         hidden_states, residual = self._across(*middle(positions, hidden_states, residual))
         return last(positions, hidden_states, residual)
 
@@ -136,11 +147,15 @@ class _SegmentedDecoder(nn.Module):
         return hidden_buffer.copy_(hidden_states), residual_buffer.copy_(residual)
 
     def _forward_pruning(
-        self, step: ActiveStep, positions: torch.Tensor, inputs_embeds: torch.Tensor
+        self,
+        step: ActiveStep,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        deepstack_input_embeds: IntermediateTensors | None,
     ) -> torch.Tensor:
         first, middle, last = self.himap_segments
         # May be padded to a captured size; no row that survives is padding.
-        hidden_states, residual = first(positions, inputs_embeds)
+        hidden_states, residual = first(positions, inputs_embeds, deepstack_input_embeds)
         rows = step.cut(0, hidden_states, residual)
         with self._later_stages(step):
             positions, hidden_states, residual = gather_rows(

@@ -14,7 +14,7 @@ from himap_vllm.criteria import CRITERIA
 from himap_vllm.criteria.random import prompt_seed
 from himap_vllm.kv_cache import bytes_per_block, group_stages
 from himap_vllm.layout import PlanTable
-from himap_vllm.plans import image_tokens, plan_of, stage_layers
+from himap_vllm.plans import plan_of, stage_layers
 from himap_vllm.stats import PruningStats
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Recorder:
         Model Runner V2 sees a preempted request arrive again, and both see the next chunk of a
         streaming-input session under the same id: such a request is counted already.
         """
-        if not image_tokens(request.mm_features):
+        if not request.mm_features:
             return
         plan = plan_of(len(request.prompt_token_ids), request.mm_features, request.sampling_params)
         if plan is not None:

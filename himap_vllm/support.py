@@ -7,15 +7,15 @@ from dataclasses import asdict
 
 import vllm
 import vllm.envs as envs
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from himap_vllm.config import (
     ADDITIONAL_CONFIG_KEY,
     EngineSettings,
     HiMAPError,
-    engine_settings,
+    is_requested,
 )
-from himap_vllm.models import FAMILIES
+from himap_vllm.models import ADDING_A_MODEL, FAMILIES, REFUSED, Family
 
 SUPPORTED_VLLM = "0.32"
 _SCHEDULERS = {
@@ -38,14 +38,14 @@ def check_and_configure(vllm_config: VllmConfig) -> None:
     Raises:
         HiMAPError: a bad setting, or a feature that does not go together with pruning.
     """
-    settings = engine_settings(vllm_config.additional_config)
-    if settings is None or vllm_config.model_config is None:
+    if not is_requested(vllm_config.additional_config) or vllm_config.model_config is None:
         return
     if not is_supported_vllm():
         raise HiMAPError(
             ADDITIONAL_CONFIG_KEY, f"himap needs vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}"
         )
-    _check_model(vllm_config, settings)
+    family = _family(vllm_config.model_config)
+    settings = _settings(vllm_config, family)
     _check_features(vllm_config)
     scheduler = vllm_config.scheduler_config
     wanted = _SCHEDULERS[bool(scheduler.async_scheduling)]
@@ -85,23 +85,41 @@ def is_configured(vllm_config: VllmConfig) -> bool:
     return vllm_config.scheduler_config.scheduler_cls in _SCHEDULERS.values()
 
 
-def _check_model(vllm_config: VllmConfig, settings: EngineSettings) -> None:
-    model_config = vllm_config.model_config
-    family = FAMILIES.get(model_config.architecture)
+def _family(model_config: ModelConfig) -> Family:
+    """The row of the table that fits the model.
+
+    Raises:
+        HiMAPError: there is none.
+    """
+    architecture = model_config.architecture
+    if architecture in REFUSED:
+        raise HiMAPError("model", f"himap does not support {architecture}: {REFUSED[architecture]}")
+    family = FAMILIES.get(architecture)
     if family is None:
         raise HiMAPError(
             "model",
-            f"himap does not support {model_config.architecture}; supported: "
-            f"{', '.join(sorted(FAMILIES))}",
+            f"himap does not support {architecture}; supported: {', '.join(sorted(FAMILIES))}. "
+            f"How to add a family: {ADDING_A_MODEL}",
         )
     decoder = model_config.hf_text_config.model_type
     if decoder not in family.decoders:
         raise HiMAPError(
             "model",
-            f"himap does not support {family.architecture} with a {decoder} decoder; supported: "
-            f"{', '.join(family.decoders)}",
+            f"himap does not support {architecture} with a {decoder} decoder; supported: "
+            f"{', '.join(family.decoders)}. How to add one: {ADDING_A_MODEL}",
         )
-    settings.check_depth(model_config.hf_text_config.num_hidden_layers)
+    return family
+
+
+def _settings(vllm_config: VllmConfig, family: Family) -> EngineSettings:
+    model_config = vllm_config.model_config
+    num_layers = model_config.hf_text_config.num_hidden_layers
+    first_cut = family.first_cut(model_config.hf_config)
+    settings = EngineSettings.parse(
+        vllm_config.additional_config[ADDITIONAL_CONFIG_KEY], num_layers, first_cut
+    )
+    settings.check_depth(num_layers, first_cut)
+    return settings
 
 
 def _check_features(vllm_config: VllmConfig) -> None:

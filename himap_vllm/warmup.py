@@ -10,9 +10,11 @@ from himap_vllm.kernels.gather import gather_rows
 from himap_vllm.layout import step_layout
 from himap_vllm.pruning import ActiveStep, PruningState
 
+NUM_TOKENS = 64  # of the made-up prompt
+
 
 def warm_up(
-    state: PruningState, dtype: torch.dtype, hidden_size: int, device: torch.device
+    state: PruningState, dtype: torch.dtype, hidden_size: int, prompt_positions: torch.Tensor
 ) -> None:
     """Score and gather at both cuts of a made-up prompt, with and without cached keys.
 
@@ -22,14 +24,16 @@ def warm_up(
         state: of the model.
         dtype: of its activations.
         hidden_size: of its decoder.
-        device: to run on.
+        prompt_positions: [NUM_TOKENS] or, with M-RoPE, [3, NUM_TOKENS] any positions, laid out
+            like the runner's, and on its device.
     """
     heads = state.heads
-    plan = make_plan(64, [ImageTokens(((16, 48),))], Ratios(0.5, 0.5))
+    device = prompt_positions.device
+    plan = make_plan(NUM_TOKENS, [ImageTokens(((16, 48),))], Ratios(0.5, 0.5))
     for num_computed in (0, 16):
-        layout = step_layout([num_computed], [64 - num_computed], [plan])
+        layout = step_layout([num_computed], [NUM_TOKENS - num_computed], [plan])
         step = ActiveStep(layout, device, state.criterion)
-        positions = torch.arange(64, device=device)
+        positions = prompt_positions
         for cut in range(2):
             num_tokens = step.layout.stages[cut].num_tokens
             widths = [

@@ -16,8 +16,9 @@ from himap_vllm.savings import DecoderShape, prompt_savings
 
 from .record import current
 
-# How the configurations of vLLM's models call the token that embeddings of an image replace.
-_IMAGE_TOKEN_ID = ("image_token_index", "image_token_id")
+# How the configurations of vLLM's models call the tokens that embeddings replace. The gateway takes
+# no video, so none of its tokens may come.
+_MEDIA_TOKEN_ID = ("image_token_index", "image_token_id", "video_token_index", "video_token_id")
 
 
 class PromptObserver:
@@ -36,7 +37,7 @@ class PromptObserver:
             num_kv_heads=text.num_key_value_heads,
             head_size=model.get_head_size(),
         )
-        self._image_ids = _image_token_ids(model.hf_config)
+        self._media_ids = _media_token_ids(model.hf_config)
         self._max_tokens = max_prompt_tokens
 
     def observe(self, request: EngineCoreRequest, plan: PromptPlan | None) -> None:
@@ -61,7 +62,7 @@ class PromptObserver:
         count = sum(image.count for image in images)
         # However it was spelt, in a text or as a token id. Each would be taken for an image, which
         # ended the worker in CVE-2026-44222.
-        if sum(tokens.count(token) for token in self._image_ids) > count:
+        if sum(tokens.count(token) for token in self._media_ids) > count:
             record.reason = "placeholder"
             raise VLLMValidationError(
                 "this prompt has image tokens that belong to no image; send images as image_url "
@@ -78,14 +79,14 @@ def placeholder_tokens(engine: Any) -> frozenset[str]:
     """What stands for an image in the text of a prompt of this model.
 
     vLLM's chat parser writes the model's `get_placeholder_str`; the tokenizer makes the tokens of
-    `_IMAGE_TOKEN_ID` of it. Neither may come from a client.
+    `_MEDIA_TOKEN_ID` of it. Neither may come from a client.
     """
     from vllm.model_executor.model_loader import get_model_cls
 
     config = engine.vllm_config.model_config
     tokenizer = engine.renderer.get_tokenizer()
     placeholder = get_model_cls(config).get_placeholder_str("image", 1)
-    ids = set(_image_token_ids(config.hf_config))
+    ids = set(_media_token_ids(config.hf_config))
     if placeholder:
         encoded = tokenizer.encode(placeholder, add_special_tokens=False)
         ids.update(token for token in encoded if token in tokenizer.all_special_ids)
@@ -93,6 +94,6 @@ def placeholder_tokens(engine: Any) -> frozenset[str]:
     return frozenset(tokens | {placeholder} if placeholder else tokens)
 
 
-def _image_token_ids(hf_config: Any) -> tuple[int, ...]:
-    values = {getattr(hf_config, name, None) for name in _IMAGE_TOKEN_ID}
+def _media_token_ids(hf_config: Any) -> tuple[int, ...]:
+    values = {getattr(hf_config, name, None) for name in _MEDIA_TOKEN_ID}
     return tuple(value for value in values if isinstance(value, int))

@@ -29,8 +29,7 @@ class ShippedModel:
 def shipped_model() -> ShippedModel:
     """The model of `himap_demo`, with the settings of its `himap.json`.
 
-    Without that file the cuts lie where the paper has them in 32 layers, at a sixteenth and at a
-    quarter of the depth.
+    Without that file the engine's defaults hold.
 
     Raises:
         ImportError: it is not installed.
@@ -41,9 +40,5 @@ def shipped_model() -> ShippedModel:
         raise ImportError(f"name a MODEL: the one that ships is not installed ({error})") from error
     path = Path(MODEL_PATH)
     file = path / _SETTINGS
-    if file.exists():
-        return ShippedModel(path, "himap-demo", json.loads(file.read_text()))
-    num_layers = json.loads((path / "config.json").read_text())["text_config"]["num_hidden_layers"]
-    shallow = max(1, num_layers // 16)
-    layers = {"shallow_layer": shallow, "deep_layer": max(shallow + 1, num_layers // 4)}
-    return ShippedModel(path, "himap-demo", layers)
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    return ShippedModel(path, "himap-demo", settings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random-weight LLaVA-1.5 checkpoints in the hub's layout, and pictures to show them."""
+"""Random-weight checkpoints in the hub's layout (LLaVA-1.5 here), and pictures to show them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import random
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,12 +21,14 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 PAD_ID, BOS_ID, EOS_ID, IMAGE_ID = range(4)
 SPECIALS = ("<pad>", "<s>", "</s>", "<image>")
-VISIBLE_IDS = slice(4, 98)  # "!" to "~", the first entries after the specials; see `_tokenizer`
+NUM_VISIBLE = 94  # "!" to "~", the first entries after the specials; see `make_tokenizer`
 GAINS = {"q_proj": 1.8, "k_proj": 1.8, "o_proj": 1.5, "down_proj": 0.7, "linear_2": 1.1}
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128)  # what vLLM's CPU attention kernels accept
 
@@ -77,7 +80,7 @@ def build_llava(
     head_dim = hidden_size // num_heads
     if head_dim not in CPU_HEAD_DIMS:
         raise ValueError(f"head_dim {head_dim} is not one of {CPU_HEAD_DIMS}")
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     config = LlavaConfig(
         text_config=LlamaConfig(
             hidden_size=hidden_size,
@@ -112,10 +115,10 @@ def build_llava(
     )
     path.mkdir(parents=True, exist_ok=True)
     if weights:
-        _save_weights(path, config, dtype, seed)
-    config.save_pretrained(path)
-    ids = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
-    (path / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        with torch.device("meta"):  # for its names and shapes
+            model = LlavaForConditionalGeneration(config)
+        save_weights(path, model, len(SPECIALS), dtype, seed, rename=_hub_name)
+    save_config(path, config)
     side = {"height": image_size, "width": image_size}
     LlavaProcessor(
         image_processor=CLIPImageProcessor(
@@ -134,17 +137,39 @@ def build_llava(
     return path
 
 
-def _save_weights(path: Path, config: LlavaConfig, dtype: torch.dtype, seed: int) -> None:
-    with torch.device("meta"):  # for its names and shapes
-        model = LlavaForConditionalGeneration(config)
+def save_config(path: Path, config: PreTrainedConfig) -> None:
+    """Write what is not weights, tokenizer or processor."""
+    config.save_pretrained(path)
+    ids = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+    (path / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+
+
+def save_weights(
+    path: Path,
+    model: PreTrainedModel,
+    num_specials: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    rename: Callable[[str], str] = str,
+) -> None:
+    """Write random weights for `model`, which may be on the meta device.
+
+    Args:
+        path: of the checkpoint.
+        model: gives names and shapes.
+        num_specials: special tokens in the vocabulary's beginning.
+        dtype: of the file.
+        seed: of the weights.
+        rename: from the names of transformers to the hub's.
+    """
+    num_layers = model.config.get_text_config().num_hidden_layers
     weights: dict[str, torch.Tensor] = {}
     for name, empty in model.state_dict().items():
-        name = _hub_name(name)
+        name = rename(name)
         # One generator per tensor: a weight depends on its name and not on what precedes it.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         weight = torch.randn(empty.shape, generator=generator)
-        layers = config.text_config.num_hidden_layers
-        weights[name] = _fill(name, weight, layers).to(dtype).contiguous()
+        weights[name] = _fill(name, weight, num_layers, num_specials).to(dtype).contiguous()
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -174,14 +199,17 @@ def sample_images(n: int, seed: int = 0, size: int = 64) -> list[Image.Image]:
     return images
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of the four specials and one entry per byte, which adds `<s>`."""
-    entries = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+def make_tokenizer(specials: Sequence[str] = SPECIALS, **named: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of the specials and one entry per byte, which adds `<s>`.
+
+    The first three specials are always pad, begin and end; `named` ones become attributes.
+    """
+    entries = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     # No merges: the tokens of a text are then the same whatever stands beside it.
     core = Tokenizer(models.BPE(vocab={entry: i for i, entry in enumerate(entries)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
+    core.add_special_tokens([AddedToken(token, special=True) for token in specials])
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS_ID)]
     )
@@ -191,6 +219,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         chat_template=CHAT_TEMPLATE,
+        extra_special_tokens=named,
     )
 
 
@@ -204,7 +233,7 @@ def _hub_name(name: str) -> str:
     return f"{part}.{inner}{rest.removeprefix(inner)}"
 
 
-def _fill(name: str, noise: torch.Tensor, num_layers: int) -> torch.Tensor:
+def _fill(name: str, noise: torch.Tensor, num_layers: int, num_specials: int) -> torch.Tensor:
     """Scale `noise`, which is standard normal, into the weight called `name`.
 
     Matrices keep the mean square of their input but for a gain by kind. Queries and keys are
@@ -215,15 +244,17 @@ def _fill(name: str, noise: torch.Tensor, num_layers: int) -> torch.Tensor:
         return 0.1 * noise
     if "norm" in name:
         return 1.0 + 0.1 * noise
-    if "patch_embedding" in name:
+    if noise.ndim > 2:  # the convolution over an image's patches
         return 2.0 * noise / math.sqrt(noise[0].numel())
-    if "embed" in name:
-        return noise * (0.5 if "position_embedding" in name else 1.0)
+    if "embed" in name or "newline" in name:
+        return noise * (0.5 if "pos" in name else 1.0)
+    if noise.ndim == 1:  # a scale
+        return 1.0 + 0.1 * noise
     unit = noise / math.sqrt(noise.shape[-1])
     if name.endswith("lm_head.weight"):
         # Answers are visible ASCII and, rarely, the end: such tokens and their text are one to one.
         scale = torch.full((len(noise), 1), 0.5)
-        scale[VISIBLE_IDS] = 5.0
+        scale[num_specials : num_specials + NUM_VISIBLE] = 5.0
         scale[EOS_ID] = 4.0
         return unit * scale
     kind = name.split(".")[-2]

@@ -64,17 +64,18 @@ def main() -> None:
             lines_ptr="*fp32",
             scale="fp32",
         )
-    compile_kernel(
-        gather._gather_kernel,
-        {"WIDTH": 4096, "BLOCK": 1024},
-        rows_ptr="*i64",
-        hidden_ptr="*bf16",
-        residual_ptr="*bf16",
-        positions_ptr="*i64",
-        hidden_out_ptr="*bf16",
-        residual_out_ptr="*bf16",
-        positions_out_ptr="*i64",
-    )
+    for num_dims in (1, 3):  # 3 with M-RoPE
+        compile_kernel(
+            gather._gather_kernel,
+            {"NUM_DIMS": num_dims, "WIDTH": 4096, "BLOCK": 1024},
+            rows_ptr="*i64",
+            hidden_ptr="*bf16",
+            residual_ptr="*bf16",
+            positions_ptr="*i64",
+            hidden_out_ptr="*bf16",
+            residual_out_ptr="*bf16",
+            positions_out_ptr="*i64",
+        )
     compile_kernel(
         stage_slots._stage_slots_kernel,
         {"PAD": stage_slots.PAD_SLOT, "BLOCK": 1024},

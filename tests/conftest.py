@@ -32,6 +32,7 @@ import pytest
 from PIL import Image
 
 from tests.checkpoints import build_llava
+from tests.families import TINY
 from tests.oracle import Oracle, OracleResult
 
 SHALLOW_LAYER, DEEP_LAYER = 2, 8
@@ -143,10 +144,14 @@ class World:
         self._cases: list[Case] = []  # keeps the ids in _answers from being reused
 
     def checkpoint(self, shape: str) -> Path:
-        """A tiny random-weight LLaVA."""
+        """A tiny random-weight model: one of `SHAPES`, LLaVA-1.5, or of `TINY`."""
         path = self._directory / shape
         if not path.exists():
-            build_llava(path, image_size=84, patch_size=14, **SHAPES[shape])
+            if shape in TINY:
+                path.mkdir()
+                TINY[shape].build(path)
+            else:
+                build_llava(path, image_size=84, patch_size=14, **SHAPES[shape])
         return path
 
     def engine(

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """HiMAP computed the plain way: batch 1, eager attention, transformers' own modules, float32.
 
-This is what the tests hold the product to, so it shares no code with it.
+This is what the tests hold the product to, so it shares no code with it. What goes into the decoder
+(image features in their places, positions, deepstack features) is what the model's own `forward`
+hands it; from there on every layer is run here.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,27 @@ class OracleResult:
     score_margin: float
 
 
+class _DecoderReached(Exception):  # noqa: N818 - not an error
+    """The model's `forward` has come to its decoder, with these arguments."""
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What goes into the decoder.
+
+    Attributes:
+        hidden: [1, n, hidden] image features in their places.
+        positions: [n], or [3, n] with M-RoPE.
+        deepstack: [levels][image tokens, hidden] added to the image tokens after layer 0, 1, ...
+    """
+
+    hidden: torch.Tensor
+    positions: torch.Tensor
+    deepstack: Sequence[torch.Tensor]
+
+
 class Oracle:
-    """A LLaVA checkpoint, cut after decoder layers `shallow_layer - 1` and `deep_layer - 1`.
+    """A checkpoint, cut after decoder layers `shallow_layer - 1` and `deep_layer - 1`.
 
     `criterion` is what the cuts go by: a name in the engine's documentation.
     """
@@ -54,7 +76,7 @@ class Oracle:
     def __init__(
         self, checkpoint: Path, shallow_layer: int, deep_layer: int, criterion: str = "himap"
     ) -> None:
-        model, report = LlavaForConditionalGeneration.from_pretrained(
+        model, report = AutoModelForImageTextToText.from_pretrained(
             checkpoint,
             dtype=torch.float32,
             attn_implementation="eager",
@@ -66,15 +88,14 @@ class Oracle:
         if wrong:
             raise RuntimeError(f"{checkpoint} does not load cleanly: {wrong}")
         self.model = model.eval()
-        self.decoder = model.model.language_model
+        inner = model.model
+        self.decoder = inner.text_model if hasattr(inner, "text_model") else inner.language_model
         if not 1 <= shallow_layer < deep_layer < len(self.decoder.layers):
             raise ValueError(f"cuts {shallow_layer}, {deep_layer} do not fit the decoder")
         self.shallow_layer, self.deep_layer = shallow_layer, deep_layer
         self.criterion = criterion
         self.processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
         self.image_token: int = model.config.image_token_id
-        vision = model.config.vision_config
-        self.tokens_per_image = (vision.image_size // vision.patch_size) ** 2
 
     @torch.inference_mode()
     def generate(
@@ -86,18 +107,22 @@ class Oracle:
         max_tokens: int,
         ignore_eos: bool = True,
     ) -> OracleResult:
-        """Generate greedily; `prompt` holds one `<image>` (or its id) per image, in order.
+        """Generate greedily; `prompt` holds one image placeholder per image, in order.
 
-        A prompt given as ids is used as it is; its images may be expanded already.
+        A prompt given as ids is used as it is, its images expanded already.
         """
-        ids = self._expand(prompt, len(images))
-        spans = self._spans(ids)
+        ids, vision = self._process(prompt, images)
+        spans = self._spans(ids, images)
+        start = self._embed(ids, vision)
         cache = DynamicCache()  # each layer holds the rows which that layer saw
-        hidden = self._embed(ids, images)  # [1, rows, hidden]
-        rows = torch.arange(len(ids))  # prompt position of each row of `hidden`
+        hidden, positions = start.hidden, start.positions
+        rows = torch.arange(len(ids))  # place in the prompt of each row of `hidden`
         kept, kept_shallow, margins = spans, spans, [math.inf]
         for index in range(len(self.decoder.layers)):
-            hidden, attention = self._layer(index, hidden, rows, cache)
+            hidden, attention = self._layer(index, hidden, positions, cache)
+            if index < len(start.deepstack):
+                assert self.shallow_layer >= len(start.deepstack)
+                hidden[0, [p for image in spans for p in image]] += start.deepstack[index]
             if index + 1 == self.shallow_layer:
                 kept, gaps = self._cut(
                     attention, hidden[0], rows, kept, shallow_ratio, ids, deep=False
@@ -110,16 +135,17 @@ class Oracle:
             margins += gaps
             alive = {p for image in kept for p in image}
             stay = torch.tensor([ids[p] != self.image_token or p in alive for p in rows.tolist()])
-            hidden, rows = hidden[:, stay], rows[stay]
+            hidden, rows, positions = hidden[:, stay], rows[stay], positions[..., stay]
 
         steps = [self._logprobs(hidden)]
         tokens = [int(steps[-1].argmax())]
         end = self.model.config.text_config.eos_token_id
+        following = int(start.positions.amax()) + 1
         while len(tokens) < max_tokens and (ignore_eos or tokens[-1] != end):
             hidden = self.decoder.embed_tokens(torch.tensor([[tokens[-1]]]))
-            rows = torch.tensor([len(ids) + len(tokens) - 1])
+            positions = torch.full_like(start.positions[..., :1], following + len(tokens) - 1)
             for index in range(len(self.decoder.layers)):
-                hidden, _ = self._layer(index, hidden, rows, cache)
+                hidden, _ = self._layer(index, hidden, positions, cache)
             steps.append(self._logprobs(hidden))
             tokens.append(int(steps[-1].argmax()))
 
@@ -135,35 +161,74 @@ class Oracle:
             score_margin=min(margins),
         )
 
-    def _expand(self, prompt: str | list[int], images: int) -> list[int]:
-        """Return the prompt's ids with every image placeholder expanded."""
-        tokenizer, n = self.processor.tokenizer, self.tokens_per_image
-        ids: list[int] = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        found = ids.count(self.image_token)
-        if found == images * n:
-            return ids
-        if found != images:
-            raise ValueError(f"{found} image placeholders for {images} images")
-        return [t for token in ids for t in [token] * (n if token == self.image_token else 1)]
+    def _process(
+        self, prompt: str | list[int], images: Sequence[Image.Image]
+    ) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """Return the prompt's ids, images expanded, and the inputs of the vision tower."""
+        made = {}
+        if images:
+            placeholders = self._placeholder() * len(images)
+            text = prompt if isinstance(prompt, str) else placeholders
+            made = dict(self.processor(text=[text], images=[*images], return_tensors="pt"))
+        elif isinstance(prompt, str):
+            made = dict(self.processor.tokenizer([prompt], return_tensors="pt"))
+        ids = made["input_ids"][0].tolist() if isinstance(prompt, str) else list(prompt)
+        text_inputs = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+        return ids, {name: value for name, value in made.items() if name not in text_inputs}
 
-    def _spans(self, ids: list[int]) -> list[list[int]]:
-        """Return the positions of each image; adjacent images are told apart by their length."""
+    def _placeholder(self) -> str:
+        """What stands for an image in a prompt."""
+        token: str = self.processor.image_token
+        return token
+
+    def _spans(self, ids: list[int], images: Sequence[Image.Image]) -> list[list[int]]:
+        """Return the places of each image's tokens; adjacent images are told apart by length."""
         places = [p for p, token in enumerate(ids) if token == self.image_token]
-        n = self.tokens_per_image
-        return [places[i : i + n] for i in range(0, len(places), n)]
+        spans, begin = [], 0
+        for image in images:
+            alone, _ = self._process(self._placeholder(), [image])
+            count = alone.count(self.image_token)
+            spans.append(places[begin : begin + count])
+            begin += count
+        assert begin == len(places), f"{len(places)} image tokens, not {begin}"
+        return spans
 
-    def _embed(self, ids: list[int], images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the decoder's input [1, len(ids), hidden], image features in their places."""
-        hidden: torch.Tensor = self.decoder.embed_tokens(torch.tensor([ids]))
-        for image, span in zip(images, self._spans(ids), strict=True):
-            pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
-            hidden[0, span] = self.model.get_image_features(pixels.float()).pooler_output[0]
-        return hidden
+    def _embed(self, ids: list[int], vision: dict[str, torch.Tensor]) -> _Input:
+        """Return what the model would have its decoder work on."""
+        inputs: dict[str, Any] = {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in vision.items()
+        }
+        prompt = torch.tensor([ids])
+        if hasattr(self.model.model, "rope_deltas"):
+            self.model.model.rope_deltas = None  # of the prompt before
+            inputs["mm_token_type_ids"] = (prompt == self.image_token).int()
+
+        def catch(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+            raise _DecoderReached(kwargs)
+
+        hook = self.decoder.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self.model.model(input_ids=prompt, attention_mask=torch.ones_like(prompt), **inputs)
+            raise AssertionError("the model did not call its decoder")
+        except _DecoderReached as caught:
+            (given,) = caught.args
+        finally:
+            hook.remove()
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = torch.arange(len(ids))[None]
+        return _Input(
+            hidden=given["inputs_embeds"].clone(),
+            # [batch, n], or [3, batch, n] with M-RoPE.
+            positions=positions[..., 0, :],
+            deepstack=given.get("deepstack_visual_embeds") or (),
+        )
 
     def _layer(
-        self, index: int, hidden: torch.Tensor, rows: torch.Tensor, cache: DynamicCache
+        self, index: int, hidden: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run one decoder layer on `hidden` [1, n, hidden], whose rows sit at positions `rows`.
+        """Run one decoder layer on `hidden` [1, n, hidden] at `positions` ([n] or [3, n]).
 
         Return its output and its attention, mean over heads, float32 [n, cached + n].
         """
@@ -172,7 +237,7 @@ class Oracle:
         mask = torch.full((n, n), -math.inf).triu(1)[None, None] if n > 1 else None
         mixed, attention = layer.self_attn(
             hidden_states=layer.input_layernorm(hidden),
-            position_embeddings=self.decoder.rotary_emb(hidden, rows[None]),
+            position_embeddings=self.decoder.rotary_emb(hidden, positions.unsqueeze(-2)),
             attention_mask=mask,
             past_key_values=cache,
         )
@@ -216,7 +281,7 @@ class Oracle:
             elif self.criterion in ("diversity", "mixed"):
                 order = scores.argsort(descending=True, stable=True).tolist()
                 first = order[: math.ceil(n / 2)] if self.criterion == "mixed" else []
-                if first:
+                if 0 < len(first) < len(order):
                     close = float(scores[order[len(first) - 1]] - scores[order[len(first)]])
                 states = hidden[[row_of[p] for p in image]]
                 chosen, gap = _spread(states, n, first)

@@ -25,7 +25,8 @@ from himap_vllm.config import EngineSettings, HiMAPError, engine_settings, reque
         ({"shallow_layer": 0}, "shallow_layer", "integer >= 1, got 0"),
         ({"shallow_layer": 2.0}, "shallow_layer", "integer >= 1, got 2.0"),
         ({"deep_layer": True}, "deep_layer", "integer >= 2, got True"),
-        ({"shallow_layer": 8}, "deep_layer", r"greater than shallow_layer \(8\), got 8"),
+        ({"shallow_layer": 8, "deep_layer": 8}, "deep_layer", r"shallow_layer \(8\), got 8"),
+        ({"deep_layer": 1}, "deep_layer", "integer >= 2, got 1"),
         ({"trace_requests": -1}, "trace_requests", "integer >= 0"),
         ({"criterion": "best"}, "criterion", "one of himap, fastv, .*, got 'best'"),
         ({"criterion": []}, "criterion", r"one of himap, .*, got \[\]"),
@@ -42,6 +43,35 @@ def test_second_cut_lies_inside_the_decoder() -> None:
     EngineSettings().check_depth(9)
     with pytest.raises(HiMAPError, match="below the decoder's 8 layers, got 8"):
         EngineSettings().check_depth(8)
+
+
+def test_first_cut_lies_behind_the_deepstack() -> None:
+    EngineSettings(shallow_layer=3).check_depth(36, first_cut=3)
+    with pytest.raises(HiMAPError, match="at least 3 for this model, got 2") as error:
+        EngineSettings().check_depth(36, first_cut=3)
+    assert error.value.parameter == "shallow_layer"
+
+
+@pytest.mark.parametrize(
+    ("raw", "num_layers", "first_cut", "cuts"),
+    [
+        ({}, 32, 1, (2, 8)),  # the paper's
+        ({}, 28, 1, (2, 7)),  # Qwen2.5-VL-7B
+        ({}, 36, 3, (3, 9)),  # Qwen3-VL-8B, three levels of deepstack
+        ({}, 24, 1, (2, 6)),
+        ({}, 80, 1, (5, 20)),
+        ({}, 4, 1, (1, 2)),
+        ({"shallow_layer": 9}, 32, 1, (9, 10)),
+        ({"deep_layer": 2}, 32, 1, (1, 2)),
+        ({"shallow_layer": 4, "deep_layer": 6}, 32, 1, (4, 6)),
+    ],
+)
+def test_cuts_by_depth(
+    raw: dict[str, int], num_layers: int, first_cut: int, cuts: tuple[int, int]
+) -> None:
+    settings = EngineSettings.parse(raw, num_layers, first_cut)
+    assert (settings.shallow_layer, settings.deep_layer) == cuts
+    settings.check_depth(num_layers, first_cut)
 
 
 @pytest.mark.parametrize("additional_config", [None, {}, {"other": 1}, {"himap": None}])

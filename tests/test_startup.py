@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma3Config
 
 from tests.conftest import World
 
@@ -50,7 +51,11 @@ def test_plugin_does_nothing_unless_asked(world: World) -> None:
 @pytest.mark.parametrize(
     ("himap", "options", "message"),
     [
-        ({"shallow_layer": 8}, {}, r"deep_layer must be greater than shallow_layer \(8\), got 8"),
+        (
+            {"shallow_layer": 8, "deep_layer": 8},
+            {},
+            r"deep_layer must be greater than shallow_layer \(8\), got 8",
+        ),
         ({"deep_layer": 12}, {}, "deep_layer must be below the decoder's 12 layers, got 12"),
         ({"shallow_ratio": 1.5}, {}, r"shallow_ratio must be in \[0, 1\), got 1.5"),
         ({"ratio": 0.5}, {}, "unknown himap setting 'ratio'"),
@@ -148,11 +153,36 @@ def test_unsupported_models(world: World, tmp_path: Path) -> None:
     (text_only / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (text_only / name).symlink_to(checkpoint / name)
-    with pytest.raises(ValueError, match="does not support LlamaForCausalLM; supported: Llava"):
+    with pytest.raises(ValueError, match="does not support LlamaForCausalLM; supported: Idefics3"):
         configure(text_only, {})
     # The same engine without the setting is none of the plugin's business.
     assert configure(text_only, None).scheduler_config.scheduler_cls is None
 
-    mistral = altered(checkpoint, tmp_path / "mistral", text_config={"model_type": "mistral"})
-    with pytest.raises(ValueError, match="with a mistral decoder; supported: llama"):
-        configure(mistral, {})
+    other = altered(checkpoint, tmp_path / "gpt2", text_config={"model_type": "gemma2"})
+    with pytest.raises(ValueError, match="with a gemma2 decoder; supported: llama, mistral"):
+        configure(other, {})
+
+
+def test_refused_models_say_why(world: World, tmp_path: Path) -> None:
+    gemma = tmp_path / "gemma3"
+    gemma.mkdir()
+    config = Gemma3Config(
+        text_config={"num_hidden_layers": 12}, architectures=["Gemma3ForConditionalGeneration"]
+    )
+    config.save_pretrained(gemma)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (gemma / name).symlink_to(world.checkpoint("mha12") / name)
+    with pytest.raises(ValueError, match="attend to each other in both directions"):
+        configure(gemma, {})
+
+
+def test_cuts_follow_the_model(world: World) -> None:
+    def cuts(name: str, himap: dict[str, int]) -> tuple[int, int]:
+        settings = configure(world.checkpoint(name), himap).additional_config["himap"]
+        return settings["shallow_layer"], settings["deep_layer"]
+
+    assert cuts("mha32", {}) == (2, 8)
+    assert cuts("mha12", {}) == (1, 3)
+    assert cuts("qwen3-vl", {}) == (2, 3)  # behind two levels of deepstack
+    with pytest.raises(ValueError, match="shallow_layer must be at least 2 for this model, got 1"):
+        cuts("qwen3-vl", {"shallow_layer": 1})

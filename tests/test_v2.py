@@ -38,4 +38,4 @@ def test_under_the_interpreter(name: str) -> None:
 
 def test_kernels_compile_for_a_gpu() -> None:
     output = run("tests.compile_kernels")
-    assert len(output.splitlines()) == 6
+    assert len(output.splitlines()) == 7

@@ -20,6 +20,8 @@ def _gather_kernel(
     positions_out_ptr,
     hidden_stride,
     residual_stride,
+    positions_stride,
+    NUM_DIMS: tl.constexpr,  # of the positions
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -32,7 +34,9 @@ def _gather_kernel(
     residual = tl.load(residual_ptr + source * residual_stride + channel, mask=inside)
     tl.store(residual_out_ptr + target * WIDTH + channel, residual, mask=inside)
     if tl.program_id(1) == 0:
-        tl.store(positions_out_ptr + target, tl.load(positions_ptr + source))
+        for dim in tl.static_range(NUM_DIMS):
+            position = tl.load(positions_ptr + dim * positions_stride + source)
+            tl.store(positions_out_ptr + dim * positions_stride + target, position)
 
 
 def gather_rows(
@@ -45,20 +49,21 @@ def gather_rows(
 
     Args:
         rows: [num_rows] int64.
-        positions: [num_tokens].
+        positions: [num_tokens], or [3, num_tokens] with M-RoPE.
         hidden_states: [num_tokens, hidden_size], channels contiguous.
         residual: [num_tokens, hidden_size], likewise.
 
     Returns:
         positions, hidden states and residual of the rows.
     """
+    gathered = _empty_positions(positions, len(rows))
     if not HAS_TRITON:
-        inputs = (positions, hidden_states, residual)
-        return tuple(tensor.index_select(0, rows) for tensor in inputs)  # type: ignore[return-value]
+        torch.index_select(positions, -1, rows, out=gathered)
+        return gathered, hidden_states.index_select(0, rows), residual.index_select(0, rows)
     width = hidden_states.shape[1]
-    assert hidden_states.stride(1) == residual.stride(1) == positions.stride(0) == 1
+    assert hidden_states.stride(1) == residual.stride(1) == positions.stride(-1) == 1
     outputs = (
-        positions.new_empty(len(rows)),
+        gathered,
         hidden_states.new_empty(len(rows), width),
         residual.new_empty(len(rows), width),
     )
@@ -72,7 +77,21 @@ def gather_rows(
         outputs[0],
         hidden_states.stride(0),
         residual.stride(0),
+        positions.stride(0),
+        NUM_DIMS=positions.numel() // positions.shape[-1],
         WIDTH=width,
         BLOCK=_BLOCK,
     )
     return outputs
+
+
+def _empty_positions(positions: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Room for `num_rows` positions, laid out like `positions`.
+
+    vLLM's M-RoPE positions are columns of a longer buffer. With its stride in every step, Triton
+    compiles the kernel once, and the compiled segments see the layout that they were traced with.
+    """
+    if positions.ndim == 1:
+        return positions.new_empty(num_rows)
+    num_dims, stride = len(positions), positions.stride(0)
+    return positions.new_empty(num_dims, stride)[:, :num_rows]

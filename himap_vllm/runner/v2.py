@@ -32,7 +32,7 @@ from himap_vllm.kernels.stage_slots import write_stage_slots
 from himap_vllm.layout import StepLayout
 from himap_vllm.pruning import ActiveStep, PruningState
 from himap_vllm.stage_view import QueryRows, StageView
-from himap_vllm.warmup import warm_up
+from himap_vllm.warmup import NUM_TOKENS, warm_up
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
@@ -227,7 +227,13 @@ class PruningModelState(DefaultModelState):
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile our kernels, which the first pruned prompt would wait for otherwise."""
-        warm_up(self.himap, self.dtype, self.model_config.get_hidden_size(), self.device)
+        rope = self.rope_state  # only with M-RoPE
+        positions = (
+            torch.arange(NUM_TOKENS, device=self.device)
+            if rope is None
+            else rope.get_positions(NUM_TOKENS)
+        )
+        warm_up(self.himap, self.dtype, self.model_config.get_hidden_size(), positions)
         write_stage_slots(
             self._later_groups,
             self._later.query_start_loc,

@@ -163,6 +163,10 @@ def test_gather(random: torch.Generator, width: int) -> None:
     for result, source in zip(gathered, (positions, hidden, residual), strict=True):
         assert result.is_contiguous()
         assert torch.equal(result, source[rows])
+    for_mrope = torch.randint(10_000, (3, 51), generator=random)[:, :40]
+    result, *_ = gather_rows(rows, for_mrope, hidden, residual)
+    assert result.stride() == for_mrope.stride()
+    assert torch.equal(result, for_mrope[:, rows])
 
 
 def test_stage_slots(random: torch.Generator) -> None:
