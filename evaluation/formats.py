@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Public data sets, read from the files that their authors publish. Prompts are LLaVA-1.5's.
+"""Public data sets, read from the files that their authors publish.
 
-The files and images are the user's; nothing is downloaded.
+The files and images are the user's; nothing is downloaded. Questions end with the instructions that
+LLaVA-1.5 was trained with (https://arxiv.org/abs/2310.03744, section 3.2), MME's with their own.
 """
 
 from __future__ import annotations
