@@ -23,6 +23,7 @@ from himap_vllm import admission
 from himap_vllm.config import engine_settings
 
 from .lifecycle import GatewayServer, Lifecycle, Phase
+from .metrics import GatewayMetrics
 from .prompts import PromptObserver, placeholder_tokens
 from .pruning import PruningPolicy
 from .record import current
@@ -51,6 +52,7 @@ async def run_engine(
     args: Namespace,
     settings: GatewaySettings,
     lifecycle: Lifecycle,
+    metrics: GatewayMetrics,
     server: GatewayServer,
 ) -> None:
     """Load the model, serve, and watch until cancelled; a failure ends the server."""
@@ -62,6 +64,7 @@ async def run_engine(
         config = engine.vllm_config
         pruning = engine_settings(config.additional_config)
         assert pruning is not None
+        metrics.describe(pruning)
         app.state.pruning = PruningPolicy(pruning)
         app.state.media.placeholders = placeholder_tokens(engine)
         admission.observers.append(

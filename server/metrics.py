@@ -19,6 +19,7 @@ from vllm.v1.metrics.buckets import (
     TIME_TO_FIRST_TOKEN_BUCKETS,
 )
 
+from himap_vllm.config import EngineSettings
 from himap_vllm.stats import engine_stats
 
 from .lifecycle import Lifecycle
@@ -84,6 +85,18 @@ _SAVINGS = {
     ),
 }
 
+_SHARES = (0.03125, 0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
+_KEPT = Histogram(
+    "himap_prompt_kept_share",
+    "share of a prompt's image tokens that is left in a stage, of all prompts with images",
+    ["model_name", "stage"],
+    buckets=_SHARES,
+)
+_SETTINGS = ("shallow_layer", "deep_layer", "shallow_ratio", "deep_ratio")
+_INFO = Gauge(
+    "himap_info", "always 1; the engine's cuts and default ratios", [*_BY_MODEL, *_SETTINGS]
+)
+
 # Why a request was not answered, where the gateway has no word of its own for it.
 _REASONS = {
     400: "invalid",
@@ -115,6 +128,10 @@ class GatewayMetrics:
         self._model = model_name
         _IN_FLIGHT.labels(model_name).set_function(lambda: lifecycle.in_flight)
 
+    def describe(self, settings: EngineSettings) -> None:
+        """Tell how the engine prunes by default."""
+        _INFO.labels(self._model, *(getattr(settings, name) for name in _SETTINGS)).set(1)
+
     def observe(self, record: RequestRecord) -> None:
         """Take down a request that has ended."""
         model = self._model
@@ -125,7 +142,7 @@ class GatewayMetrics:
             _REFUSED.labels(model, record.reason).inc()
         if record.fetching:
             _FETCH.labels(model).observe(record.fetching)
-        pruned = str(record.pruned).lower()
+        pruned = str(record.pruned).lower() if record.images or record.savings else "no_images"
         for histogram, value in (
             (_FIRST_TOKEN, record.time_to_first_token),
             (_OUTPUT_TOKEN, record.time_per_output_token),
@@ -140,6 +157,9 @@ class GatewayMetrics:
             _IMAGES.labels(model).inc(record.images)
             for name, counter in _SAVINGS.items():
                 counter.labels(model).inc(sum(getattr(prompt, name) for prompt in record.savings))
+            for prompt in record.savings:
+                for stage, kept in ((1, prompt.kept_shallow), (2, prompt.kept_deep)):
+                    _KEPT.labels(model, stage).observe(kept / prompt.image_tokens)
 
 
 class _Snapshot(Collector):

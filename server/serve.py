@@ -212,7 +212,7 @@ async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None
     server = GatewayServer(config, lifecycle)
     app.state.server = server
     listener = config.bind_socket()  # first: a port in use must not wait for the model
-    engine = asyncio.create_task(run_engine(app, args, settings, lifecycle, server))
+    engine = asyncio.create_task(run_engine(app, args, settings, lifecycle, metrics, server))
     await server.serve(sockets=[listener])
     if lifecycle.phase is Phase.LOADING:
         # Stopped while loading. The thread that loads can't be cancelled, and leaving would wait

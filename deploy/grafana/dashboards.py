@@ -128,8 +128,8 @@ OVERVIEW = Dashboard(
     "**Healthy?** No alert, nothing unreachable, no 5xx, nothing waiting. "
     "**Is pruning on?** *Prompts pruned* above 0 %. "
     "**What does it save?** *KV blocks saved* and *Prefill FLOPs avoided*; details on *HiMAP "
-    "savings*. **What does it bring?** Time to first token of pruned against other requests "
-    "(`not pruned` includes requests without images). "
+    "savings*. **What does it bring?** Time to first token of pruned against unpruned requests, "
+    "all with images. "
     "**Not healthy?** Each alert has its section in the repository's `docs/runbooks.md`.",
     (
         Row(
@@ -365,6 +365,19 @@ SAVINGS = Dashboard(
                     ),
                 ),
                 Panel(
+                    "Share kept, prompt by prompt",
+                    "After the second cut, of all prompts with images: 100 % are those that were "
+                    "not pruned. A wide spread: clients choose ratios of their own.",
+                    tuple(
+                        Query(
+                            quantile(q, "himap_prompt_kept_share", 'stage="2"'),
+                            f"p{round(100 * q)}",
+                        )
+                        for q in (0.1, 0.5, 0.9)
+                    ),
+                    "percentunit",
+                ),
+                Panel(
                     "Share kept",
                     "Of pruned prompts' image tokens: the ratios that were really used. Defaults "
                     "0.5 and 0.75 leave 50 % and 12.5 %.",
@@ -411,7 +424,7 @@ SAVINGS = Dashboard(
             (
                 Panel(
                     "Time to first token, p50 and p95",
-                    "Pruned against not pruned; `not pruned` includes requests without images.",
+                    "Pruned against not pruned, all with images.",
                     pruned_and_not("himap_time_to_first_token_seconds", [0.5, 0.95]),
                     "s",
                 ),
@@ -440,6 +453,18 @@ SAVINGS = Dashboard(
         Row(
             "By model",
             (
+                Panel(
+                    "Settings",
+                    "The layers of the cuts, and the ratios of requests that don't choose.",
+                    (
+                        Query(
+                            "max by (instance, model_name, shallow_layer, deep_layer, "
+                            f"shallow_ratio, deep_ratio) ({value('himap_info')})"
+                        ),
+                    ),
+                    kind="table",
+                    width=24,
+                ),
                 Panel(
                     "Prompts pruned",
                     "Share of the prompts with images.",

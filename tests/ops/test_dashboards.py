@@ -140,7 +140,7 @@ def test_every_metric_exists(prometheus: Prometheus, dashboard: Dashboard) -> No
 
 def test_pruned_and_not_pruned_are_both_there(prometheus: Prometheus) -> None:
     """The load has what the dashboards tell apart; else the tests above show less than they say."""
-    for flag in ("true", "false"):
+    for flag in ("true", "false", "no_images"):
         expr = f'himap_time_to_first_token_seconds_count{{pruned="{flag}"}} > 0'
         assert eventually(prometheus.values, expr)
     for reason in ("invalid", "image_host", "key", "rate"):
