@@ -112,4 +112,4 @@ def grid_layers(num_layers: int) -> list[tuple[int, int]]:
     ]
 
 
-GRID_RATIOS = tuple(Ratios(r1, r2) for r1 in (0.25, 0.5, 0.75) for r2 in (0.5, 0.75, 0.9))
+GRID_RATIOS = tuple(Ratios(r1, r2) for r1 in (0.25, 0.5, 0.75, 0.9) for r2 in (0.5, 0.75, 0.9))

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--ratios", type=ratio_pair, action="append", metavar="R1,R2",
-        help="repeatable (default: 0.25, 0.5, 0.75 by 0.5, 0.75, 0.9); not with --report",
+        help="repeatable (default: 0.25, 0.5, 0.75, 0.9 by 0.5, 0.75, 0.9); not with --report",
     )  # fmt: skip
     parser.add_argument(
         "--reductions", type=lambda text: [ratio(part) for part in text.split(",")],
