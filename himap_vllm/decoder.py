@@ -161,12 +161,18 @@ class _SegmentedDecoder(nn.Module):
             positions, hidden_states, residual = gather_rows(
                 rows, positions, hidden_states, residual
             )
+            self._enter(step, 1)
             hidden_states, residual = middle(positions, hidden_states, residual)
             again = step.cut(1, hidden_states, residual)
+            self._enter(step, 2)
             hidden_states = last(*gather_rows(again, positions, hidden_states, residual))
         # The runner's indices of rows to sample from count every token of the step.
         full = hidden_states.new_zeros(len(inputs_embeds), hidden_states.shape[-1])
         return full.index_copy_(0, rows.index_select(0, again), hidden_states)
+
+    def _enter(self, step: ActiveStep, stage: int) -> None:
+        if self.himap_state.enter_stage is not None:
+            self.himap_state.enter_stage(step.layout.stages[stage])
 
     @contextmanager
     def _later_stages(self, step: ActiveStep) -> Iterator[None]:

@@ -65,6 +65,24 @@ class StageKVCacheManager(FullAttentionManager):
             num_tokens if plan is None else plan.stage_tokens(self.kv_cache_spec.stage, num_tokens)
         )
 
+    def has_blocks(self, request_id: str, num_tokens: int) -> bool:
+        """Whether a request holds slots for its first `num_tokens` tokens, all its own."""
+        if request_id in self._partial_hit_reqs:  # one is shared, and must be copied first
+            return False
+        held = len(self.req_to_blocks[request_id]) * self.block_size
+        return held >= self._stage_tokens(request_id, num_tokens)
+
+    def has_cached(self, request_id: str, num_tokens: int) -> bool:
+        """Whether `cache_blocks` with `num_tokens` would find nothing to publish."""
+        if not self.enable_caching:
+            return True
+        if self.block_size != self.block_pool.hash_block_size:  # parts of blocks are published
+            return False
+        plan = self.plans.get(request_id)
+        if plan is not None:
+            num_tokens = min(num_tokens, plan.first_image_token)
+        return self.num_cached_block.get(request_id, 0) >= num_tokens // self.block_size
+
     def get_num_blocks_to_allocate(
         self,
         request_id: str,

@@ -24,7 +24,7 @@ from himap_vllm.criteria.himap import HIMAP
 from himap_vllm.importance import importance
 from himap_vllm.kernels.importance import VoteTiles
 from himap_vllm.kernels.importance import importance as importance_in_one_launch
-from himap_vllm.layout import Cut, IntArray, StepLayout
+from himap_vllm.layout import Cut, IntArray, StageGeometry, StepLayout
 from himap_vllm.recorder import Recorder
 from himap_vllm.selection import SurvivorCounts, compact, surviving_rows
 from himap_vllm.stage_view import StageView
@@ -189,6 +189,8 @@ class PruningState:
         heads: of the decoder's attention, on this rank.
         recorder: plans of live requests, counters, traces.
         step: the running step, if it prunes a prompt.
+        enter_stage: called with the geometry of each later stage of a step that prunes, before its
+            layers run. None without LoRA.
         views: [NUM_STAGES] the running step as each stage sees it. None, for one stage or for all:
             as vLLM does, which is so in the first stage, and where no request has a plan.
     """
@@ -197,6 +199,7 @@ class PruningState:
     heads: Heads
     recorder: Recorder
     step: ActiveStep | None = None
+    enter_stage: Callable[[StageGeometry], None] | None = None
     views: Sequence[StageView | None] | None = None
 
     @property

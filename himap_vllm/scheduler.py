@@ -24,6 +24,7 @@ from vllm.v1.request import Request
 from himap_vllm.budget import PromptPlan
 from himap_vllm.config import engine_settings
 from himap_vllm.kv_cache import StageKVCacheManager, group_stages
+from himap_vllm.kv_cache_manager import adopt
 from himap_vllm.plans import plan_of, stage_layers, step_limit
 
 logger = init_logger("vllm.himap")
@@ -58,6 +59,7 @@ class _PruningMixin(_Base):
         for group_manager in manager.coordinator.single_type_managers:
             assert isinstance(group_manager, StageKVCacheManager)
             group_manager.plans = self.himap_plans
+        adopt(manager, stages)
 
     def add_request(self, request: Request) -> None:
         plan = plan_of(request.num_prompt_tokens, request.mm_features, request.sampling_params)

@@ -129,59 +129,83 @@ def _check_features(vllm_config: VllmConfig) -> None:
 
     parallel = vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
+    if cache_dtype == "auto" and scheme is not None:
+        cache_dtype = "fp8"  # what vLLM's attention layers make of it, once they are built
     refused = {
         "pipeline_parallel_size": (
             parallel.pipeline_parallel_size > 1,
-            "pipeline parallelism: the cuts lie inside one worker's layers",
+            "pipeline parallelism",
+            "the cuts lie inside one worker's layers",
         ),
         "decode_context_parallel_size": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "context parallelism: a score needs all rows of a prompt on one worker",
+            "context parallelism",
+            "a score needs all rows of a prompt on one worker",
         ),
         "kv_transfer_config": (
             vllm_config.kv_transfer_config is not None,
-            "KV connectors: they assume that every layer has every token",
+            "KV connectors",
+            "they assume that every layer has every token",
         ),
         "speculative_config": (
             vllm_config.speculative_config is not None,
-            "speculative decoding: drafts need the hidden states of all tokens",
+            "speculative decoding",
+            "drafts need the hidden states of all tokens",
         ),
         "disable_hybrid_kv_cache_manager": (
             bool(scheduler.disable_hybrid_kv_cache_manager),
-            "--disable-hybrid-kv-cache-manager: stages need KV cache groups of their own",
+            "--disable-hybrid-kv-cache-manager",
+            "stages need KV cache groups of their own",
         ),
         "kv_cache_dtype": (
-            is_quantized_kv_cache(vllm_config.cache_config.cache_dtype),
-            "a quantised KV cache",
+            is_quantized_kv_cache(cache_dtype),
+            f"a quantised KV cache (kv_cache_dtype {cache_dtype}, asked for or the checkpoint's)",
+            "votes need queries and earlier chunks' keys as the model computed them, and would get "
+            "8-bit ones",
         ),
-        "lora_config": (vllm_config.lora_config is not None, "LoRA"),
-        "enable_dbo": (parallel.use_ubatching, "dual batch overlap"),
+        "enable_dbo": (
+            parallel.use_ubatching,
+            "dual batch overlap",
+            "it may split a step inside a prompt, whose rows vote together",
+        ),
         "cudagraph_mode": (
             vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL,
-            "cudagraph_mode FULL: steps that prune can't replay a full graph",
+            "cudagraph_mode FULL",
+            "steps that prune can't replay a full graph",
         ),
         "VLLM_USE_BREAKABLE_CUDAGRAPH": (
             envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
-            "breakable CUDA graphs: a step that prunes would replay those of another",
+            "breakable CUDA graphs",
+            "a step that prunes would replay those of another",
         ),
         "ec_transfer_config": (
             vllm_config.ec_transfer_config is not None,
             "an encoder cache connector",
+            "it has each image when it has it, and a pruned prompt needs all of its in one step",
         ),
-        "mm_encoder_only": (vllm_config.is_mm_encoder_only, "an encoder-only instance"),
+        "mm_encoder_only": (
+            vllm_config.is_mm_encoder_only,
+            "an encoder-only instance",
+            "it has no decoder to prune in",
+        ),
         "VLLM_USE_RUST_FRONTEND": (
             envs.VLLM_USE_RUST_FRONTEND,
-            "the Rust frontend: requests would not pass the plugin's admission",
+            "the Rust frontend",
+            "requests would not pass the plugin's admission",
         ),
         "is_mm_prefix_lm": (
             vllm_config.model_config.is_mm_prefix_lm,
             "bidirectional attention among image tokens",
+            "scores are computed from causal attention",
         ),
         "runner": (
             vllm_config.model_config.runner_type != "generate",
-            "pooling: only text generation is pruned",
+            "pooling",
+            "it may read the hidden state of every token",
         ),
     }
-    for parameter, (present, what) in refused.items():
+    for parameter, (present, what, why) in refused.items():
         if present:
-            raise HiMAPError(parameter, f"himap can't be combined with {what} yet")
+            raise HiMAPError(parameter, f"himap can't be combined with {what} yet: {why}")

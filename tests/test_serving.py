@@ -405,3 +405,35 @@ def test_the_callers_parameters_stay_untouched(world: World) -> None:
     for _ in range(2):
         engine.llm.generate([engine.prompt(case)], params, use_tqdm=False)
     assert params.extra_args == {"himap_shallow_ratio": 0.5, "himap_deep_ratio": 0.75}
+
+
+def test_generated_text_is_published_as_in_stock(world: World) -> None:
+    """Also where a step needs no block, and the KV cache manager is spared most of its work."""
+    cached = []
+    prompt = "A text to go on with:"
+    for engine in (world.engine(), world.stock()):
+        engine.llm.reset_prefix_cache()
+        coordinator = engine.scheduler.kv_cache_manager.coordinator
+        calls = 0
+        allocate = coordinator.allocate_new_blocks
+
+        def counting(*args: Any, allocate: Any = allocate, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return allocate(*args, **kwargs)
+
+        coordinator.allocate_new_blocks = counting
+        try:
+            (first,) = engine.generate([Case(prompt, max_tokens=100)])
+        finally:
+            del coordinator.allocate_new_blocks
+        if engine is world.engine():
+            assert calls <= 3 * (100 // BLOCK_SIZE)  # one step in BLOCK_SIZE, of each kind
+        else:
+            assert calls >= 100
+        again = list(first.prompt_token_ids) + list(first.outputs[0].token_ids)
+        (second,) = engine.llm.generate(
+            [{"prompt_token_ids": again}], engine.params(Case("")), use_tqdm=False
+        )
+        cached.append(second.num_cached_tokens)
+    assert cached[0] == cached[1] >= 96

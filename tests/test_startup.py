@@ -12,6 +12,7 @@ import pytest
 from transformers import Gemma3Config
 
 from tests.conftest import World
+from tests.quantised import FORMATS
 
 
 def configure(checkpoint: Path, himap: Any, **options: Any) -> Any:
@@ -33,7 +34,7 @@ def altered(checkpoint: Path, target: Path, **changes: Any) -> Path:
         (target / file.name).symlink_to(file)
     config = json.loads((checkpoint / "config.json").read_text())
     for key, value in changes.items():
-        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
     (target / "config.json").unlink()
     (target / "config.json").write_text(json.dumps(config))
     return target
@@ -78,8 +79,13 @@ def test_plugin_does_nothing_unless_asked(world: World) -> None:
             },
             "KV connectors",
         ),
-        ({}, {"enable_lora": True}, "LoRA"),
-        ({}, {"kv_cache_dtype": "fp8"}, "a quantised KV cache"),
+        ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8, .* votes need .* keys"),
+        ({}, {"mm_encoder_only": True}, "an encoder-only instance"),
+        (
+            {},
+            {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
+            "an encoder cache connector",
+        ),
         ({}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         ({}, {"worker_cls": "somewhere.Worker"}, "does not support the worker somewhere.Worker"),
         ({}, {"runner": "pooling", "convert": "embed"}, "pooling"),
@@ -88,6 +94,36 @@ def test_plugin_does_nothing_unless_asked(world: World) -> None:
 def test_refusals(world: World, himap: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configure(world.checkpoint("mha12"), himap, **options)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "message"),
+    [
+        ("parallel_config", "ubatch_size", 2, "dual batch overlap yet: it may split"),
+        ("model_config", "is_mm_prefix_lm", True, "bidirectional .* yet: scores"),
+    ],
+)
+def test_refusals_of_what_vllm_decides(
+    world: World, owner: str, name: str, value: Any, message: str
+) -> None:
+    from himap_vllm.support import check_and_configure
+
+    config = configure(world.checkpoint("mha12"), {})
+    check_and_configure(config)
+    vars(getattr(config, owner))[name] = value
+    with pytest.raises(ValueError, match=message):
+        check_and_configure(config)
+
+
+def test_a_checkpoint_with_a_quantised_kv_cache(world: World, tmp_path: Path) -> None:
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+    quantisation = {**FORMATS["w8a8-int8"].config, "kv_cache_scheme": scheme}
+    checkpoint = altered(
+        world.checkpoint("mha12"), tmp_path / "kv", quantization_config=quantisation
+    )
+    with pytest.raises(ValueError, match="kv_cache_dtype fp8, asked for or the checkpoint's"):
+        configure(checkpoint, {})
+    configure(checkpoint, {}, kv_cache_dtype="bfloat16")
 
 
 def test_decode_context_parallelism(world: World) -> None:
@@ -133,6 +169,20 @@ def test_graphs_that_a_pruning_step_would_replay(
     monkeypatch.setitem(vars(vllm.envs), "VLLM_USE_BREAKABLE_CUDAGRAPH", True)
     with pytest.raises(ValueError, match="breakable CUDA graphs"):
         configure(world.checkpoint("mha12"), {})
+
+
+def test_the_rust_frontend(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.envs
+
+    monkeypatch.setitem(vars(vllm.envs), "VLLM_USE_RUST_FRONTEND", True)
+    with pytest.raises(ValueError, match="the Rust frontend"):
+        configure(world.checkpoint("mha12"), {})
+
+
+def test_bitsandbytes_is_vllms_to_refuse(world: World) -> None:
+    """It left vLLM before 0.32; there is nothing for the plugin to decide."""
+    with pytest.raises(ValueError, match="Unknown quantization method: bitsandbytes"):
+        configure(world.checkpoint("mha12"), None, quantization="bitsandbytes")
 
 
 def test_another_vllm(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import torch
 from himap_vllm.install import install
 from himap_vllm.layout import PlanTable, StepLayout
 from himap_vllm.pruning import ActiveStep, PruningState
+from himap_vllm.runner.adapters import AdapterMixin
 from himap_vllm.stage_view import StageView
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ else:  # the class of the adopted runner is next in the method resolution order
     _Base = object
 
 
-class PruningRunnerMixin(_Base):
+class PruningRunnerMixin(AdapterMixin, _Base):
     """Put in front of the runner's own class by `adopt`."""
 
     himap: PruningState

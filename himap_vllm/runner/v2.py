@@ -31,6 +31,7 @@ from himap_vllm.install import install
 from himap_vllm.kernels.stage_slots import write_stage_slots
 from himap_vllm.layout import StepLayout
 from himap_vllm.pruning import ActiveStep, PruningState
+from himap_vllm.runner.adapters import AdapterMixin
 from himap_vllm.stage_view import QueryRows, StageView
 from himap_vllm.warmup import NUM_TOKENS, warm_up
 
@@ -40,7 +41,7 @@ else:  # the class of the adopted runner is next in the method resolution order
     _Base = object
 
 
-class PruningRunnerMixin(_Base):
+class PruningRunnerMixin(AdapterMixin, _Base):
     """Put in front of the runner's own class by `adopt`."""
 
     himap: PruningState

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests import test_criteria, test_oracle, test_serving
+from tests import test_criteria, test_lora, test_oracle, test_serving
 from tests.checkpoints import sample_images
 from tests.conftest import (
     BLOCK_SIZE,
@@ -68,6 +68,7 @@ def test_as_on_v1_eager(world: World, test: Any) -> None:
         test_serving.test_counters_tell_what_was_done,
         test_serving.test_a_prompt_that_never_fits_a_step,
         test_serving.test_a_request_that_was_not_admitted_runs_unpruned,
+        test_lora.test_a_mixed_batch_equals_the_oracle_on_merged_weights,
     ],
 )
 def test_as_on_v1(world: World, test: Any) -> None:

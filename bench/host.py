@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host time of a decode step, with and without pruning: `python -m bench.host`.
+
+64 requests, all past their prompts, on a decoder of 32 layers; a step is what the engine core does
+for one token of each: schedule, prepare, sample, update. The forward pass is taken off, and so
+are Triton's kernels, whose launches are counted: the first is the device's work, or replayed as a
+CUDA graph, and the interpreter that stands in for a GPU here takes milliseconds for each of the
+latter. Time is the CPU time of the engine's thread, which hardly depends on what else the machine
+does.
+
+Each engine runs in a process of its own; Model Runner V2 runs under Triton's interpreter. The
+requests have images; `himap, pruned` keeps a half and an eighth of their tokens, `himap, ratios 0`
+prunes none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+# First: it sets Triton's interpreter up, before anything imports Triton.
+from tests.conftest import Case, Engine
+
+# isort: split
+from bench.environment import environment
+from bench.report import CELLS, PRUNED, STOCK, table
+from tests.checkpoints import build_llava, sample_images
+
+RUNNERS = ("V1", "V2")
+REQUESTS = 64
+WARM_UP = 5
+CUTS = {"shallow_layer": 2, "deep_layer": 8}
+RATIOS = (0.5, 0.75)
+# What is told apart; the rest of a step goes to the runner.
+SCHEDULER, FORWARD, KERNELS = "scheduler", "forward", "kernels"
+
+
+class Stopwatch:
+    """CPU time of this thread spent in wrapped functions, and how often they were called."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a step."""
+        self.seconds = dict.fromkeys((SCHEDULER, FORWARD, KERNELS), 0.0)
+        self.calls = dict.fromkeys(self.seconds, 0)
+        self._inside = False
+
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, timed as `name`; what it calls is not counted twice."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return function(*args, **kwargs)
+            self._inside = True
+            began = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.thread_time() - began
+                self.calls[name] += 1
+                self._inside = False
+
+        return timed
+
+
+def measure(cell: str, steps: int, checkpoint: Path) -> dict[str, float]:
+    """Run one engine in this process; medians over its decode steps."""
+    if not (checkpoint / "config.json").exists():
+        build_llava(
+            checkpoint, image_size=84, patch_size=14,
+            num_layers=32, num_heads=2, num_kv_heads=2, hidden_size=64,
+        )  # fmt: skip
+    options = {
+        "max_num_seqs": REQUESTS,
+        "max_num_batched_tokens": 8192,
+        "kv_cache_memory_bytes": 1 << 30,
+        "limit_mm_per_prompt": {"image": 1},
+    }
+    engine = Engine(checkpoint, None if cell == STOCK else CUTS, options)
+    ratios = None if cell == STOCK else RATIOS if cell == PRUNED else (0.0, 0.0)
+    pictures = sample_images(REQUESTS)
+    for index, picture in enumerate(pictures):
+        case = Case("USER: <image>\nWhat?", (picture,), ratios, max_tokens=2 * steps)
+        params = engine.params(case)
+        params.logprobs = None
+        engine.llm.llm_engine.add_request(str(index), engine.prompt(case), params)
+    core = engine.llm.llm_engine.engine_core.engine_core
+    scheduler = core.scheduler
+    runner = core.model_executor.driver_worker.worker.model_runner
+    watch = Stopwatch()
+    for name in ("schedule", "update_from_output"):
+        setattr(scheduler, name, watch.wrap(SCHEDULER, getattr(scheduler, name)))
+    runner.model.forward = watch.wrap(FORWARD, runner.model.forward)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped]
+
+        InterpretedFunction.run = watch.wrap(KERNELS, InterpretedFunction.run)
+    while any(request.num_output_tokens == 0 for request in scheduler.requests.values()):
+        core.step()
+    measured = []
+    for step in range(WARM_UP + steps):
+        watch.reset()
+        began = time.thread_time()
+        core.step()
+        whole = time.thread_time() - began
+        if step >= WARM_UP:
+            taken_off = watch.seconds[FORWARD] + watch.seconds[KERNELS]
+            measured.append(
+                {
+                    "host": whole - taken_off,
+                    "scheduler": watch.seconds[SCHEDULER],
+                    "launches": watch.calls[KERNELS],
+                }
+            )
+    assert len(scheduler.running) == REQUESTS, "requests ended before the last step"
+    return {key: median(step[key] for step in measured) for key in measured[0]}
+
+
+def _in_a_process(runner: str, cell: str, steps: int, checkpoint: Path) -> dict[str, float]:
+    command = [
+        sys.executable, "-m", "bench.host",
+        "--cell", cell, "--steps", str(steps), "--checkpoint", str(checkpoint),
+    ]  # fmt: skip
+    environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if runner == "V2":
+        environ["TRITON_INTERPRET"] = "1"
+    ended = subprocess.run(command, env=environ, stdout=subprocess.PIPE, check=True)
+    result: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
+    return result
+
+
+def markdown(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The report."""
+    rows = [
+        [
+            f"Model Runner {runner}",
+            cell,
+            f"{1e6 * of[cell]['host']:.0f}",
+            f"{of[cell]['host'] / of[STOCK]['host']:.3f}",
+            f"{1e6 * of[cell]['scheduler']:.0f}",
+            f"{1e6 * (of[cell]['host'] - of[cell]['scheduler']):.0f}",
+            f"{of[cell]['launches']:.0f}" if runner == "V2" else "",
+        ]
+        for runner, of in results.items()
+        for cell in CELLS
+    ]
+    head = ["", "engine", "host, us", "x stock", "scheduler, us", "runner, us", "kernel launches"]
+    return table(head, rows)
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.host",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=60, help="measured (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="the fastest counts (default 3)")
+    parser.add_argument("--runner", choices=RUNNERS, help="only this one")
+    parser.add_argument("--cell", choices=CELLS, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        print(json.dumps(measure(args.cell, args.steps, args.checkpoint)))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "llava"
+        results: dict[str, dict[str, dict[str, float]]] = {}
+        for runner in (args.runner,) if args.runner else RUNNERS:
+            rounds = [
+                {cell: _in_a_process(runner, cell, args.steps, checkpoint) for cell in CELLS}
+                for _ in range(args.rounds)
+            ]
+            results[runner] = {
+                cell: min((of[cell] for of in rounds), key=lambda result: result["host"])
+                for cell in CELLS
+            }
+    machine = environment()
+    print(f"{machine['cpu']}; vllm {machine['vllm']}; {REQUESTS} decoding requests.\n")
+    print(markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

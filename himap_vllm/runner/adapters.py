@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA: which adapter each row takes, in the stages of a step that prunes.
+
+vLLM maps the rows of a step to adapters before the forward pass; behind a cut there are fewer rows.
+How many of each request are left is known, and all of a request take one adapter, so the mapping of
+a stage follows from the prompt alone, like everything else about it.
+
+vLLM seams (0.32): `LoRAModelRunnerMixin._set_active_loras`, through which both runners map a step's
+rows, and `set_adapter_mapping` of the model's adapter manager, which tells the kernels' wrapper,
+whatever the device. The next step's mapping replaces that of the last stage.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm.lora.layers import LoRAMapping, LoRAMappingType
+
+from himap_vllm.layout import StageGeometry
+from himap_vllm.pruning import PruningState
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin as _Base
+else:  # vLLM's runner is next in the method resolution order
+    _Base = object
+
+
+class AdapterMixin(_Base):
+    """For the model runners: keeps the adapters of the latest step."""
+
+    himap: PruningState
+    himap_adapters: tuple[int, ...]
+
+    def _set_active_loras(
+        self,
+        prompt_lora_mapping: tuple[int, ...],
+        token_lora_mapping: tuple[int, ...],
+        lora_requests: set[Any],
+        mapping_type: LoRAMappingType = LoRAMappingType.LANGUAGE,
+    ) -> None:
+        super()._set_active_loras(
+            prompt_lora_mapping, token_lora_mapping, lora_requests, mapping_type
+        )
+        if mapping_type is LoRAMappingType.LANGUAGE:
+            self.himap_adapters = prompt_lora_mapping
+            self.himap.enter_stage = self._himap_map_rows
+
+    def _himap_map_rows(self, stage: StageGeometry) -> None:
+        """Map the rows of a later stage of the latest step."""
+        adapters = self.himap_adapters  # [num_reqs]: one row is sampled per request
+        rows = np.repeat(adapters, np.diff(stage.query_start_loc))
+        mapping = LoRAMapping(tuple(rows.tolist()), adapters, is_prefill=True)
+        self.lora_manager._adapter_manager.set_adapter_mapping(mapping)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised checkpoints that vLLM's CPU build runs are pruned like others.
+
+All in float16, which vLLM's 4-bit kernels want.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import sample_images
+from tests.conftest import BLOCK_SIZE, DEEP_LAYER, IMAGE_TOKENS, SHALLOW_LAYER, Case, Engine, World
+from tests.oracle import Oracle, OracleResult
+from tests.quantised import FORMATS, quantise
+
+PICTURES = tuple(sample_images(4))
+QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
+PRUNED = [
+    Case(QUESTION, PICTURES[2:3], (0.25, 0.5)),
+    Case(QUESTION, PICTURES[1:2], (0.5, 0.75)),
+    Case(QUESTION, PICTURES[3:4], (0.75, 0.25)),
+    Case("USER: <image>\n<image>\nCompare. ASSISTANT:", PICTURES[:2], (0.5, 0.5)),
+]
+WHOLE = [
+    Case(QUESTION, PICTURES[:1], (0, 0), max_tokens=20),
+    Case("No picture at all. Go on:", (), max_tokens=20),
+]
+# What float16 costs: the dequantised weights themselves, run in float16 by the same engine, give
+# log-probabilities up to 0.016 from the oracle's, which computes in float32.
+LOGPROB_TOLERANCE = 0.04
+CLEAR_CHOICE = 1e-3  # a gap between scores, of around 0.3, that float16 does not close
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a quantised checkpoint gave, and the oracle on its dequantised weights.
+
+    Attributes:
+        stock: `WHOLE` from vLLM without the plugin.
+        whole: `WHOLE` from the pruning engine.
+        pruned: `PRUNED` from the same, as one batch with `WHOLE`.
+        traces: positions that survived in each of `PRUNED`.
+        held: KV blocks of `PRUNED`, all groups together.
+        expected: `PRUNED` by the oracle.
+    """
+
+    stock: list[Any]
+    whole: list[Any]
+    pruned: list[Any]
+    traces: list[dict[str, list[list[int]]]]
+    held: int
+    expected: list[OracleResult]
+
+
+@pytest.fixture(scope="module")
+def answers(
+    request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory
+) -> Answers:
+    directory: Path = tmp_path_factory.mktemp(request.param)
+    target, rounded = directory / "quantised", directory / "rounded"
+    quantise(world.checkpoint("mha12"), FORMATS[request.param], target, rounded)
+    stock = Engine(target, None, {"dtype": "float16"}).generate(WHOLE)
+    himap = {"shallow_layer": SHALLOW_LAYER, "deep_layer": DEEP_LAYER, "trace_requests": 64}
+    engine = Engine(target, himap, {"dtype": "float16"})
+    whole = engine.generate(WHOLE)  # in stock's batches: how kernels round depends on their shape
+    pruned = engine.generate([*PRUNED, *WHOLE])[: len(PRUNED)]
+    oracle = Oracle(rounded, SHALLOW_LAYER, DEEP_LAYER)
+    return Answers(
+        stock=stock,
+        whole=whole,
+        pruned=pruned,
+        traces=[engine.trace(output.request_id) for output in pruned],
+        held=engine.stats["kv_blocks"],
+        expected=[
+            oracle.generate(case.prompt, case.images, shallow, deep, case.max_tokens)
+            for case in PRUNED
+            for shallow, deep in [case.ratios or (0, 0)]
+        ],
+    )
+
+
+every_format = pytest.mark.parametrize("answers", FORMATS, indirect=True)
+exact_inputs = pytest.mark.parametrize(
+    "answers", [name for name, form in FORMATS.items() if not form.activations], indirect=True
+)
+
+
+@every_format
+def test_ratio_zero_equals_stock(answers: Answers) -> None:
+    for ours, theirs in zip(answers.whole, answers.stock, strict=True):
+        assert list(ours.outputs[0].token_ids) == list(theirs.outputs[0].token_ids)
+
+
+@every_format
+def test_as_many_tokens_and_blocks_as_planned(answers: Answers) -> None:
+    layers = {0: SHALLOW_LAYER, 1: DEEP_LAYER - SHALLOW_LAYER, 2: 12 - DEEP_LAYER}
+    blocks = 0
+    for case, output, trace in zip(PRUNED, answers.pruned, answers.traces, strict=True):
+        shallow, deep = case.ratios or (0, 0)
+        between = IMAGE_TOKENS - int(IMAGE_TOKENS * shallow)
+        after = between - int(between * deep)
+        assert [len(image) for image in trace["shallow"]] == [between] * len(case.images)
+        assert [len(image) for image in trace["deep"]] == [after] * len(case.images)
+        for stage, kept in enumerate((IMAGE_TOKENS, between, after)):
+            tokens = len(output.prompt_token_ids) - (IMAGE_TOKENS - kept) * len(case.images)
+            blocks += -(-tokens // BLOCK_SIZE) * layers[stage] // SHALLOW_LAYER
+    assert answers.held == blocks
+
+
+@exact_inputs
+def test_pruned_prompts_equal_the_oracle_on_the_dequantised_weights(answers: Answers) -> None:
+    for output, trace, expected in zip(
+        answers.pruned, answers.traces, answers.expected, strict=True
+    ):
+        assert expected.score_margin > CLEAR_CHOICE
+        assert trace == {"shallow": expected.kept_shallow, "deep": expected.kept_deep}
+        (completion,) = output.outputs
+        for step, token in enumerate(completion.token_ids):
+            reference = expected.all_logprobs[step]
+            logprob = completion.logprobs[step][token].logprob
+            assert logprob == pytest.approx(float(reference[token]), abs=LOGPROB_TOLERANCE)
+            if token != expected.tokens[step]:  # a tie within rounding; another text from here on
+                assert reference.max() - reference[token] < 2 * LOGPROB_TOLERANCE
+                break
+
+
+@every_format
+def test_the_same_tokens_matter_as_to_the_dequantised_weights(answers: Answers) -> None:
+    """Holds where activations are rounded to 8 bits, too, if not to the last token."""
+    for cut, least in (("shallow", 0.9), ("deep", 0.75)):
+        ours = [set(image) for trace in answers.traces for image in trace[cut]]
+        theirs = [
+            set(image) for result in answers.expected for image in getattr(result, f"kept_{cut}")
+        ]
+        shared = sum(len(a & b) for a, b in zip(ours, theirs, strict=True))
+        assert shared >= least * sum(map(len, theirs))
