@@ -59,12 +59,13 @@ class ImageTokens:
 class PromptPlan:
     """What becomes of one prompt: which positions are image tokens and how many of them stay.
 
-    `images` is in prompt order and not empty.
+    `images` is in prompt order and not empty. `seed` is for criteria that draw lots.
     """
 
     num_prompt_tokens: int
     images: tuple[ImageTokens, ...]
     ratios: Ratios
+    seed: int = 0
 
     @cached_property
     def counts(self) -> tuple[tuple[int, int, int], ...]:

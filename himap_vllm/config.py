@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from himap_vllm.budget import Ratios
+from himap_vllm.criteria import CRITERIA
 
 ADDITIONAL_CONFIG_KEY = "himap"
 SHALLOW_ARG = "himap_shallow_ratio"
@@ -66,6 +67,8 @@ class EngineSettings:
         max_deep_ratio: highest R2 a request may ask for; None: anything below 1.
         trace_requests: keep the surviving positions of this many latest pruned prompts for
             inspection (`himap_trace`); costs a copy to the host per pruned prompt.
+        criterion: what survivors are chosen by, a name in `himap_vllm.criteria`; all but "himap"
+            are for research.
     """
 
     shallow_layer: int = 2
@@ -75,6 +78,7 @@ class EngineSettings:
     max_shallow_ratio: float | None = None
     max_deep_ratio: float | None = None
     trace_requests: int = 0
+    criterion: str = "himap"
 
     @classmethod
     def parse(cls, raw: Any, num_layers: int = 32, first_cut: int = 1) -> EngineSettings:
@@ -108,6 +112,11 @@ class EngineSettings:
         _check_int("shallow_layer", settings.shallow_layer, 1)
         _check_int("deep_layer", settings.deep_layer, 2)
         _check_int("trace_requests", settings.trace_requests, 0)
+        if settings.criterion not in list(CRITERIA):
+            raise HiMAPError(
+                "criterion",
+                f"criterion must be one of {', '.join(CRITERIA)}, got {settings.criterion!r}",
+            )
         if settings.shallow_layer >= settings.deep_layer:
             raise HiMAPError(
                 "deep_layer",

@@ -156,14 +156,14 @@ class _SegmentedDecoder(nn.Module):
         first, middle, last = self.himap_segments
         # May be padded to a captured size; no row that survives is padding.
         hidden_states, residual = first(positions, inputs_embeds, deepstack_input_embeds)
-        rows = step.cut(0)
+        rows = step.cut(0, hidden_states, residual)
         with self._later_stages(step):
             positions, hidden_states, residual = gather_rows(
                 rows, positions, hidden_states, residual
             )
             self._enter(step, 1)
             hidden_states, residual = middle(positions, hidden_states, residual)
-            again = step.cut(1)
+            again = step.cut(1, hidden_states, residual)
             self._enter(step, 2)
             hidden_states = last(*gather_rows(again, positions, hidden_states, residual))
         # The runner's indices of rows to sample from count every token of the step.

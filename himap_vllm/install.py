@@ -27,12 +27,13 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> PruningState:
     first = attentions[0]
     heads = Heads(first.num_heads, first.num_kv_heads, first.head_size)
     state = PruningState(settings, heads, Recorder(settings))
+    votes = state.criterion.votes is not None
     for index, attention in enumerate(attentions):
         stage = int(index >= settings.shallow_layer) + int(index >= settings.deep_layer)
         install_stage(attention, stage, state)
-        if index == settings.shallow_layer - 1:
+        if votes and index == settings.shallow_layer - 1:
             install_votes(attention, 0, state)
-        if index == settings.deep_layer - 1:
+        if votes and index == settings.deep_layer - 1:
             install_votes(attention, 1, state)
     names = [attention.layer_name for attention in attentions]
     install_segments(decoder, names, state, vllm_config)

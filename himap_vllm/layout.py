@@ -75,6 +75,7 @@ class PrunedRequest:
         image_tokens: slice of flat images s.
         rows: [num_rows] voting rows relative to `tokens`, or None: the image tokens themselves.
         votes: per image, in order; slices relative to `rows` and to `image_tokens`.
+        seed: the plan's.
     """
 
     request: int
@@ -83,6 +84,7 @@ class PrunedRequest:
     image_tokens: slice
     rows: IntArray | None
     votes: tuple[ImageVote, ...]
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +307,7 @@ def _first_cut(
                 image_tokens=slice(offset, offset + len(positions)),
                 rows=rows - computed,
                 votes=votes,
+                seed=plan.seed,
             )
         )
         offset += len(positions)
@@ -335,6 +338,7 @@ def _second_cut(
                 image_tokens=slice(offset, offset + begin),
                 rows=None,
                 votes=tuple(votes),
+                seed=plan.seed,
             )
         )
         offset += begin

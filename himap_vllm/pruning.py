@@ -14,9 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from vllm.distributed import get_tp_group
 from vllm.triton_utils import HAS_TRITON
 
 from himap_vllm.config import EngineSettings
+from himap_vllm.criteria import CRITERIA
+from himap_vllm.criteria.criterion import Candidates, Criterion
+from himap_vllm.criteria.himap import HIMAP
 from himap_vllm.importance import importance
 from himap_vllm.kernels.importance import VoteTiles
 from himap_vllm.kernels.importance import importance as importance_in_one_launch
@@ -71,15 +75,19 @@ class ActiveStep:
         seconds: host time spent on pruning so far.
     """
 
-    def __init__(self, layout: StepLayout, device: torch.device) -> None:
+    def __init__(
+        self, layout: StepLayout, device: torch.device, criterion: Criterion = HIMAP
+    ) -> None:
         assert layout.cuts is not None
-        first = layout.cuts[0]
+        cuts = layout.cuts if criterion.votes is None else criterion.votes(layout.cuts)
+        first = cuts[0]
         assert first.image_tokens is not None
         began = time.perf_counter()
         self.layout = layout
         self.rows: list[torch.Tensor] = []
         self._scores: torch.Tensor | None = None
-        self._cuts = [_DeviceCut(cut) for cut in layout.cuts]
+        self._criterion = criterion
+        self._cuts = [_DeviceCut(cut) for cut in cuts]
         num_cached = [request.num_cached for request in first.requests]
         arrays = [
             first.image_tokens,
@@ -123,13 +131,21 @@ class ActiveStep:
         """Hand the scores, summed over all heads of the model, to the next `cut`."""
         self._scores = scores
 
-    def cut(self, index: int) -> torch.Tensor:
-        """Rows that survive cut `index`, among the step's rows before it."""
+    def cut(self, index: int, *stream: torch.Tensor) -> torch.Tensor:
+        """Rows that survive cut `index`, among the step's rows before it.
+
+        Args:
+            index: 0 or 1.
+            stream: [num_tokens, hidden_size] each; their sum is the residual stream at the cut.
+        """
         began = time.perf_counter()
-        assert self._scores is not None, "the layer before the cut has not run"
         num_tokens = self.layout.stages[index].num_tokens
         cut = self._cuts[index]
-        rows = surviving_rows(self._scores, self._image_tokens, num_tokens, cut.counts)
+        scores = self._criterion.scores(self._candidates(index, stream))
+        if self._criterion.reads_states:
+            # States may differ in rounding from rank to rank; all must choose the same tokens.
+            scores = get_tp_group().broadcast(scores)
+        rows = surviving_rows(scores, self._image_tokens, num_tokens, cut.counts)
         self._scores = None
         image_token = torch.zeros(num_tokens, dtype=torch.bool, device=rows.device)
         image_token.index_fill_(0, self._image_tokens, True)
@@ -137,6 +153,22 @@ class ActiveStep:
         self.rows.append(rows)
         self.seconds += time.perf_counter() - began
         return rows
+
+    def _candidates(self, index: int, stream: Sequence[torch.Tensor]) -> Candidates:
+        criterion = self._criterion
+        if criterion.votes is not None:
+            assert self._scores is not None, "the layer before the cut has not run"
+        states = None
+        if criterion.reads_states:
+            own = [part.index_select(0, self._image_tokens).float() for part in stream]
+            states = torch.stack(own).sum(0)
+        return Candidates(
+            cut=self._cuts[index].cut,
+            index=index,
+            device=self._image_tokens.device,
+            attention=self._scores,
+            states=states,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,3 +201,8 @@ class PruningState:
     step: ActiveStep | None = None
     enter_stage: Callable[[StageGeometry], None] | None = None
     views: Sequence[StageView | None] | None = None
+
+    @property
+    def criterion(self) -> Criterion:
+        """The engine's."""
+        return CRITERIA[self.settings.criterion]

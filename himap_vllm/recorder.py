@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from himap_vllm.budget import PromptPlan
 from himap_vllm.config import ADMISSION_ARG, EngineSettings
+from himap_vllm.criteria import CRITERIA
+from himap_vllm.criteria.random import prompt_seed
 from himap_vllm.kv_cache import bytes_per_block, group_stages
 from himap_vllm.layout import PlanTable
 from himap_vllm.plans import plan_of, stage_layers
@@ -64,6 +67,8 @@ class Recorder:
             return
         plan = plan_of(len(request.prompt_token_ids), request.mm_features, request.sampling_params)
         if plan is not None:
+            if CRITERIA[self._settings.criterion].seeded:
+                plan = replace(plan, seed=prompt_seed(request.prompt_token_ids))
             self.plans.discard(request.req_id)
             self.plans.add(request.req_id, plan)
         elif request.req_id not in self._counted:

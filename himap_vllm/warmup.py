@@ -32,7 +32,7 @@ def warm_up(
     plan = make_plan(NUM_TOKENS, [ImageTokens(((16, 48),))], Ratios(0.5, 0.5))
     for num_computed in (0, 16):
         layout = step_layout([num_computed], [NUM_TOKENS - num_computed], [plan])
-        step = ActiveStep(layout, device)
+        step = ActiveStep(layout, device, state.criterion)
         positions = prompt_positions
         for cut in range(2):
             num_tokens = step.layout.stages[cut].num_tokens
@@ -48,4 +48,5 @@ def warm_up(
             scores = step.score(cut, query, key, 1.0, lambda *_, keys=cached: keys)
             step.set_scores(scores)
             hidden_states = torch.zeros(num_tokens, hidden_size, dtype=dtype, device=device)
-            positions, _, _ = gather_rows(step.cut(cut), positions, hidden_states, hidden_states)
+            rows = step.cut(cut, hidden_states, hidden_states)
+            positions, _, _ = gather_rows(rows, positions, hidden_states, hidden_states)

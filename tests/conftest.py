@@ -140,7 +140,7 @@ class World:
         self._directory = directory
         self._oracles: dict[str, Oracle] = {}
         self._engines: dict[str, Engine] = {}
-        self._answers: dict[tuple[str, int], OracleResult] = {}
+        self._answers: dict[tuple[str, str, int], OracleResult] = {}
         self._cases: list[Case] = []  # keeps the ids in _answers from being reused
 
     def checkpoint(self, shape: str) -> Path:
@@ -181,15 +181,17 @@ class World:
             self._engines[key] = Engine(self.checkpoint(shape), himap, options)
         return self._engines[key]
 
-    def oracle(self, shape: str, case: Case) -> OracleResult:
+    def oracle(self, shape: str, case: Case, criterion: str = "himap") -> OracleResult:
         """The oracle's answer to a case."""
-        key = (shape, id(case))
+        key = (shape, criterion, id(case))
         if key not in self._answers:
             if shape not in self._oracles:
                 self._oracles[shape] = Oracle(self.checkpoint(shape), SHALLOW_LAYER, DEEP_LAYER)
             shallow, deep = case.ratios or (0.0, 0.0)
             self._cases.append(case)
-            self._answers[key] = self._oracles[shape].generate(
+            oracle = self._oracles[shape]
+            oracle.criterion = criterion
+            self._answers[key] = oracle.generate(
                 case.prompt, case.images, shallow, deep, case.max_tokens
             )
         return self._answers[key]
@@ -218,9 +220,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("checkpoints"))
 
 
-def assert_equals_oracle(world: World, engine: Engine, shape: str, case: Case, output: Any) -> None:
+def assert_equals_oracle(
+    world: World, engine: Engine, shape: str, case: Case, output: Any, criterion: str = "himap"
+) -> None:
     """Same prompt, same kept sets, same tokens, log-probabilities within 2e-3."""
-    expected = world.oracle(shape, case)
+    expected = world.oracle(shape, case, criterion)
     assert list(output.prompt_token_ids) == expected.prompt_token_ids
     if case.images and case.ratios not in (None, (0, 0)):
         trace = engine.trace(output.request_id)

@@ -9,11 +9,14 @@ hands it; from there on every layer is run here.
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
@@ -65,9 +68,14 @@ class _Input:
 
 
 class Oracle:
-    """A checkpoint, cut after decoder layers `shallow_layer - 1` and `deep_layer - 1`."""
+    """A checkpoint, cut after decoder layers `shallow_layer - 1` and `deep_layer - 1`.
 
-    def __init__(self, checkpoint: Path, shallow_layer: int, deep_layer: int) -> None:
+    `criterion` is what the cuts go by: a name in the engine's documentation.
+    """
+
+    def __init__(
+        self, checkpoint: Path, shallow_layer: int, deep_layer: int, criterion: str = "himap"
+    ) -> None:
         model, report = AutoModelForImageTextToText.from_pretrained(
             checkpoint,
             dtype=torch.float32,
@@ -85,6 +93,7 @@ class Oracle:
         if not 1 <= shallow_layer < deep_layer < len(self.decoder.layers):
             raise ValueError(f"cuts {shallow_layer}, {deep_layer} do not fit the decoder")
         self.shallow_layer, self.deep_layer = shallow_layer, deep_layer
+        self.criterion = criterion
         self.processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
         self.image_token: int = model.config.image_token_id
 
@@ -115,10 +124,12 @@ class Oracle:
                 assert self.shallow_layer >= len(start.deepstack)
                 hidden[0, [p for image in spans for p in image]] += start.deepstack[index]
             if index + 1 == self.shallow_layer:
-                kept, gaps = self._cut(attention, rows, kept, shallow_ratio, ids, deep=False)
+                kept, gaps = self._cut(
+                    attention, hidden[0], rows, kept, shallow_ratio, ids, deep=False
+                )
                 kept_shallow = kept
             elif index + 1 == self.deep_layer:
-                kept, gaps = self._cut(attention, rows, kept, deep_ratio, ids, deep=True)
+                kept, gaps = self._cut(attention, hidden[0], rows, kept, deep_ratio, ids, deep=True)
             else:
                 continue
             margins += gaps
@@ -237,37 +248,81 @@ class Oracle:
     def _cut(
         self,
         attention: torch.Tensor,
+        hidden: torch.Tensor,
         rows: torch.Tensor,
         images: list[list[int]],
         ratio: float,
         ids: list[int],
         deep: bool,
     ) -> tuple[list[list[int]], list[float]]:
-        """Choose what is kept of `images`, given a layer's `attention` [n, n] over `rows`.
+        """Choose what is kept of `images`, given a layer's `attention` [n, n] and its output.
 
         Return the kept positions per image and, per image that lost any, the margin of the choice.
         """
         row_of = {p: row for row, p in enumerate(rows.tolist())}
         last = len(ids) - 1
         kept, margins = [], []
+        lots = np.random.default_rng((zlib.crc32(struct.pack(f"<{len(ids)}q", *ids)), int(deep)))
+        shuffled = iter(lots.permutation(sum(map(len, images))).tolist())
         for image in images:
-            if deep:
-                voters = image
-            else:
-                voters = [p for p in range(image[-1], len(ids)) if ids[p] != self.image_token]
-                voters = voters or [last]
+            n = max(1, len(image) - math.floor(len(image) * ratio + 1e-6))
+            text = [p for p in range(image[-1], len(ids)) if ids[p] != self.image_token] or [last]
+            one = self.criterion in ("fastv", "mixed")
+            voters = text[-1:] if one else image if deep else text
             columns = attention[:, [row_of[p] for p in image]]
             scores = columns[[row_of[p] for p in voters]].sum(dim=0)
+            chance = torch.tensor([float(next(shuffled)) for _ in image])
+            close = math.inf  # smallest gap of a choice on the way
+            if self.criterion == "random":
+                scores = chance
+            elif self.criterion == "uniform":
+                scores = torch.zeros(len(image))
+                scores[[int((i + 0.5) * len(image) / n) for i in range(n)]] = 1.0
+            elif self.criterion in ("diversity", "mixed"):
+                order = scores.argsort(descending=True, stable=True).tolist()
+                first = order[: math.ceil(n / 2)] if self.criterion == "mixed" else []
+                if 0 < len(first) < len(order):
+                    close = float(scores[order[len(first) - 1]] - scores[order[len(first)]])
+                states = hidden[[row_of[p] for p in image]]
+                chosen, gap = _spread(states, n, first)
+                close = min(close, gap)
+                scores = torch.zeros(len(image))
+                for place, i in enumerate(chosen):
+                    scores[i] = n - place
             if image[-1] == last:
                 scores[-1] = math.inf  # the next token is predicted from this row
-            n = max(1, len(image) - math.floor(len(image) * ratio + 1e-6))
             order = scores.argsort(descending=True, stable=True).tolist()
             kept.append(sorted(image[i] for i in order[:n]))
             if n < len(image):
-                margins.append(float(scores[order[n - 1]] - scores[order[n]]))
+                # Uniform places are not scored; equal scores are no close call.
+                gap = float(scores[order[n - 1]] - scores[order[n]])
+                margins.append(close if self.criterion == "uniform" else min(gap, close))
         return kept, margins
 
     def _logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities [vocab] that follow the last row of `hidden`."""
         logits: torch.Tensor = self.model.lm_head(self.decoder.norm(hidden[0, -1]))
         return logits.float().log_softmax(dim=-1)
+
+
+def _spread(states: torch.Tensor, count: int, first: list[int]) -> tuple[list[int], float]:
+    """Greedy max-min: `count` indices into `states` [n, hidden], those of `first` at the front.
+
+    Return them in the order of their choice, and the smallest gap that a choice was made by.
+    """
+    offset = states - states.mean(dim=0, keepdim=True)
+    offset = offset / offset.norm(dim=1, keepdim=True)
+    apart = [[1.0 - float(a @ b) for b in offset] for a in offset]
+    chosen, closest = list(first), math.inf
+    while len(chosen) < count:
+        # How far each candidate is from what it is compared with: the chosen, or all others.
+        reach = {
+            i: min(row[j] for j in (chosen or range(len(row))) if j != i)
+            for i, row in enumerate(apart)
+            if i not in chosen and len(row) > 1
+        } or {0: 0.0}
+        ranked = sorted(reach, key=lambda i: (-reach[i], i))
+        if len(ranked) > 1:
+            closest = min(closest, reach[ranked[0]] - reach[ranked[1]])
+        chosen.append(ranked[0])
+    return chosen, closest

@@ -28,6 +28,8 @@ from himap_vllm.config import EngineSettings, HiMAPError, engine_settings, reque
         ({"shallow_layer": 8, "deep_layer": 8}, "deep_layer", r"shallow_layer \(8\), got 8"),
         ({"deep_layer": 1}, "deep_layer", "integer >= 2, got 1"),
         ({"trace_requests": -1}, "trace_requests", "integer >= 0"),
+        ({"criterion": "best"}, "criterion", "one of himap, fastv, .*, got 'best'"),
+        ({"criterion": []}, "criterion", r"one of himap, .*, got \[\]"),
         ([], "himap", "must be an object, got list"),
     ],
 )

@@ -61,7 +61,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
             later = (StageView.of(stage, self.device) for stage in layout.stages[1:])
             self.himap.views = [None, *later]
             if layout.cuts is not None:
-                self.himap.step = ActiveStep(layout, self.device)
+                self.himap.step = ActiveStep(layout, self.device, self.himap.criterion)
         return prepared
 
     def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

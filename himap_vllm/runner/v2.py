@@ -192,7 +192,7 @@ class PruningModelState(DefaultModelState):
         assert not (prunes and full_graph), "a step that prunes can't replay a full graph"
         state.views = [None, *(self._view(layout, stage) for stage in range(1, NUM_STAGES))]
         if prunes:
-            state.step = ActiveStep(layout, self.device)
+            state.step = ActiveStep(layout, self.device, state.criterion)
             self._request_ids = input_batch.req_ids
             self._count(layout, input_batch)
 

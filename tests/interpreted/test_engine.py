@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests import test_lora, test_oracle, test_serving
+from tests import test_criteria, test_lora, test_oracle, test_serving
 from tests.checkpoints import sample_images
 from tests.conftest import (
     BLOCK_SIZE,
@@ -43,6 +43,11 @@ def test_it_is_model_runner_v2(world: World) -> None:
 
 def test_one_mixed_batch_equals_the_oracle(world: World) -> None:
     test_oracle.test_one_mixed_batch_equals_the_oracle(world, "gqa12", compiled=False)
+
+
+@pytest.mark.parametrize("criterion", ["random", "mixed"])  # mixed: fastv and diversity
+def test_other_criteria_equal_the_oracle(world: World, criterion: str) -> None:
+    test_criteria.test_one_mixed_batch_equals_the_oracle(world, criterion)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,15 @@ def test_one_launch_per_stage_and_no_wait(world: World, monkeypatch: pytest.Monk
     assert Counter(map(str, together)) == Counter(map(str, alone))
 
 
+@pytest.mark.parametrize("criterion", ["random", "uniform", "mixed"])
+def test_no_criterion_waits(world: World, monkeypatch: pytest.MonkeyPatch, criterion: str) -> None:
+    engine = world.engine(himap={"criterion": criterion})
+    case = Case("USER: <image>\nWhat? ASSISTANT:", PICTURES[:1], (0.5, 0.75), max_tokens=1)
+    seen, launches, _ = pruning_step(engine, monkeypatch, [case])
+    assert not WAITING & set(seen)
+    assert launches["_vote_kernel"] == (2 if criterion == "mixed" else 0)
+
+
 def test_operations_do_not_depend_on_cached_prompts(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

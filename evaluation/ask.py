@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts questions to a served model, many at a time, and keeps what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+from tqdm import tqdm
+
+from .items import Item
+
+_RETRIES = 8  # by the client, with growing pauses: 429, 5xx, connections
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Ratios:
+    """Share of image tokens dropped at the first cut, and of the rest at the second."""
+
+    shallow: float
+    deep: float
+
+    def __str__(self) -> str:
+        return f"({self.shallow:g}, {self.deep:g})"
+
+
+UNPRUNED = Ratios(0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for one question.
+
+    Attributes:
+        text: the answer.
+        ttft: seconds to the first token.
+        latency: seconds to the last.
+        prompt_tokens: as the server counts, image tokens included.
+        usage: the `himap` object of the usage, if the server sends one.
+        error: why there is no answer.
+    """
+
+    text: str
+    ttft: float = 0.0
+    latency: float = 0.0
+    prompt_tokens: int = 0
+    usage: dict[str, Any] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A served model.
+
+    Attributes:
+        url: up to `/v1`.
+        model: its name there.
+        api_key: or any text, where none is needed.
+        xargs: name the ratios as plain `vllm serve` takes them, in `vllm_xargs`.
+        max_tokens: of an answer.
+    """
+
+    url: str
+    model: str
+    api_key: str
+    xargs: bool = False
+    max_tokens: int = 64
+
+    def extra_body(self, ratios: Ratios) -> dict[str, Any]:
+        """Where the request says what is dropped."""
+        if self.xargs:
+            return {
+                "vllm_xargs": {
+                    "himap_shallow_ratio": ratios.shallow,
+                    "himap_deep_ratio": ratios.deep,
+                }
+            }
+        return {"himap": {"shallow_ratio": ratios.shallow, "deep_ratio": ratios.deep}}
+
+
+def first_model(url: str, api_key: str) -> str:
+    """Name of the first model that an endpoint serves."""
+    with openai.OpenAI(base_url=url, api_key=api_key, max_retries=1) as client:
+        return client.models.list().data[0].id
+
+
+def ask_all(
+    endpoint: Endpoint,
+    items: Sequence[Item],
+    settings: Sequence[Ratios],
+    concurrency: int,
+    quiet: bool = False,
+) -> dict[Ratios, list[Answer]]:
+    """Every question at every setting: per setting the answers, in the order of the items."""
+    return asyncio.run(_ask_all(endpoint, items, settings, concurrency, quiet))
+
+
+async def _ask_all(
+    endpoint: Endpoint,
+    items: Sequence[Item],
+    settings: Sequence[Ratios],
+    concurrency: int,
+    quiet: bool,
+) -> dict[Ratios, list[Answer]]:
+    answers: dict[Ratios, list[Answer]] = {
+        ratios: [Answer("", error="not asked")] * len(items) for ratios in settings
+    }
+    # Who asks about an image first pays for its encoding: settings take turns at that.
+    jobs = iter([
+        (index, settings[(index + turn) % len(settings)])
+        for index in range(len(items))
+        for turn in range(len(settings))
+    ])  # fmt: skip
+    client = openai.AsyncOpenAI(
+        base_url=endpoint.url, api_key=endpoint.api_key, max_retries=_RETRIES
+    )
+    async with client:
+        for ratios in settings:  # the first requests may wait for a compilation
+            await _ask(client, endpoint, items[0], ratios)
+        total = len(items) * len(settings)
+        with tqdm(total=total, unit="answer", disable=quiet) as progress:
+
+            async def work() -> None:
+                for index, ratios in jobs:
+                    answers[ratios][index] = await _ask(client, endpoint, items[index], ratios)
+                    progress.update()
+
+            await asyncio.gather(*(work() for _ in range(concurrency)))
+    return answers
+
+
+async def _ask(
+    client: openai.AsyncOpenAI, endpoint: Endpoint, item: Item, ratios: Ratios
+) -> Answer:
+    content: Any = [
+        {"type": "image_url", "image_url": {"url": item.image_url()}},
+        {"type": "text", "text": item.question},
+    ]
+    began = time.perf_counter()
+    text, ttft, usage = "", 0.0, None
+    try:
+        stream = await client.chat.completions.create(
+            model=endpoint.model,
+            messages=[{"role": "user", "content": content}],
+            temperature=0,
+            max_tokens=endpoint.max_tokens,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body=endpoint.extra_body(ratios),
+        )
+        async for chunk in stream:
+            for choice in chunk.choices:
+                if choice.delta.content:
+                    ttft = ttft or time.perf_counter() - began
+                    text += choice.delta.content
+            usage = chunk.usage or usage
+    except openai.APIError as error:
+        return Answer("", error=str(error))
+    latency = time.perf_counter() - began
+    return Answer(
+        text=text.strip(),
+        ttft=ttft or latency,
+        latency=latency,
+        prompt_tokens=usage.prompt_tokens if usage else 0,
+        usage=(usage.model_extra or {}).get("himap") if usage else None,
+    )

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the survivors of a cut are chosen: HiMAP, and what to compare it with at the same budget.
+
+One method, one file. An engine has one criterion, `additional_config["himap"]["criterion"]`; all
+but HiMAP are there for research.
+"""
+
+from __future__ import annotations
+
+from himap_vllm.criteria.criterion import Criterion
+from himap_vllm.criteria.diversity import DIVERSITY
+from himap_vllm.criteria.fastv import FASTV
+from himap_vllm.criteria.himap import HIMAP
+from himap_vllm.criteria.mixed import MIXED
+from himap_vllm.criteria.random import RANDOM
+from himap_vllm.criteria.uniform import UNIFORM
+
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion for criterion in (HIMAP, FASTV, RANDOM, UNIFORM, DIVERSITY, MIXED)
+}

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HiMAP: attention of the text rows at the first cut, of the image's own rows at the second.
+
+https://arxiv.org/abs/2503.13108, Eq. 8 and 9. The layout of a step names these voters.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from himap_vllm.criteria.criterion import Candidates, Criterion
+
+
+def _scores(candidates: Candidates) -> torch.Tensor:
+    assert candidates.attention is not None
+    return candidates.attention
+
+
+HIMAP = Criterion(name="himap", scores=_scores, votes=lambda cuts: cuts)

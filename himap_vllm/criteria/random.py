@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any tokens: the baseline that a criterion must beat.
+
+The seed is a checksum of the prompt's token ids, so the same prompt loses the same places on every
+rank and in every run; the content of its images has no part in it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from himap_vllm.criteria.criterion import Candidates, Criterion
+from himap_vllm.upload import upload
+
+
+def prompt_seed(token_ids: Sequence[int]) -> int:
+    """CRC-32 of the ids as little-endian 64-bit integers."""
+    return zlib.crc32(np.asarray(token_ids, dtype="<i8").tobytes())
+
+
+def _scores(candidates: Candidates) -> torch.Tensor:
+    ranks = np.empty(candidates.cut.num_image_tokens, dtype=np.int64)
+    for request in candidates.cut.requests:
+        own = request.image_tokens
+        draws = np.random.default_rng((request.seed, candidates.index))
+        ranks[own] = draws.permutation(own.stop - own.start)
+    (scores,) = upload([ranks], candidates.device)
+    return scores.float()
+
+
+RANDOM = Criterion(name="random", scores=_scores, seeded=True)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that ships with the project: what `himap serve` serves without a MODEL."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SETTINGS = "himap.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ShippedModel:
+    """A checkpoint and the engine settings recommended for it.
+
+    Attributes:
+        path: its folder.
+        name: under which it is served.
+        engine: keys of `additional_config["himap"]`.
+    """
+
+    path: Path
+    name: str
+    engine: dict[str, Any]
+
+
+def shipped_model() -> ShippedModel:
+    """The model of `himap_demo`, with the settings of its `himap.json`.
+
+    Without that file the engine's defaults hold.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        from himap_demo import MODEL_PATH
+    except ImportError as error:
+        raise ImportError(f"name a MODEL: the one that ships is not installed ({error})") from error
+    path = Path(MODEL_PATH)
+    file = path / _SETTINGS
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    return ShippedModel(path, "himap-demo", settings)
