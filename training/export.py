@@ -46,6 +46,7 @@ def export(
         if name != "lm_head.weight"  # tied to the embedding
     }
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "model.safetensors").chmod(0o644)  # safetensors makes it private
     config = type(model.config).from_dict(model.config.to_dict())
     config.architectures = ["LlavaForConditionalGeneration"]
     config.dtype = "bfloat16"

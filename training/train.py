@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from .data import batches
 from .export import export
-from .model import PatchHeads, answer_logits, build_config, image_features
+from .model import MATMUL, PatchHeads, answer_logits, build_config, image_features
 from .tokenizer import build_tokenizer
 
 TOWER_BATCH = 64
@@ -134,21 +134,13 @@ def losses(state: State, stage: str, batch: dict[str, Tensor]) -> dict[str, Tens
         patches = state.heads(features, batch["labels"])
         if stage == "tower":
             return {"loss": patches}
-        weights = batch["weights"]
-        # A token is said by the logits of the one before it.
-        says = pad(weights[:, 1:] > 0, (0, 1))
         logits = answer_logits(
-            state.model,
-            features,
-            batch["tokens"],
-            batch["positions"],
-            batch["segments"],
-            says,
-        ).float()
-    weight, target = weights[weights > 0], batch["tokens"][weights > 0]
-    wrong = cross_entropy(logits, target, reduction="none")
+            state.model, features, batch["tokens"], batch["positions"], batch["segments"]
+        )
+    target, weight = (batch[key][:, -logits.shape[1] :] for key in ("tokens", "weights"))
+    wrong = cross_entropy(logits.float().transpose(1, 2), target, reduction="none")
     answers = (weight * wrong).sum() / weight.sum()
-    right = (logits.argmax(-1) == target).float().mean()
+    right = (logits.argmax(-1) == target)[weight > 0].float().mean()
     return {"loss": answers + PATCH_LOSS * patches, "patches": patches, "tokens right": right}
 
 
@@ -223,6 +215,7 @@ def main() -> None:
         model = LlavaForConditionalGeneration.from_pretrained(args.base, dtype=torch.float32)
     else:
         model = LlavaForConditionalGeneration._from_config(build_config(tokenizer))
+    model.set_attn_implementation(MATMUL)
     heads = PatchHeads()
     model.to(device).train()
     heads.to(device)
