@@ -8,6 +8,7 @@ COPY pyproject.toml README.md LICENSE himap_vllm_bootstrap.pth ./
 COPY himap_vllm himap_vllm
 COPY server server
 COPY evaluation evaluation
+COPY demo demo
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 # tini as one static file, for bases of other distributions.

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The questions that the model is measured on, about scenes that training never draws.
+
+Every scene belongs to its seed, and the seeds are divided once and for all: training takes those
+below `FIRST_SEED`, the held-out set those from it on. What divides them is the picture: an object's
+attributes and the words of a question recur, as they are meant to.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from PIL import Image
+
+from .questions import KINDS, ask
+from .scenes import draw, make_scene
+
+FIRST_SEED = 1 << 40
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. Those with the same `scene` share a picture: the unit of a bootstrap."""
+
+    image: Image.Image
+    question: str
+    answers: tuple[str, ...]
+    kind: str
+    scene: int
+
+
+def training_seed(index: int) -> int:
+    """The seed of a training scene. Raises ValueError where it would be a held-out one."""
+    if not 0 <= index < FIRST_SEED:
+        raise ValueError(f"training scenes are numbered 0 to {FIRST_SEED - 1}, not {index}")
+    return index
+
+
+def items(num_scenes: int, questions_per_scene: int = 2) -> Iterator[Item]:
+    """The questions about the first `num_scenes` held-out scenes, always the same.
+
+    Kinds take turns, so that each has about the same number of questions; where a scene offers no
+    question of a kind (no card in it, say), the next kind that it does offer is asked.
+    """
+    turn = 0
+    for seed in range(FIRST_SEED, FIRST_SEED + num_scenes):
+        scene = make_scene(seed)
+        rng = random.Random(seed)
+        image = draw(scene)
+        asked: set[str] = set()
+        for _ in range(questions_per_scene):
+            for kind in (KINDS[(turn + i) % len(KINDS)] for i in range(len(KINDS))):
+                found = [q for q in ask(rng, scene, 1, {kind: 1.0}) if q.text not in asked]
+                if found:
+                    break
+            turn += 1
+            for question in found:
+                asked.add(question.text)
+                yield Item(image, question.text, question.answers, question.kind, seed)

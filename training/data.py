@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training examples: a picture, labels of its patches, and as many questions as fit a fixed length.
+
+An example is a function of its index. Nothing is stored: drawing and asking take 5 ms.
+"""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerFast
+
+from demo.heldout import training_seed
+from demo.questions import NUMBERS, Question, ask, choose
+from demo.scenes import CARD, CELL, COLORS, SHAPES, Scene, draw, make_scene
+
+from .model import IMAGE_TOKENS, LABELS, PATCH, SIDE
+from .tokenizer import AFTER_QUESTION, BEFORE_IMAGE, BOS, IMAGE
+
+LENGTH = 384
+"""Tokens of an example: the image and some 15 questions."""
+WEIGHTS = {
+    **{"color": 2.0, "shape": 2.0, "count": 2.0, "exists": 1.5, "where": 1.5, "digit": 1.5},
+    **{"choice": 4.0, "caption": 1.0, "open": 2.5},
+}
+"""How often each kind is asked: more of what is learnt late."""
+
+_WORDS = (tuple(COLORS), (*SHAPES, CARD), NUMBERS)
+_HUES = list(COLORS)
+_FORMS = [*SHAPES, CARD]
+
+
+def pixel_values(image: Image.Image) -> Tensor:
+    """[3, SIZE, SIZE] in -1 to 1, as the exported image processor makes it."""
+    return torch.from_numpy(np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1)
+
+
+def patch_labels(scene: Scene) -> Tensor:
+    """[len(LABELS), patches]: the object whose box the patch touches, and the patch's cell."""
+    labels = np.zeros((len(LABELS), SIDE, SIDE), np.int64)
+    per_cell = CELL // PATCH
+    rows, columns = np.mgrid[0:SIDE, 0:SIDE] // per_cell
+    labels[3] = rows * (SIDE // per_cell) + columns
+    for thing in scene.things:
+        left, top, right, bottom = (int(edge // PATCH) for edge in thing.box)
+        box = (slice(max(top, 0), bottom + 1), slice(max(left, 0), right + 1))
+        labels[0][box] = 1 + _HUES.index(thing.color)
+        labels[1][box] = 1 + _FORMS.index(thing.shape)
+        labels[2][box] = 0 if thing.digit is None else 1 + thing.digit
+    return torch.from_numpy(labels.reshape(len(LABELS), -1))
+
+
+def match(rng: random.Random) -> Question:
+    """Multiple choice that needs no image: how a letter is found, before the answer can be seen."""
+    options = tuple(rng.sample(rng.choice(_WORDS), 4))
+    right = rng.choice(options)
+    return choose(f"Which option is {right}?", options, right)
+
+
+class Examples(Dataset[dict[str, Tensor]]):
+    """Example `index` of training, as tensors.
+
+    pixels [3, SIZE, SIZE], labels [len(LABELS), patches]; with questions also tokens, positions,
+    segments and weights [LENGTH]. Weights are those of the loss: 0 but at the tokens of answers.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, first: int, count: int, questions: bool = True
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.first = first
+        self.count = count
+        self.questions = questions
+        image = BOS + BEFORE_IMAGE + IMAGE * IMAGE_TOKENS
+        self.prefix: list[int] = tokenizer(image)["input_ids"]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        seed = training_seed(self.first + index)
+        scene = make_scene(seed)
+        example = {"pixels": pixel_values(draw(scene)), "labels": patch_labels(scene)}
+        return example | self._text(scene) if self.questions else example
+
+    def _text(self, scene: Scene) -> dict[str, Tensor]:
+        # Apart from the scene's own stream, so that questions can change and pictures stay.
+        rng = random.Random(f"questions {scene.seed}")
+        questions = [*ask(rng, scene, 16, WEIGHTS), match(rng), match(rng)]
+        rng.shuffle(questions)
+        tokens = list(self.prefix)
+        positions = list(range(len(tokens)))
+        segments = [0] * len(tokens)
+        weights = [0.0] * len(tokens)
+        for segment, question in enumerate(questions, 1):
+            asked = self.tokenizer("\n" + question.text + AFTER_QUESTION)["input_ids"]
+            answer = self.tokenizer(" " + question.answers[0])["input_ids"]
+            answer = [*answer, self.tokenizer.eos_token_id]
+            both = asked + answer
+            if len(tokens) + len(both) > LENGTH:
+                continue
+            tokens += both
+            positions += range(len(self.prefix), len(self.prefix) + len(both))
+            segments += [segment] * len(both)
+            # A caption has ten times the tokens of a short answer and shall not weigh ten times it.
+            weights += [0.0] * len(asked) + [len(answer) ** -0.5] * len(answer)
+        padding = LENGTH - len(tokens)
+        return {
+            "tokens": torch.tensor(tokens + [self.tokenizer.pad_token_id] * padding),
+            "positions": torch.tensor(positions + [0] * padding),
+            "segments": torch.tensor(segments + [-1] * padding),
+            "weights": torch.tensor(weights + [0.0] * padding),
+        }
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, first: int, steps: int, size: int, questions: bool
+) -> Iterator[dict[str, Tensor]]:
+    """`steps` batches of `size` examples, from example `first` on, made in a process of their own.
+
+    Without questions: pictures and labels alone.
+    """
+    examples = Examples(tokenizer, first, steps * size, questions)
+    return iter(DataLoader(examples, size, num_workers=1, prefetch_factor=8))

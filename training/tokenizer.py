@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer: byte-level BPE in which every word of the questions is one token.
+
+Trained on questions about the first training scenes. Bytes are in the vocabulary, so that any text
+can be asked; only these words mean something to the model.
+"""
+
+import random
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from demo.heldout import training_seed
+from demo.questions import ask
+from demo.scenes import make_scene
+
+PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
+VOCABULARY = 512
+"""Rows of the embedding. The tokenizer stops below it, where all words are whole."""
+
+BEFORE_IMAGE = "USER: "
+AFTER_QUESTION = " ASSISTANT:"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set content = message['content'] %}"
+    "{% if message['role'] == 'assistant' %}"
+    " {% if content is string %}{{ content }}{% else %}{{ content[0]['text'] }}{% endif %}"
+    "{{ eos_token }}"
+    "{% else %}USER: "
+    "{% if content is string %}{{ content }}{% else %}"
+    "{% for part in content if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %} ASSISTANT:{% endif %}{% endfor %}"
+)
+
+
+def build_tokenizer(scenes: int = 2000) -> PreTrainedTokenizerFast:
+    """The tokenizer, the same on every call."""
+    corpus = []
+    for index in range(scenes):
+        seed = training_seed(index)
+        for question in ask(random.Random(seed), make_scene(seed), 8):
+            corpus.append(f"{BEFORE_IMAGE}\n{question.text}{AFTER_QUESTION} {question.answers[0]}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, BOS, EOS, IMAGE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        chat_template=CHAT_TEMPLATE,
+    )
