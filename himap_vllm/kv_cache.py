@@ -69,8 +69,8 @@ class StageKVCacheManager(FullAttentionManager):
         """Whether a request holds slots for its first `num_tokens` tokens, all its own."""
         if request_id in self._partial_hit_reqs:  # one is shared, and must be copied first
             return False
-        held = len(self.req_to_blocks[request_id]) * self.block_size
-        return held >= self._stage_tokens(request_id, num_tokens)
+        held = len(self.req_to_blocks.get(request_id, ()))  # a defaultdict
+        return held * self.block_size >= self._stage_tokens(request_id, num_tokens)
 
     def has_cached(self, request_id: str, num_tokens: int) -> bool:
         """Whether `cache_blocks` with `num_tokens` would find nothing to publish."""
