@@ -33,6 +33,8 @@ BATCH = 16
 WARM_UP = 100
 TOWER_DECAY = 0.5
 """Share of the tower's own stage over which its learning rate falls."""
+MUON_RATE = 2.0
+"""Muon's learning rate over AdamW's."""
 PATCH_LOSS = 0.2
 """Weight of the patches' loss in the second stage."""
 
@@ -164,8 +166,11 @@ def run_stage(
     progress = Progress(stage, begin, steps)
     stream = batches(tokenizer, first + begin * size, max(0, steps - begin), size, stage != "tower")
     for step, batch in enumerate(stream, begin):
-        for group in (g for optimizer in state.optimizers for g in optimizer.param_groups):
-            group["lr"] = state.rate * rate_at(step, steps, decay)
+        rate = state.rate * rate_at(step, steps, decay)
+        for optimizer in state.optimizers:
+            muon = isinstance(optimizer, torch.optim.Muon)
+            for group in optimizer.param_groups:
+                group["lr"] = MUON_RATE * rate if muon else rate
         values = losses(state, stage, {key: value.to(device) for key, value in batch.items()})
         for optimizer in state.optimizers:
             optimizer.zero_grad()
