@@ -22,7 +22,7 @@ from .model import IMAGE_TOKENS, LABELS, PATCH, SIDE
 from .tokenizer import AFTER_QUESTION, BEFORE_IMAGE, BOS, IMAGE
 
 LENGTH = 384
-"""Tokens of an example: the image and some 15 questions."""
+"""Tokens of an example: the image and some 12 questions."""
 WEIGHTS = {
     **{"color": 1.0, "shape": 1.0, "count": 2.5, "exists": 1.0, "where": 2.5, "digit": 1.0},
     **{"choice": 4.0, "caption": 1.5, "open": 4.0},
