@@ -73,7 +73,7 @@ def build_optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.
     """Muon for the matrices between hidden states, AdamW for the rest.
 
     Muon (https://kellerjordan.github.io/posts/muon/) needs fewer steps; its own time is a twentieth
-    of a step's. Scaled as in https://arxiv.org/abs/2502.16982, it takes about AdamW's learning rate.
+    of a step's. Scaled as in https://arxiv.org/abs/2502.16982, it takes about AdamW's rate.
     """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
