@@ -150,7 +150,7 @@ def _choice(rng: random.Random, scene: Scene) -> Question | None:
 
 def choose(text: str, options: tuple[str, ...], right: str) -> Question:
     """A multiple-choice question: `text` and the lettered options."""
-    lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)]
+    lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     letter = LETTERS[options.index(right)]
     answers = (letter, lettered[options.index(right)])
     return Question(f"{text} {' '.join(lettered)} Answer with the letter.", answers, "choice")
