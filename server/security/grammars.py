@@ -18,36 +18,45 @@ MAX_REPETITIONS = 100_000
 _FIELDS = ("response_format", "structured_outputs", "tools", "text")
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 # In a string: a repetition of a regular expression or a grammar, or a count in a schema as text.
-_IN_TEXT = re.compile(rf'\{{\s*(\d+)?\s*,?\s*(\d+)?\s*\}}|"(?:{"|".join(_COUNTS)})"\s*:\s*(\d+)')
+# Possessive, so that a client can't make the search itself take long.
+_IN_TEXT = re.compile(
+    r"\{\s*+(\d++)?\s*+,?\s*+(\d++)?\s*+\}"
+    rf'|"(?:{"|".join(_COUNTS)})"\s*+:\s*+(\d++)'
+)
 
 
 def check_repetitions(body: Any) -> None:
     """Raise a GatewayError (400) for a grammar that repeats something too often."""
-    if not isinstance(body, dict):
-        return
-    # Value, where it stands, how often what holds it is repeated. A list, as JSON nests deeply.
-    left: list[tuple[Any, str, float]] = [(body[name], name, 1) for name in _FIELDS if name in body]
+    if isinstance(body, dict):
+        for field in _FIELDS:
+            if field in body:
+                _check(field, body[field])
+
+
+def _check(field: str, value: Any) -> None:
+    # With how often what holds a value is repeated. A list, for JSON may nest deeply.
+    left: list[tuple[Any, float]] = [(value, 1)]
     while left:
-        node, path, times = left.pop()
+        node, times = left.pop()
         if isinstance(node, dict):
             counts = [node[name] for name in _COUNTS if isinstance(node.get(name), int | float)]
             times *= max([1, *counts])
-            _refuse(times, path)
-            left += [(value, f"{path}.{key}", times) for key, value in node.items()]
+            _refuse(times, field)
+            left += [(value, times) for value in node.values()]
         elif isinstance(node, list):
-            left += [(value, f"{path}[{index}]", times) for index, value in enumerate(node)]
+            left += [(value, times) for value in node]
         elif isinstance(node, str):
             for found in _IN_TEXT.finditer(node):
                 for number in filter(None, found.groups()):
                     # Digits are counted first: int() takes long for many.
-                    _refuse(times * (int(number) if len(number) < 10 else 1e10), path)
+                    _refuse(times * (int(number) if len(number) < 10 else 1e10), field)
 
 
-def _refuse(repetitions: float, path: str) -> None:
+def _refuse(repetitions: float, field: str) -> None:
     if repetitions > MAX_REPETITIONS:
         raise GatewayError(
             400,
-            f"{path} asks for more than {MAX_REPETITIONS} repetitions, nested ones multiplied",
+            f"{field} asks for more than {MAX_REPETITIONS} repetitions, nested ones multiplied",
             reason="grammar",
-            param=path,
+            param=field,
         )
