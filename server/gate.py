@@ -34,6 +34,7 @@ _RETRY_SECONDS = 5
 _MAX_HEADERS = 200
 _MAX_HEADER_BYTES = 64 << 10
 _OURS = (REQUEST_ID_HEADER.encode(), b"authorization")
+_STREAM_END = b"data: [DONE]\n\n"
 
 
 class Gate:
@@ -109,7 +110,9 @@ class Gate:
             raise GatewayError(
                 503, reason, reason=self._lifecycle.phase.value, retry_after=_RETRY_SECONDS
             )
-        with self._authenticate(headers, record):
+        with contextlib.ExitStack() as place:
+            place.enter_context(self._authenticate(headers, record))
+            answer.before_end = place.close
             self._lifecycle.in_flight += 1
             try:
                 async with asyncio.timeout(self._timeout) as limit:
@@ -180,7 +183,11 @@ async def _receive_body(receive: Receive) -> tuple[bytes, bool]:
 
 
 class _Answer:
-    """`send` that adds the request's id, and remembers how far the answer got."""
+    """`send` that adds the request's id, and remembers how far the answer got.
+
+    A client that has read the end of its answer may send its next request at once: what that one
+    needs is given back by `before_end`. Clients stop reading streams at `[DONE]`.
+    """
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
@@ -188,6 +195,7 @@ class _Answer:
         self.status = 0
         self.complete = False
         self.is_stream = False
+        self.before_end: Callable[[], None] = lambda: None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -199,6 +207,8 @@ class _Answer:
             self.is_stream = headers.get("content-type", "").startswith("text/event-stream")
         elif not message.get("more_body", False):
             self.complete = True
+        if self.complete or message.get("body", b"").endswith(_STREAM_END):
+            self.before_end()
         await self._send(message)
 
 

@@ -155,6 +155,14 @@ def test_concurrent_requests(guarded: Guarded) -> None:
     assert guarded.post({"model": "tiny", "prompt": "hi", "max_tokens": 1}, "single")[0] == 200
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_has_read_an_answer_may_ask_again(guarded: Guarded, stream: bool) -> None:
+    single = client(guarded.server, guarded.keys["single"])
+    for _ in range(30):
+        answer = single.completions.create(model="tiny", prompt="hi", max_tokens=1, stream=stream)
+        assert not stream or list(answer)
+
+
 @pytest.mark.parametrize(
     ("himap", "xargs", "kept"),
     [
