@@ -59,12 +59,10 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=init /usr/bin/tini-static /usr/local/bin/tini
 COPY --from=cpu-environment /opt/himap /opt/himap
-COPY examples/demo-model /opt/demo-model
 COPY docker/entrypoint.sh /usr/local/bin/entrypoint.sh
 RUN groupadd --gid 10001 himap \
     && useradd --uid 10001 --gid 10001 --home-dir /var/cache/himap --create-home himap
 ENV PATH=/opt/himap/bin:$PATH \
-    DEMO_MODEL=/opt/demo-model \
     HOME=/var/cache/himap \
     TORCHINDUCTOR_CACHE_DIR=/var/cache/himap/torchinductor \
     PROMETHEUS_DISABLE_CREATED_SERIES=true \

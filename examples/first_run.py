@@ -22,18 +22,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from himap_demo import MODEL_PATH
 from openai import OpenAI
 
 HERE = Path(__file__).parent
-MODEL = HERE / "demo-model"
 QUESTIONS = (
     "What color is the star?",
-    "What shape is pink?",
-    "Is there a green cross?",
-    "What digit is on the purple card?",
+    "What shape is the purple object?",
+    "What number is on the red card?",
+    "Where is the green heart?",
 )
 RATIOS = {"off": (0.0, 0.0), "(0.5, 0.75)": (0.5, 0.75)}
-HIMAP = {"shallow_layer": 2, "deep_layer": 4}
+HIMAP = json.loads((MODEL_PATH / "himap.json").read_text())
 
 
 @contextmanager
@@ -43,10 +43,9 @@ def serving() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL),
+        str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL_PATH),
         "--additional-config", json.dumps({"himap": HIMAP}),
         "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "float32", "--max-model-len", "1024", "--block-size", "32",
         "--kv-cache-memory-bytes", "256M", "--enforce-eager",
     ]  # fmt: skip
     print("$ VLLM_PLUGINS=himap,himap_stats", *command, "\n", flush=True)

@@ -183,14 +183,6 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
     assert all((ROOT / name).exists() for name in copied)
 
 
-def test_no_model_is_an_error_where_none_ships() -> None:
-    script = str(ROOT / "docker" / "entrypoint.sh")
-    done = subprocess.run([script, "--seed", "1"], env={"PATH": os.environ["PATH"]}, text=True,
-                          capture_output=True)  # fmt: skip
-    assert done.returncode == 64
-    assert "name a model" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("environment", "arguments", "expected"),
     [
@@ -200,6 +192,11 @@ def test_no_model_is_an_error_where_none_ships() -> None:
             {"MODEL": "a/b", "SERVE_FLAGS": "--seed 1  --x *"},
             ["--seed", "2"],
             "serve a/b --host 0.0.0.0 --port 8000 --seed 1 --x * --seed 2",
+        ),
+        (
+            {},
+            ["--seed", "1"],
+            "serve --host 0.0.0.0 --port 8000 --kv-cache-memory-bytes 256M --enforce-eager --seed 1",
         ),
         ({}, ["himap", "key", "team a"], "key team a"),
     ],
@@ -231,7 +228,6 @@ def test_the_entry_point_runs_unprivileged_on_a_read_only_system(tmp_path: Path)
     places = {"/var/cache/himap": cache, "/tmp": temporary}
     environment = {name: _moved(value, places) for name, value in image.items()}
     environment |= {
-        "DEMO_MODEL": str(ROOT / "examples" / "demo-model"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "TMPDIR": str(temporary),
         "OMP_NUM_THREADS": "1",
@@ -253,7 +249,7 @@ def test_the_entry_point_runs_unprivileged_on_a_read_only_system(tmp_path: Path)
         assert health_check(port) == 1, "not ready while it loads"
         server.wait_for("/health/ready")
         assert health_check(port) == 0
-        assert question(server) == "purple"
+        assert question(server) == "pink"
         status = Path(f"/proc/{process.pid}/status").read_text()
         assert re.search(r"^Uid:\s+10001\s+10001", status, re.M)
         mounts = Path(f"/proc/{process.pid}/mounts").read_text()
@@ -267,10 +263,10 @@ def test_the_entry_point_runs_unprivileged_on_a_read_only_system(tmp_path: Path)
 
 
 def question(server: Server) -> str:
-    """What the demonstration model says of the picture in README.md."""
+    """What the model that ships says of the picture in README.md."""
     with Image.open(ROOT / "examples" / "scene.png") as image:
         message = picture_message(image, "What color is the star?")
-    body = {"model": "demo", "messages": [message], "max_tokens": 8, "temperature": 0}
+    body = {"model": "himap-demo", "messages": [message], "max_tokens": 8, "temperature": 0}
     status, _, answer = post(server, "/v1/chat/completions", body)
     assert status == 200
     assert answer["usage"]["himap"]["kept_deep"] == 18
