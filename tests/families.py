@@ -285,10 +285,14 @@ def _idefics_specials() -> tuple[str, ...]:
     return (*PLAIN, *around, *tiles)
 
 
-def idefics3(path: Path) -> None:
-    """Idefics3: tiles, each with text before it."""
+def _idefics(
+    path: Path,
+    config: type[hf.PreTrainedConfig],
+    processor: type[hf.ProcessorMixin],
+    **processors: Any,
+) -> None:
     specials = _idefics_specials()
-    config = hf.Idefics3Config(
+    made = config(
         text_config=hf.LlamaConfig(**text_config(specials)),
         vision_config=tower(),
         image_token_id=specials.index("<image>"),
@@ -296,40 +300,34 @@ def idefics3(path: Path) -> None:
         tie_word_embeddings=False,
         pad_token_id=PAD_ID,
     )
-    processor = hf.Idefics3Processor(
-        image_processor=hf.Idefics3ImageProcessor(
-            size={"longest_edge": 112}, max_image_size={"longest_edge": 56}, **NORMALIZED
+    save(
+        path,
+        made,
+        processor(
+            tokenizer=make_tokenizer(specials),
+            image_seq_len=4,
+            chat_template=CHAT_TEMPLATE,
+            **processors,
         ),
-        tokenizer=make_tokenizer(specials),
-        image_seq_len=4,
-        chat_template=CHAT_TEMPLATE,
+        len(specials),
     )
-    save(path, config, processor, len(specials))
+
+
+_IDEFICS_SIZES = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
+
+
+def idefics3(path: Path) -> None:
+    """Idefics3: tiles, each with text before it."""
+    images = hf.Idefics3ImageProcessor(**_IDEFICS_SIZES, **NORMALIZED)
+    _idefics(path, hf.Idefics3Config, hf.Idefics3Processor, image_processor=images)
 
 
 def smolvlm(path: Path) -> None:
     """SmolVLM: as Idefics3."""
-    specials = _idefics_specials()
-    config = hf.SmolVLMConfig(
-        text_config=hf.LlamaConfig(**text_config(specials)),
-        vision_config=tower(),
-        image_token_id=specials.index("<image>"),
-        scale_factor=2,
-        tie_word_embeddings=False,
-        pad_token_id=PAD_ID,
-    )
-    processor = hf.SmolVLMProcessor(
-        image_processor=hf.SmolVLMImageProcessor(
-            size={"longest_edge": 112}, max_image_size={"longest_edge": 56}, **NORMALIZED
-        ),
-        tokenizer=make_tokenizer(specials),
-        video_processor=hf.SmolVLMVideoProcessor(
-            size={"longest_edge": 112}, max_image_size={"longest_edge": 56}
-        ),
-        image_seq_len=4,
-        chat_template=CHAT_TEMPLATE,
-    )
-    save(path, config, processor, len(specials))
+    images = hf.SmolVLMImageProcessor(**_IDEFICS_SIZES, **NORMALIZED)
+    videos = hf.SmolVLMVideoProcessor(**_IDEFICS_SIZES)
+    processors = {"image_processor": images, "video_processor": videos}
+    _idefics(path, hf.SmolVLMConfig, hf.SmolVLMProcessor, **processors)
 
 
 def pixtral(path: Path) -> None:

@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from himap_vllm.models import FAMILIES
 from tests.checkpoints import sample_images
 from tests.conftest import Case, Engine, World, assert_equals_oracle
-from tests.families import TINY
+from tests.families import QWEN_IMAGE, TINY
 
 RATIOS = ((0.25, 0.5), (0.5, 0.75), (0.75, 0.25), (0.9, 0.9), (0.5, 0.0))
 SIZES = ((112, 112), (60, 120), (150, 70), (56, 56))
@@ -101,3 +106,30 @@ def test_the_readme_shows_the_table() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     for family in FAMILIES.values():
         assert f"| {family.models} | `{family.architecture}` |" in readme
+
+
+def test_prompts_with_video_run_unpruned_and_are_counted(world: World) -> None:
+    engine, stock = world.engine("qwen2-vl"), world.stock("qwen2-vl")
+    frames = np.stack([np.asarray(picture.resize((56, 56))) for picture in PICTURES[:4]])
+    about = {"total_num_frames": 4, "fps": 2.0, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
+    video = "<|vision_start|><|video_pad|><|vision_end|>"
+    alone: dict[str, Any] = {
+        "prompt": f"{video}What happens?",
+        "multi_modal_data": {"video": [(frames, about)]},
+    }
+    with_image = {
+        "prompt": f"{QWEN_IMAGE}{video}What happens?",
+        "multi_modal_data": {**alone["multi_modal_data"], "image": PICTURES[0]},
+    }
+
+    def answers(engine: Engine, **arguments: Any) -> list[list[int]]:
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, **arguments)
+        outputs = engine.llm.generate([alone, with_image], params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    before = engine.stats["requests"]
+    assert answers(engine) == answers(stock)
+    assert Counter(engine.stats["requests"]) - Counter(before) == {"bypassed_video": 2}
+    with pytest.raises(VLLMValidationError, match="prompts with video are not pruned") as refused:
+        answers(engine, extra_args={"himap_shallow_ratio": 0.5})
+    assert refused.value.parameter == "himap_shallow_ratio"

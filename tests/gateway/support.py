@@ -7,14 +7,16 @@ import json
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 
 from tests.conftest import DEEP_LAYER, SHALLOW_LAYER
+from tests.oracle import OracleResult
 from tests.servers import Server, running
 
 HIMAP = str(Path(sys.executable).with_name("himap"))
@@ -56,6 +58,34 @@ def post(server: Server, path: str, body: Any, **headers: str) -> tuple[int, Any
 def client(server: Server, key: str = "none") -> openai.OpenAI:
     """The real client, which shows errors at once."""
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+
+
+def answer_as_the_oracle(
+    server: Server, messages: Sequence[Any], expected: OracleResult
+) -> dict[str, Any]:
+    """Ask for a greedy chat answer at (0.5, 0.75), compare, and return its `usage.himap`."""
+    answer = client(server).chat.completions.create(
+        model="tiny",
+        messages=messages,
+        max_tokens=len(expected.tokens),
+        temperature=0,
+        logprobs=True,
+        extra_body={
+            "himap": {"shallow_ratio": 0.5, "deep_ratio": 0.75},
+            "ignore_eos": True,
+            "return_token_ids": True,
+        },
+    )
+    choice: Any = answer.choices[0]
+    assert choice.token_ids == expected.tokens
+    logprobs = [entry.logprob for entry in choice.logprobs.content]
+    assert logprobs == pytest.approx(expected.logprobs, abs=2e-3)
+    usage: Any = answer.usage
+    assert usage.prompt_tokens == len(expected.prompt_token_ids)
+    assert usage.himap["kept_shallow"] == sum(map(len, expected.kept_shallow))
+    assert usage.himap["kept_deep"] == sum(map(len, expected.kept_deep))
+    himap: dict[str, Any] = usage.himap
+    return himap
 
 
 def metric(server: Server, name: str) -> float:

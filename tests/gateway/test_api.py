@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import IMAGE_TOKENS, Case, World
 from tests.gateway.conftest import PICTURES
-from tests.gateway.support import client, metric, post
+from tests.gateway.support import answer_as_the_oracle, client, metric, post
 from tests.servers import Server, picture_message
 
 QUESTION = "What is this?"
@@ -23,33 +23,12 @@ MESSAGES = [picture_message(PICTURES[0], QUESTION)]
 def test_chat_equals_the_oracle_and_says_what_was_saved(world: World, server: Server) -> None:
     case = Case(f"USER: <image>\n{QUESTION} ASSISTANT:", PICTURES[:1], (0.5, 0.75), max_tokens=8)
     expected = world.oracle("mha12", case)
-    answer = client(server).chat.completions.create(
-        model="tiny",
-        messages=MESSAGES,
-        max_tokens=8,
-        temperature=0,
-        logprobs=True,
-        extra_body={
-            "himap": {"shallow_ratio": 0.5, "deep_ratio": 0.75},
-            "ignore_eos": True,
-            "return_token_ids": True,
-        },
-    )
-    choice: Any = answer.choices[0]
-    assert choice.token_ids == expected.tokens
-    logprobs = [entry.logprob for entry in choice.logprobs.content]
-    assert logprobs == pytest.approx(expected.logprobs, abs=2e-3)
-    usage: Any = answer.usage
+    usage = answer_as_the_oracle(server, MESSAGES, expected)
     num_tokens = len(expected.prompt_token_ids)
-    assert usage.prompt_tokens == num_tokens
-    assert usage.himap["image_tokens"] == IMAGE_TOKENS
-    assert usage.himap["kept_shallow"] == len(expected.kept_shallow[0])
-    assert usage.himap["kept_deep"] == len(expected.kept_deep[0])
-    assert usage.himap["kv_tokens_unpruned"] == 12 * num_tokens
-    assert usage.himap["kv_tokens"] == 2 * num_tokens + 6 * (num_tokens - 18) + 4 * (
-        num_tokens - 31
-    )
-    assert 0.5 < usage.himap["prefill_flops_ratio"] < 0.8
+    assert usage["image_tokens"] == IMAGE_TOKENS
+    assert usage["kv_tokens_unpruned"] == 12 * num_tokens
+    assert usage["kv_tokens"] == 2 * num_tokens + 6 * (num_tokens - 18) + 4 * (num_tokens - 31)
+    assert 0.5 < usage["prefill_flops_ratio"] < 0.8
 
 
 @pytest.mark.parametrize(

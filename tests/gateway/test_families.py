@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import Case, World
 from tests.families import TINY
-from tests.gateway.support import client, gateway, post
+from tests.gateway.support import answer_as_the_oracle, gateway, post
 from tests.servers import Server, picture_message
 from tests.test_families import PICTURES
 
@@ -28,33 +28,12 @@ def test_images_in_earlier_turns(world: World, served: tuple[str, Server]) -> No
     first, second = PICTURES[0], PICTURES[2]  # of different sizes
     prompt = f"USER: {image}\nWhat? ASSISTANT: Red.</s>USER: {image}\nAnd this? ASSISTANT:"
     expected = world.oracle(name, Case(prompt, (first, second), (0.5, 0.75), max_tokens=8))
-    answer = client(server).chat.completions.create(
-        model="tiny",
-        messages=[
-            picture_message(first, "What?"),
-            {"role": "assistant", "content": "Red."},
-            picture_message(second, "And this?"),
-        ],
-        max_tokens=8,
-        temperature=0,
-        logprobs=True,
-        extra_body={
-            "himap": {"shallow_ratio": 0.5, "deep_ratio": 0.75},
-            "ignore_eos": True,
-            "return_token_ids": True,
-        },
-    )
-    (choice,) = answer.choices
-    assert choice.model_dump()["token_ids"] == expected.tokens
-    assert choice.logprobs is not None
-    assert choice.logprobs.content is not None
-    logprobs = [entry.logprob for entry in choice.logprobs.content]
-    assert logprobs == pytest.approx(expected.logprobs, abs=2e-3)
-    assert answer.usage is not None
-    assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)
-    himap = answer.usage.model_dump()["himap"]
-    assert himap["kept_shallow"] == sum(map(len, expected.kept_shallow))
-    assert himap["kept_deep"] == sum(map(len, expected.kept_deep))
+    messages = [
+        picture_message(first, "What?"),
+        {"role": "assistant", "content": "Red."},
+        picture_message(second, "And this?"),
+    ]
+    answer_as_the_oracle(server, messages, expected)
 
 
 def test_typed_placeholders_are_refused(served: tuple[str, Server]) -> None:

@@ -196,7 +196,8 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
         (
             {},
             ["--seed", "1"],
-            "serve --host 0.0.0.0 --port 8000 --kv-cache-memory-bytes 256M --enforce-eager --seed 1",
+            "serve --host 0.0.0.0 --port 8000"
+            " --kv-cache-memory-bytes 256M --enforce-eager --seed 1",
         ),
         ({}, ["himap", "key", "team a"], "key team a"),
     ],
