@@ -15,7 +15,6 @@ them every other model of the process, stay as they are. vLLM seams (0.32):
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -35,6 +34,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from himap_vllm.cached_keys import key_reader
 from himap_vllm.kv_cache import StageAttentionSpec
 from himap_vllm.pruning import PruningState
+from himap_vllm.stage_view import shallow_copy
 
 
 def install_stage(attention: Attention, stage: int, state: PruningState) -> None:
@@ -138,7 +138,7 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         ) -> Any:
             if base_builder.supports_update_block_table:
                 return super().update_block_table(metadata, blk_table, slot_mapping)
-            metadata = copy.copy(metadata)
+            metadata = shallow_copy(metadata)
             metadata.block_table = blk_table
             metadata.slot_mapping = slot_mapping
             return metadata

@@ -8,10 +8,13 @@ own, all from one block pool (hybrid KV cache manager). A stage is such a kind o
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     register_all_kvcache_specs,
@@ -65,23 +68,37 @@ class StageKVCacheManager(FullAttentionManager):
             num_tokens if plan is None else plan.stage_tokens(self.kv_cache_spec.stage, num_tokens)
         )
 
-    def has_blocks(self, request_id: str, num_tokens: int) -> bool:
-        """Whether a request holds slots for its first `num_tokens` tokens, all its own."""
-        if request_id in self._partial_hit_reqs:  # one is shared, and must be copied first
-            return False
-        held = len(self.req_to_blocks.get(request_id, ()))  # a defaultdict
-        return held * self.block_size >= self._stage_tokens(request_id, num_tokens)
+    def missing_blocks(self, request_id: str, num_tokens: int) -> int:
+        """Blocks that a request lacks for the first `num_tokens` tokens of its sequence."""
+        needed = cdiv(self._stage_tokens(request_id, num_tokens), self.block_size)
+        return max(0, needed - len(self.req_to_blocks[request_id]))
 
-    def has_cached(self, request_id: str, num_tokens: int) -> bool:
-        """Whether `cache_blocks` with `num_tokens` would find nothing to publish."""
-        if not self.enable_caching:
-            return True
-        if self.block_size != self.block_pool.hash_block_size:  # parts of blocks are published
-            return False
-        plan = self.plans.get(request_id)
+    def append_blocks(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
+        """Give a request new blocks, as `allocate_new_blocks` does."""
+        self.req_to_blocks[request_id].extend(blocks)
+        if self._record_new_block_ids:  # to be zeroed
+            self.new_block_ids.extend(block.block_id for block in blocks)
+
+    def reach(self, request_id: str, plan: PromptPlan | None) -> tuple[int, float] | None:
+        """How far the blocks reach of a request whose prompt has all of its own.
+
+        Returns:
+            Tokens of the sequence that have slots, and the number of tokens from which on a block
+            is to be published; None if each step has to look.
+        """
+        if request_id in self._partial_hit_reqs:  # one is shared, and must be copied first
+            return None
+        slots = len(self.req_to_blocks[request_id]) * self.block_size
         if plan is not None:
-            num_tokens = min(num_tokens, plan.first_image_token)
-        return self.num_cached_block.get(request_id, 0) >= num_tokens // self.block_size
+            slots += plan.removed[self.kv_cache_spec.stage]
+        if not self.enable_caching:
+            return slots, math.inf
+        if self.block_size != self.block_pool.hash_block_size:  # parts of blocks are published
+            return None
+        publish = (self.num_cached_block.get(request_id, 0) + 1) * self.block_size
+        if plan is not None and publish > plan.first_image_token:
+            return slots, math.inf
+        return slots, publish
 
     def get_num_blocks_to_allocate(
         self,

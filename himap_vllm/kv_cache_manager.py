@@ -4,27 +4,56 @@
 vLLM's KV cache manager asks each group, four times per request and step, whether there is anything
 to do. With three stages of 2, 6 and 24 layers there are 16 groups, and for a batch of 64 decoding
 requests that alone took four milliseconds of a step. But the groups of a stage always hold equally
-many blocks, and most steps of a request need no new one.
+many blocks, and most steps of a request need no new one: how far a request's blocks reach is worked
+out when it gets them, and a step only compares.
 
-vLLM seam (0.32): `KVCacheManager.allocate_slots`, on the scheduler's one instance. Can go when vLLM
-asks one group of those that are alike.
+vLLM seams (0.32): `KVCacheManager.allocate_slots`, and the two methods that end a request's blocks,
+on the scheduler's one instance. Can go when vLLM asks one group of those that are alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from operator import mul
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
+from himap_vllm.budget import PromptPlan
 from himap_vllm.kv_cache import StageKVCacheManager
 
 
-class PruningKVCacheManager(KVCacheManager):
-    """vLLM's, with a shorter way for requests that have all the blocks that they need."""
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Numbers of tokens up to which a request past its prompt needs nothing of the manager.
 
-    himap_leaders: Sequence[StageKVCacheManager]
+    Attributes:
+        slots: it has slots for as many.
+        publish: with as many, it has blocks to publish to the prefix cache.
+    """
+
+    slots: int
+    publish: float
+
+
+class NoBlocks(KVCacheBlocks):
+    """The answer to a request that needs none, without a look at every group."""
+
+    def get_block_ids(self, allow_none: bool = False, **kwargs: Any) -> Any:
+        """As `KVCacheBlocks.get_block_ids`."""
+        return None if allow_none else super().get_block_ids(**kwargs)
+
+
+class PruningKVCacheManager(KVCacheManager):
+    """vLLM's, with a shorter way for requests that decode."""
+
+    himap_plans: Mapping[str, PromptPlan]
+    himap_stages: Sequence[Sequence[StageKVCacheManager]]
+    himap_reach: dict[str, Reach]
 
     def allocate_slots(
         self,
@@ -36,21 +65,20 @@ class PruningKVCacheManager(KVCacheManager):
         **kwargs: Any,
     ) -> KVCacheBlocks | None:
         """As `KVCacheManager.allocate_slots`, whose answer is the same."""
+        end = request.num_computed_tokens + num_new_tokens
+        reach = self.himap_reach.get(request.request_id)
         if (
-            request.status == RequestStatus.RUNNING
+            reach is not None
+            and request.status is RequestStatus.RUNNING
             and new_computed_blocks is None
-            and not any(kwargs.get(name) for name in _EXTRAS)
+            and not kwargs
         ):
-            end = request.num_computed_tokens + num_new_tokens
             slots = min(end + num_lookahead_tokens, self.max_model_len)
             cacheable = min(end, request.num_tokens)
-            request_id = request.request_id
-            if all(
-                leader.has_blocks(request_id, slots) and leader.has_cached(request_id, cacheable)
-                for leader in self.himap_leaders
-            ):
+            if slots <= reach.slots and cacheable < reach.publish:
                 return self.empty_kv_cache_blocks
-        return super().allocate_slots(
+            return self._grow(request, slots, end, cacheable)
+        blocks = super().allocate_slots(
             request,
             num_new_tokens,
             num_new_computed_tokens,
@@ -58,19 +86,67 @@ class PruningKVCacheManager(KVCacheManager):
             num_lookahead_tokens,
             **kwargs,
         )
+        if blocks is not None:
+            self._see(request, end + num_new_computed_tokens)
+        return blocks
+
+    def free(self, request: Request) -> None:
+        """As `KVCacheManager.free`."""
+        self.himap_reach.pop(request.request_id, None)
+        super().free(request)
+
+    def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
+        """As `KVCacheManager.pop_blocks_for_free`."""
+        self.himap_reach.pop(request.request_id, None)
+        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request)
+        return blocks
+
+    def _grow(self, request: Request, slots: int, end: int, cacheable: int) -> KVCacheBlocks | None:
+        """Allocate for all groups of the stages that lack a block at once."""
+        request_id = request.request_id
+        missing = [groups[0].missing_blocks(request_id, slots) for groups in self.himap_stages]
+        wanted = sum(map(mul, missing, map(len, self.himap_stages)))
+        if wanted > self.block_pool.get_num_free_blocks():
+            return None
+        new = iter(self.block_pool.get_new_blocks(wanted))
+        blocks: list[list[KVCacheBlock]] = [[]] * len(self.coordinator.single_type_managers)
+        for count, groups in zip(missing, self.himap_stages, strict=True):
+            for group in groups if count else ():
+                own = blocks[group.kv_cache_group_id] = list(islice(new, count))
+                group.append_blocks(request_id, own)
+        if cacheable >= self.himap_reach[request_id].publish:
+            self.coordinator.cache_blocks(request, cacheable)
+        self._see(request, end)
+        return self.create_kv_cache_blocks(tuple(blocks))
+
+    def _see(self, request: Request, end: int) -> None:
+        """Note how far the blocks of a request reach that has computed `end` tokens, or will."""
+        request_id = request.request_id
+        self.himap_reach.pop(request_id, None)
+        if end < request.num_prompt_tokens:
+            return
+        plan = self.himap_plans.get(request_id)
+        leaders = [groups[0] for groups in self.himap_stages]
+        reaches = [leader.reach(request_id, plan) for leader in leaders]
+        if None not in reaches:
+            slots, publish = zip(*reaches, strict=True)
+            self.himap_reach[request_id] = Reach(min(slots), min(publish))
 
 
-# Arguments that ask for more than slots.
-_EXTRAS = ("num_external_computed_tokens", "delay_cache_blocks", "num_encoder_tokens")
-
-
-def adopt(manager: KVCacheManager, stages: Sequence[int]) -> None:
+def adopt(manager: KVCacheManager, stages: Sequence[int], plans: Mapping[str, PromptPlan]) -> None:
     """Make the scheduler's manager a `PruningKVCacheManager`.
 
     Args:
         manager: the scheduler's.
         stages: of each KV cache group.
+        plans: of the scheduler's requests.
     """
     groups = manager.coordinator.single_type_managers
     manager.__class__ = PruningKVCacheManager
-    manager.himap_leaders = [groups[stages.index(stage)] for stage in sorted(set(stages))]
+    manager.himap_plans = plans
+    manager.himap_reach = {}
+    manager.himap_stages = [
+        [group for group, of in zip(groups, stages, strict=True) if of == stage]
+        for stage in sorted(set(stages))
+    ]
+    manager.empty_kv_cache_blocks = NoBlocks(manager.empty_kv_cache_blocks.blocks)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -210,13 +211,10 @@ class PlanTable:
     ) -> StepLayout | None:
         """`step_layout` of a batch, or None if no request of it has a plan."""
         find = self._row.get
-        rows = np.fromiter(
-            (find(request_id, self._NO_PLAN) for request_id in request_ids),
-            dtype=np.int64,
-            count=len(request_ids),
-        )
-        if not rows.any():
+        found = list(map(find, request_ids, repeat(self._NO_PLAN)))
+        if not any(found):
             return None
+        rows = np.array(found, dtype=np.int64)
         return _step_layout(
             num_computed,
             num_scheduled,

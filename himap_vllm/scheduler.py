@@ -59,7 +59,7 @@ class _PruningMixin(_Base):
         for group_manager in manager.coordinator.single_type_managers:
             assert isinstance(group_manager, StageKVCacheManager)
             group_manager.plans = self.himap_plans
-        adopt(manager, stages)
+        adopt(manager, stages, self.himap_plans)
 
     def add_request(self, request: Request) -> None:
         plan = plan_of(request.num_prompt_tokens, request.mm_features, request.sampling_params)
@@ -82,6 +82,8 @@ class _PruningMixin(_Base):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
+        if num_computed_tokens >= request.num_prompt_tokens:  # images are part of the prompt
+            return [], num_new_tokens, encoder_compute_budget, [], []
         plan = self.himap_plans.get(request.request_id)
         schedule = super()._try_schedule_encoder_inputs
         if plan is None:

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from himap_vllm.layout import StageGeometry
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +48,28 @@ class StageView:
     queries: QueryRows | None = None
 
     @classmethod
-    def of(cls, geometry: StageGeometry, device: torch.device) -> StageView:
-        """A view with tensors of its own."""
-        query_start_loc = torch.from_numpy(geometry.query_start_loc)
+    def of(cls, geometry: StageGeometry, device: torch.device, prunes: bool) -> StageView:
+        """A view with tensors of its own, of a step that prunes or does not."""
         seq_lens = torch.from_numpy(geometry.seq_lens)
-        return cls(
-            seq_lens=seq_lens.to(device),
-            seq_lens_cpu=seq_lens,
-            max_seq_len=geometry.max_seq_len,
-            queries=QueryRows(
+        queries = None
+        if prunes:
+            query_start_loc = torch.from_numpy(geometry.query_start_loc)
+            queries = QueryRows(
                 query_start_loc=query_start_loc.to(device),
                 query_start_loc_cpu=query_start_loc,
                 num_tokens=geometry.num_tokens,
                 max_query_len=geometry.max_query_len,
-            ),
+            )
+        return cls(
+            seq_lens=seq_lens.to(device),
+            seq_lens_cpu=seq_lens,
+            max_seq_len=geometry.max_seq_len,
+            queries=queries,
         )
 
     def apply(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """A copy of `common` with this view's geometry."""
-        view = object.__new__(CommonAttentionMetadata)  # copy.copy takes thrice the time
-        view.__dict__.update(common.__dict__)
-        common = view
+        common = shallow_copy(common)
         common.seq_lens = self.seq_lens[: common.num_reqs]
         if self.seq_lens_cpu is not None:
             common.seq_lens_cpu_upper_bound = self.seq_lens_cpu[: common.num_reqs]
@@ -81,3 +85,10 @@ class StageView:
         common._num_computed_tokens_cache = None
         common._token_to_req_indices_cache = None
         return common
+
+
+def shallow_copy(metadata: T) -> T:
+    """`copy.copy` of an object without slots, in a third of its time."""
+    copied = object.__new__(type(metadata))
+    copied.__dict__.update(metadata.__dict__)
+    return copied

@@ -5,24 +5,28 @@ vLLM seams (0.32), each a method overridden on the one runner instance of the wo
 Model Runner V1 itself:
 
 * `load_model`: the model is changed right after loading, before KV cache specs are collected;
-* `initialize_kv_cache`: the groups are checked against the plan;
-* `_prepare_inputs`: the batch order is fixed; the step is laid out behind it;
-* `_get_slot_mappings`: slots of the later stages replace the ones computed for all tokens;
+* `initialize_kv_cache`: the groups are checked against the plan, block tables are adopted;
+* `_prepare_inputs`: the batch order is fixed; the step is laid out before it;
+* `_get_slot_mappings`: the later stages have fewer tokens;
+* `_build_attention_metadata`: sees one group of each stage;
 * `execute_model`: whatever happens, no step outlives its forward pass.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from himap_vllm.budget import NUM_STAGES
 from himap_vllm.install import install
-from himap_vllm.layout import PlanTable, StepLayout
+from himap_vllm.layout import PlanTable
 from himap_vllm.pruning import ActiveStep, PruningState
+from himap_vllm.runner import block_tables
 from himap_vllm.runner.adapters import AdapterMixin
-from himap_vllm.stage_view import StageView
+from himap_vllm.stage_view import StageView, shallow_copy
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
@@ -34,7 +38,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
     """Put in front of the runner's own class by `adopt`."""
 
     himap: PruningState
-    himap_layout: StepLayout | None
+    himap_leaders: list[int]
 
     @property
     def himap_plans(self) -> PlanTable:
@@ -44,47 +48,72 @@ class PruningRunnerMixin(AdapterMixin, _Base):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         self.himap = install(self.get_model(), self.vllm_config)
-        self.himap_layout = None
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         self.himap.recorder.see_groups(kv_cache_config, self.model_config)
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        stages = self.himap.recorder.group_stages
+        block_tables.adopt(self.input_batch.block_table, stages)
+        # The first group of each stage; its metadata serves the others.
+        self.himap_leaders = [stages.index(stage) for stage in range(NUM_STAGES)]
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         batch = self.input_batch
         layout = self.himap_plans.layout(
             batch.req_ids, batch.num_computed_tokens_cpu[: batch.num_reqs], num_scheduled_tokens
         )
+        batch.block_table.himap_layout = layout
         if layout is not None:
-            self.himap_layout = layout
-            later = (StageView.of(stage, self.device) for stage in layout.stages[1:])
+            prunes = layout.cuts is not None
+            later = (StageView.of(stage, self.device, prunes) for stage in layout.stages[1:])
             self.himap.views = [None, *later]
-            if layout.cuts is not None:
+            if prunes:
                 self.himap.step = ActiveStep(layout, self.device, self.himap.criterion)
-        return prepared
+        return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
 
     def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         by_group, by_layer = super()._get_slot_mappings(*args, **kwargs)
-        layout = self.himap_layout
-        if layout is None:
+        step = self.himap.step
+        if step is None:  # every stage has as many tokens
             return by_group, by_layer
-        num_reqs = self.input_batch.num_reqs
-        tensors = [
-            (torch.from_numpy(stage.query_start_loc), torch.from_numpy(stage.positions))
-            for stage in layout.stages
-        ]
         groups = self.kv_cache_config.kv_cache_groups
         for group_id, stage in enumerate(self.himap.recorder.group_stages):
-            if stage == 0:
-                continue
-            query_start_loc, positions = tensors[stage]
-            table = self.input_batch.block_table[group_id]
-            table.compute_slot_mapping(num_reqs, query_start_loc, positions)
-            by_group[group_id] = table.slot_mapping.gpu[: len(positions)]
-            for layer_name in groups[group_id].layer_names:
-                by_layer[layer_name] = by_group[group_id]
+            if stage > 0:
+                slots = self.input_batch.block_table.himap_slots[group_id]
+                by_group[group_id] = slots[: step.layout.stages[stage].num_tokens]
+                for layer_name in groups[group_id].layer_names:
+                    by_layer[layer_name] = by_group[group_id]
         return by_group, by_layer
+
+    def _build_attention_metadata(
+        self, *args: Any, slot_mappings: dict[int, torch.Tensor], **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """vLLM's, for a group of each stage; the others differ in blocks and slots only."""
+        config, attn_groups, tables = (
+            self.kv_cache_config, self.attn_groups, self.input_batch.block_table
+        )  # fmt: skip
+        groups, leaders = config.kv_cache_groups, self.himap_leaders
+        self.kv_cache_config = replace(config, kv_cache_groups=[groups[i] for i in leaders])
+        self.attn_groups = [attn_groups[i] for i in leaders]
+        self.input_batch.block_table = [tables[i] for i in leaders]
+        try:
+            metadata, common = super()._build_attention_metadata(
+                *args,
+                slot_mappings={k: slot_mappings[i] for k, i in enumerate(leaders)},
+                **kwargs,
+            )
+        finally:
+            self.kv_cache_config, self.attn_groups, self.input_batch.block_table = (
+                config, attn_groups, tables
+            )  # fmt: skip
+        for index, stage in enumerate(self.himap.recorder.group_stages):
+            if index not in leaders:
+                built = metadata[groups[leaders[stage]].layer_names[0]]
+                own = shallow_copy(built)
+                own.block_table = tables[index].get_device_tensor(len(built.block_table))
+                own.slot_mapping = slot_mappings[index]
+                metadata.update(dict.fromkeys(groups[index].layer_names, own))
+        return metadata, common
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +123,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
                 self._account(self.himap.step)
             return output
         finally:
-            self.himap.step = self.himap.views = self.himap_layout = None
+            self.himap.step = self.himap.views = None
 
     def _account(self, step: ActiveStep) -> None:
         recorder = self.himap.recorder

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block tables of all KV cache groups as one array, for Model Runner V1, which runs on CPUs.
+
+vLLM looks up the slots of a step's tokens group by group, a kernel launch each; the groups of a
+stage differ in nothing but their block ids, so one NumPy lookup does for all of them.
+
+vLLM seam (0.32): `InputBatch.block_table`, a `MultiGroupBlockTable`, whose buffers become views of
+the array. Can go with Model Runner V1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.v1.utils import CpuGpuBuffer
+from vllm.v1.worker.block_table import MultiGroupBlockTable
+
+from himap_vllm.budget import NUM_STAGES
+from himap_vllm.layout import StepLayout
+
+
+class StageBlockTables(MultiGroupBlockTable):
+    """vLLM's, for groups in the order of their stages.
+
+    Attributes:
+        himap_layout: of the step that is prepared; None if every stage sees the same tokens.
+        himap_slots: [num_groups, max_num_tokens] int64, the slots of the step's tokens.
+    """
+
+    himap_layout: StepLayout | None
+    himap_slots: torch.Tensor
+    _himap_tables: npt.NDArray[np.int32]  # [num_groups, max_num_reqs, max_num_blocks]
+    _himap_stages: npt.NDArray[np.int64]  # [num_groups]
+    _himap_groups: Sequence[slice]  # of each stage
+
+    def compute_slot_mapping(
+        self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """As `MultiGroupBlockTable.compute_slot_mapping`, but each stage has its own tokens."""
+        layout = self.himap_layout
+        if layout is not None and layout.cuts is not None:
+            for groups, stage in zip(self._himap_groups, layout.stages, strict=True):
+                self._look_up(groups, _rows(stage.query_start_loc), stage.positions)
+            return
+        # The same tokens everywhere, at positions that differ by what a request has lost.
+        rows, where = _rows(query_start_loc[: num_reqs + 1].numpy()), positions.numpy()
+        if layout is not None:
+            lengths = np.stack([stage.seq_lens for stage in layout.stages])
+            where = where - (lengths[0] - lengths)[self._himap_stages][:, rows]
+        self._look_up(slice(None), rows, where)
+
+    def _look_up(self, groups: slice, rows: npt.NDArray[Any], positions: npt.NDArray[Any]) -> None:
+        """Slots of tokens: `positions` are [num_tokens], or [num_groups, num_tokens]."""
+        block_size = self.block_tables[0].block_size
+        tables = self._himap_tables[groups]
+        blocks, offsets = np.divmod(positions, block_size)
+        slots = self.himap_slots.numpy()[groups, : len(rows)]
+        np.multiply(tables[np.arange(len(tables))[:, None], rows, blocks], block_size, out=slots)
+        slots += offsets
+
+    def commit_block_table(self, num_reqs: int) -> None:
+        """Nothing: the device's tables are the host's."""
+
+
+def adopt(tables: MultiGroupBlockTable, stages: Sequence[int]) -> None:
+    """Make a CPU runner's block tables `StageBlockTables`.
+
+    Args:
+        tables: the runner's.
+        stages: of each group, in ascending order.
+    """
+    groups = tables.block_tables
+    assert list(stages) == sorted(stages), "vLLM groups layers in their order"
+    assert all(group.device.type == "cpu" for group in groups)
+    slots = _stacked([group.slot_mapping for group in groups])
+    stacked = _stacked([group.block_table for group in groups])
+    tables.__class__ = StageBlockTables
+    tables.himap_layout = None
+    tables.himap_slots = slots
+    tables._himap_tables = stacked.numpy()
+    tables._himap_stages = np.array(stages)
+    bounds = np.searchsorted(stages, range(NUM_STAGES + 1)).tolist()
+    tables._himap_groups = [slice(*pair) for pair in pairwise(bounds)]
+
+
+def _rows(query_start_loc: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """[num_tokens] the request of each token."""
+    return np.repeat(np.arange(len(query_start_loc) - 1), np.diff(query_start_loc))
+
+
+def _stacked(buffers: Sequence[CpuGpuBuffer]) -> torch.Tensor:
+    """One tensor of which the buffers become views, host's and device's alike."""
+    with torch.inference_mode(False):
+        stacked = torch.stack([buffer.cpu for buffer in buffers])
+    for buffer, view in zip(buffers, stacked, strict=True):
+        buffer.cpu = buffer.gpu = view
+        buffer.np = view.numpy()
+    return stacked
