@@ -111,9 +111,6 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
     base_builder: Any = base.get_builder_cls()
 
     class StageBuilder(base_builder):
-        # The groups of a stage differ in block tables only; saves rebuilding the rest for each.
-        supports_update_block_table = True
-
         def __init__(
             self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
         ) -> None:
@@ -136,6 +133,7 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         def update_block_table(
             self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
         ) -> Any:
+            """Metadata of a group from that of another of its stage, for both model runners."""
             if base_builder.supports_update_block_table:
                 return super().update_block_table(metadata, blk_table, slot_mapping)
             metadata = shallow_copy(metadata)

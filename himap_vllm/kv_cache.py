@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
@@ -67,11 +66,6 @@ class StageKVCacheManager(FullAttentionManager):
         return (
             num_tokens if plan is None else plan.stage_tokens(self.kv_cache_spec.stage, num_tokens)
         )
-
-    def missing_blocks(self, request_id: str, num_tokens: int) -> int:
-        """Blocks that a request lacks for the first `num_tokens` tokens of its sequence."""
-        needed = cdiv(self._stage_tokens(request_id, num_tokens), self.block_size)
-        return max(0, needed - len(self.req_to_blocks[request_id]))
 
     def append_blocks(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
         """Give a request new blocks, as `allocate_new_blocks` does."""
@@ -160,8 +154,11 @@ def group_stages(kv_cache_config: KVCacheConfig, stage_layers: Sequence[int]) ->
 
     Raises:
         RuntimeError: the groups are not per stage, so pruning would save nothing or corrupt the
-            cache.
+            cache; or their blocks differ in size, so that groups of a stage are not alike.
     """
+    sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
+    if len(sizes) > 1:
+        raise RuntimeError(f"himap: expected blocks of one size, vLLM made {sorted(sizes)}")
     stages = []
     layers = [0] * NUM_STAGES
     for group in kv_cache_config.kv_cache_groups:

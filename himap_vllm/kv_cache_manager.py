@@ -19,6 +19,7 @@ from itertools import islice
 from operator import mul
 from typing import Any
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
@@ -27,16 +28,18 @@ from himap_vllm.budget import PromptPlan
 from himap_vllm.kv_cache import StageKVCacheManager
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reach:
     """Numbers of tokens up to which a request past its prompt needs nothing of the manager.
 
     Attributes:
-        slots: it has slots for as many.
+        slots: it has slots for as many, in each stage.
+        shortest: the least of these.
         publish: with as many, it has blocks to publish to the prefix cache.
     """
 
-    slots: int
+    slots: list[int]
+    shortest: int
     publish: float
 
 
@@ -75,9 +78,9 @@ class PruningKVCacheManager(KVCacheManager):
         ):
             slots = min(end + num_lookahead_tokens, self.max_model_len)
             cacheable = min(end, request.num_tokens)
-            if slots <= reach.slots and cacheable < reach.publish:
+            if slots <= reach.shortest and cacheable < reach.publish:
                 return self.empty_kv_cache_blocks
-            return self._grow(request, slots, end, cacheable)
+            return self._grow(request, reach, slots, cacheable)
         blocks = super().allocate_slots(
             request,
             num_new_tokens,
@@ -101,22 +104,26 @@ class PruningKVCacheManager(KVCacheManager):
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request)
         return blocks
 
-    def _grow(self, request: Request, slots: int, end: int, cacheable: int) -> KVCacheBlocks | None:
+    def _grow(
+        self, request: Request, reach: Reach, slots: int, cacheable: int
+    ) -> KVCacheBlocks | None:
         """Allocate for all groups of the stages that lack a block at once."""
-        request_id = request.request_id
-        missing = [groups[0].missing_blocks(request_id, slots) for groups in self.himap_stages]
+        size = self.himap_stages[0][0].block_size
+        missing = [max(0, cdiv(slots - held, size)) for held in reach.slots]
         wanted = sum(map(mul, missing, map(len, self.himap_stages)))
         if wanted > self.block_pool.get_num_free_blocks():
             return None
         new = iter(self.block_pool.get_new_blocks(wanted))
-        blocks: list[list[KVCacheBlock]] = [[]] * len(self.coordinator.single_type_managers)
-        for count, groups in zip(missing, self.himap_stages, strict=True):
-            for group in groups if count else ():
+        blocks: list[Sequence[KVCacheBlock]] = list(self.empty_kv_cache_blocks.blocks)
+        for stage, count in enumerate(missing):
+            for group in self.himap_stages[stage] if count else ():
                 own = blocks[group.kv_cache_group_id] = list(islice(new, count))
-                group.append_blocks(request_id, own)
-        if cacheable >= self.himap_reach[request_id].publish:
+                group.append_blocks(request.request_id, own)
+            reach.slots[stage] += count * size
+        reach.shortest = min(reach.slots)
+        if cacheable >= reach.publish:
             self.coordinator.cache_blocks(request, cacheable)
-        self._see(request, end)
+            reach.publish += size
         return self.create_kv_cache_blocks(tuple(blocks))
 
     def _see(self, request: Request, end: int) -> None:
@@ -130,7 +137,7 @@ class PruningKVCacheManager(KVCacheManager):
         reaches = [leader.reach(request_id, plan) for leader in leaders]
         if None not in reaches:
             slots, publish = zip(*reaches, strict=True)
-            self.himap_reach[request_id] = Reach(min(slots), min(publish))
+            self.himap_reach[request_id] = Reach(list(slots), min(slots), min(publish))
 
 
 def adopt(manager: KVCacheManager, stages: Sequence[int], plans: Mapping[str, PromptPlan]) -> None:

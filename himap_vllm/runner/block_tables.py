@@ -30,13 +30,25 @@ class StageBlockTables(MultiGroupBlockTable):
     Attributes:
         himap_layout: of the step that is prepared; None if every stage sees the same tokens.
         himap_slots: [num_groups, max_num_tokens] int64, the slots of the step's tokens.
+        himap_blocks: [num_groups, max_num_reqs, max_num_blocks] int32, the block tables.
     """
 
     himap_layout: StepLayout | None
     himap_slots: torch.Tensor
-    _himap_tables: npt.NDArray[np.int32]  # [num_groups, max_num_reqs, max_num_blocks]
+    himap_blocks: torch.Tensor
+    _himap_tables: npt.NDArray[np.int32]  # himap_blocks
+    _himap_ends: npt.NDArray[np.int32]  # [num_groups, max_num_reqs] blocks of each row
     _himap_stages: npt.NDArray[np.int64]  # [num_groups]
     _himap_groups: Sequence[slice]  # of each stage
+
+    def append_row(self, block_ids: tuple[list[int], ...], row_idx: int) -> None:
+        """As `MultiGroupBlockTable.append_row`, but the groups of a stage get equally many."""
+        for groups in self._himap_groups:
+            count = len(block_ids[groups.start])
+            if count:
+                start = int(self._himap_ends[groups.start, row_idx])
+                self._himap_tables[groups, row_idx, start : start + count] = block_ids[groups]
+                self._himap_ends[groups, row_idx] = start + count
 
     def compute_slot_mapping(
         self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
@@ -78,11 +90,15 @@ def adopt(tables: MultiGroupBlockTable, stages: Sequence[int]) -> None:
     assert list(stages) == sorted(stages), "vLLM groups layers in their order"
     assert all(group.device.type == "cpu" for group in groups)
     slots = _stacked([group.slot_mapping for group in groups])
-    stacked = _stacked([group.block_table for group in groups])
+    blocks = _stacked([group.block_table for group in groups])
     tables.__class__ = StageBlockTables
     tables.himap_layout = None
     tables.himap_slots = slots
-    tables._himap_tables = stacked.numpy()
+    tables.himap_blocks = blocks
+    tables._himap_tables = blocks.numpy()
+    tables._himap_ends = np.stack([group.num_blocks_per_row for group in groups])
+    for group, ends in zip(groups, tables._himap_ends, strict=True):
+        group.num_blocks_per_row = ends
     tables._himap_stages = np.array(stages)
     bounds = np.searchsorted(stages, range(NUM_STAGES + 1)).tolist()
     tables._himap_groups = [slice(*pair) for pair in pairwise(bounds)]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from himap_vllm.budget import NUM_STAGES
 from himap_vllm.install import install
@@ -26,7 +27,8 @@ from himap_vllm.layout import PlanTable
 from himap_vllm.pruning import ActiveStep, PruningState
 from himap_vllm.runner import block_tables
 from himap_vllm.runner.adapters import AdapterMixin
-from himap_vllm.stage_view import StageView, shallow_copy
+from himap_vllm.runner.block_tables import StageBlockTables
+from himap_vllm.stage_view import StageView
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
@@ -37,8 +39,11 @@ else:  # the class of the adopted runner is next in the method resolution order
 class PruningRunnerMixin(AdapterMixin, _Base):
     """Put in front of the runner's own class by `adopt`."""
 
+    kv_cache_config: Any
+    attn_groups: Any
     himap: PruningState
     himap_leaders: list[int]
+    himap_leading: tuple[Any, list[Any]]  # their KV cache configuration and attention groups
 
     @property
     def himap_plans(self) -> PlanTable:
@@ -55,7 +60,12 @@ class PruningRunnerMixin(AdapterMixin, _Base):
         stages = self.himap.recorder.group_stages
         block_tables.adopt(self.input_batch.block_table, stages)
         # The first group of each stage; its metadata serves the others.
-        self.himap_leaders = [stages.index(stage) for stage in range(NUM_STAGES)]
+        leaders = self.himap_leaders = [stages.index(stage) for stage in range(NUM_STAGES)]
+        groups = self.kv_cache_config.kv_cache_groups
+        self.himap_leading = (
+            replace(self.kv_cache_config, kv_cache_groups=[groups[i] for i in leaders]),
+            [self.attn_groups[i] for i in leaders],
+        )
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         batch = self.input_batch
@@ -71,30 +81,36 @@ class PruningRunnerMixin(AdapterMixin, _Base):
                 self.himap.step = ActiveStep(layout, self.device, self.himap.criterion)
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
 
-    def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        by_group, by_layer = super()._get_slot_mappings(*args, **kwargs)
-        step = self.himap.step
-        if step is None:  # every stage has as many tokens
-            return by_group, by_layer
-        groups = self.kv_cache_config.kv_cache_groups
-        for group_id, stage in enumerate(self.himap.recorder.group_stages):
-            if stage > 0:
-                slots = self.input_batch.block_table.himap_slots[group_id]
-                by_group[group_id] = slots[: step.layout.stages[stage].num_tokens]
-                for layer_name in groups[group_id].layer_names:
-                    by_layer[layer_name] = by_group[group_id]
-        return by_group, by_layer
+    def _get_slot_mappings(
+        self, num_tokens_padded: int, num_reqs_padded: int, num_tokens_unpadded: int, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        tables = self.input_batch.block_table
+        if not isinstance(tables, StageBlockTables):  # a trial run, before there is a KV cache
+            return super()._get_slot_mappings(
+                num_tokens_padded, num_reqs_padded, num_tokens_unpadded, **kwargs
+            )
+        slots = tables.himap_slots
+        slots[:, num_tokens_unpadded:num_tokens_padded] = PAD_SLOT_ID
+        by_group = list(slots[:, :num_tokens_padded].unbind())
+        if self.himap.step is not None:
+            stages = self.himap.step.layout.stages
+            for index, stage in enumerate(self.himap.recorder.group_stages):
+                if stage > 0:
+                    by_group[index] = slots[index, : stages[stage].num_tokens]
+        by_layer = {
+            layer_name: of_group
+            for group, of_group in zip(self.kv_cache_config.kv_cache_groups, by_group, strict=True)
+            for layer_name in group.layer_names
+        }
+        return dict(enumerate(by_group)), by_layer
 
     def _build_attention_metadata(
         self, *args: Any, slot_mappings: dict[int, torch.Tensor], **kwargs: Any
     ) -> tuple[Any, Any]:
         """vLLM's, for a group of each stage; the others differ in blocks and slots only."""
-        config, attn_groups, tables = (
-            self.kv_cache_config, self.attn_groups, self.input_batch.block_table
-        )  # fmt: skip
-        groups, leaders = config.kv_cache_groups, self.himap_leaders
-        self.kv_cache_config = replace(config, kv_cache_groups=[groups[i] for i in leaders])
-        self.attn_groups = [attn_groups[i] for i in leaders]
+        tables, leaders = self.input_batch.block_table, self.himap_leaders
+        seen = self.kv_cache_config, self.attn_groups
+        self.kv_cache_config, self.attn_groups = self.himap_leading
         self.input_batch.block_table = [tables[i] for i in leaders]
         try:
             metadata, common = super()._build_attention_metadata(
@@ -103,16 +119,18 @@ class PruningRunnerMixin(AdapterMixin, _Base):
                 **kwargs,
             )
         finally:
-            self.kv_cache_config, self.attn_groups, self.input_batch.block_table = (
-                config, attn_groups, tables
-            )  # fmt: skip
-        for index, stage in enumerate(self.himap.recorder.group_stages):
+            self.kv_cache_config, self.attn_groups = seen
+            self.input_batch.block_table = tables
+        stages = self.himap.recorder.group_stages
+        groups = self.kv_cache_config.kv_cache_groups
+        built = [metadata[groups[i].layer_names[0]] for i in leaders]
+        blocks = tables.himap_blocks[:, : len(built[0].block_table)].unbind()
+        for index, (stage, group) in enumerate(zip(stages, groups, strict=True)):
             if index not in leaders:
-                built = metadata[groups[leaders[stage]].layer_names[0]]
-                own = shallow_copy(built)
-                own.block_table = tables[index].get_device_tensor(len(built.block_table))
-                own.slot_mapping = slot_mappings[index]
-                metadata.update(dict.fromkeys(groups[index].layer_names, own))
+                (of_group,) = self.attn_groups[index]
+                builder = of_group.get_metadata_builder()
+                own = builder.update_block_table(built[stage], blocks[index], slot_mappings[index])
+                metadata.update(dict.fromkeys(group.layer_names, own))
         return metadata, common
 
     @torch.inference_mode()
