@@ -36,14 +36,14 @@ def training_seed(index: int) -> int:
     return index
 
 
-def items(num_scenes: int, questions_per_scene: int = 2) -> Iterator[Item]:
-    """The questions about the first `num_scenes` held-out scenes, always the same.
+def items(num_scenes: int, questions_per_scene: int = 2, first: int = 0) -> Iterator[Item]:
+    """The questions about `num_scenes` held-out scenes from number `first` on, always the same.
 
     Kinds take turns, so that each has about the same number of questions; where a scene offers no
     question of a kind (no card in it, say), the next kind that it does offer is asked.
     """
     turn = 0
-    for seed in range(FIRST_SEED, FIRST_SEED + num_scenes):
+    for seed in range(FIRST_SEED + first, FIRST_SEED + first + num_scenes):
         scene = make_scene(seed)
         rng = random.Random(seed)
         image = draw(scene)

@@ -96,8 +96,10 @@ def _item(raw: dict[str, Any], folder: Path) -> Item:
     )
 
 
-def held_out(num_scenes: int) -> tuple[list[Item], dict[str, Image]]:
+def held_out(num_scenes: int, first: int = 0) -> tuple[list[Item], dict[str, Image]]:
     """The project's own: scenes that no training has seen, two questions each; and their pictures.
+
+    Scenes are numbered; those from `first` on are taken.
 
     Raises:
         DataError: it is not installed.
@@ -109,7 +111,7 @@ def held_out(num_scenes: int) -> tuple[list[Item], dict[str, Image]]:
     items: list[Item] = []
     pictures: dict[str, Image] = {}
     url = ""
-    for item in heldout.items(num_scenes):
+    for item in heldout.items(num_scenes, first=first):
         scene = str(item.scene)
         if scene not in pictures:
             pictures[scene] = item.image

@@ -40,6 +40,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """A whole number, 0 or above, for argparse."""
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
 def add_data_options(parser: ArgumentParser) -> None:
     """Which questions, and how they are asked."""
     group = parser.add_argument_group("data (default: the project's own held-out set)")
@@ -49,6 +56,10 @@ def add_data_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--num-scenes", type=positive, default=250, help="of the held-out set (default: 250)"
     )
+    group.add_argument(
+        "--first-scene", type=natural, default=0, metavar="N",
+        help="of the held-out set, which has no end: others than what a setting was chosen by",
+    )  # fmt: skip
     group.add_argument("--limit", type=positive, help="ask at most this many questions, a sample")
     group.add_argument(
         "--concurrency", type=positive, default=8, help="requests at once (default: 8)"
@@ -65,7 +76,7 @@ def load_items(args: Namespace) -> list[Item]:
         DataError: there are none, or they can't be read.
     """
     if args.data is None:
-        items, _ = held_out(args.num_scenes)
+        items, _ = held_out(args.num_scenes, args.first_scene)
     else:
         items = read(args.format, args.data, args.images)
     items = sample(items, args.limit)
@@ -76,7 +87,10 @@ def load_items(args: Namespace) -> list[Item]:
 def data_name(args: Namespace) -> str:
     """The data in words."""
     if args.data is None:
-        return f"the project's held-out set, {args.num_scenes} scenes"
+        scenes = f"{args.num_scenes} scenes"
+        if args.first_scene:
+            scenes += f" from number {args.first_scene} on"
+        return f"the project's held-out set, {scenes}"
     return f"{args.data.name} ({args.format})"
 
 

@@ -137,6 +137,8 @@ def test_held_out_items_are_always_the_same() -> None:
     assert [i.question for i in items(10, 3)] == [
         i.question for i in first if i.scene < FIRST_SEED + 10
     ]
+    later = FIRST_SEED + 20
+    assert {item.scene for item in items(5, first=20)} == set(range(later, later + 5))
 
 
 def test_held_out_scenes_are_never_trained_on() -> None:
