@@ -87,26 +87,31 @@ class Replay:
 
     def __init__(self, run: Callable[..., Any]) -> None:
         self._run = run
-        self._written: list[dict[int, torch.Tensor]] | None = None
-        self._next: Iterator[dict[int, torch.Tensor]] | None = None
+        self._recorded: list[tuple[str, dict[int, torch.Tensor]]] | None = None
+        self._next: Iterator[tuple[str, dict[int, torch.Tensor]]] | None = None
 
     def start_step(self) -> None:
         """The first step from here on is recorded; later ones replay it."""
-        if self._written is None:
-            self._written = []
-        else:
-            self._next = iter(self._written)
+        if self._recorded is None:
+            self._recorded = []
+            return
+        assert next(self._next or iter(()), None) is None, "a step with fewer launches"
+        self._next = iter(self._recorded)
 
     def __call__(self, kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        name = kernel.fn.__name__
+        assert not any(map(torch.is_tensor, kwargs.values())), f"tensors by keyword: {name}"
         if self._next is not None:
-            for index, value in next(self._next).items():
+            recorded, values = next(self._next)
+            assert recorded == name, f"{name} where {recorded} was launched before"
+            for index, value in values.items():
                 args[index].copy_(value)
             return None
         before = {i: arg.clone() for i, arg in enumerate(args) if torch.is_tensor(arg)}
         result = self._run(kernel, *args, **kwargs)
-        if self._written is not None:
+        if self._recorded is not None:
             changed = (i for i, was in before.items() if not torch.equal(was, args[i]))
-            self._written.append({i: args[i].clone() for i in changed})
+            self._recorded.append((name, {i: args[i].clone() for i in changed}))
         return result
 
 
@@ -138,10 +143,11 @@ def measure(cell: str, steps: int, checkpoint: Path) -> dict[str, float]:
     engine = Engine(checkpoint, None if cell == STOCK else CUTS, options)
     ratios = None if cell == STOCK else RATIOS if cell == PRUNED else (0.0, 0.0)
     pictures = sample_images(REQUESTS)
+    max_tokens = REQUESTS + WARM_UP + steps  # the first request waits for the last one's prompt
     for index, picture in enumerate(pictures):
         # Of different lengths, so that in every step some need a block.
         question = "What?" + "!" * (index % BLOCK_SIZE)
-        case = Case(f"USER: <image>\n{question}", (picture,), ratios, max_tokens=2 * steps)
+        case = Case(f"USER: <image>\n{question}", (picture,), ratios, max_tokens=max_tokens)
         params = engine.params(case)
         params.logprobs = None
         engine.llm.llm_engine.add_request(str(index), engine.prompt(case), params)

@@ -80,15 +80,13 @@ class StageKVCacheManager(FullAttentionManager):
             Tokens of the sequence that have slots, and the number of tokens from which on a block
             is to be published; None if each step has to look.
         """
-        if request_id in self._partial_hit_reqs:  # one is shared, and must be copied first
-            return None
         slots = len(self.req_to_blocks[request_id]) * self.block_size
         if plan is not None:
             slots += plan.removed[self.kv_cache_spec.stage]
         if not self.enable_caching:
             return slots, math.inf
-        if self.block_size != self.block_pool.hash_block_size:  # parts of blocks are published
-            return None
+        if self.block_size != self.block_pool.hash_block_size:
+            return None  # a prompt's last block is published in part
         publish = (self.num_cached_block.get(request_id, 0) + 1) * self.block_size
         if plan is not None and publish > plan.first_image_token:
             return slots, math.inf

@@ -34,7 +34,10 @@ _RETRY_SECONDS = 5
 _MAX_HEADERS = 200
 _MAX_HEADER_BYTES = 64 << 10
 _OURS = (REQUEST_ID_HEADER.encode(), b"authorization")
-_STREAM_END = b"data: [DONE]\n\n"
+_DONE = b"data: [DONE]\n\n"
+_LAST_EVENTS = tuple(
+    f"event: response.{end}\n".encode() for end in ("completed", "incomplete", "failed")
+)
 
 
 class Gate:
@@ -186,7 +189,8 @@ class _Answer:
     """`send` that adds the request's id, and remembers how far the answer got.
 
     A client that has read the end of its answer may send its next request at once: what that one
-    needs is given back by `before_end`. Clients stop reading streams at `[DONE]`.
+    needs is given back by `before_end`. Clients stop reading streams at `[DONE]`, or
+    at the event that ends a response of the Responses API.
     """
 
     def __init__(self, send: Send, request_id: str) -> None:
@@ -207,9 +211,13 @@ class _Answer:
             self.is_stream = headers.get("content-type", "").startswith("text/event-stream")
         elif not message.get("more_body", False):
             self.complete = True
-        if self.complete or message.get("body", b"").endswith(_STREAM_END):
+        if self.complete or (self.is_stream and _is_last(bytes(message.get("body", b"")))):
             self.before_end()
         await self._send(message)
+
+
+def _is_last(event: bytes) -> bool:
+    return event.endswith(_DONE) or event.startswith(_LAST_EVENTS)
 
 
 async def _run(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, answer: _Answer) -> None:

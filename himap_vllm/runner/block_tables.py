@@ -72,7 +72,8 @@ class StageBlockTables(MultiGroupBlockTable):
         tables = self._himap_tables[groups]
         blocks, offsets = np.divmod(positions, block_size)
         slots = self.himap_slots.numpy()[groups, : len(rows)]
-        np.multiply(tables[np.arange(len(tables))[:, None], rows, blocks], block_size, out=slots)
+        found = tables[np.arange(len(tables))[:, None], rows, blocks]
+        np.multiply(found, block_size, out=slots, dtype=np.int64)
         slots += offsets
 
     def commit_block_table(self, num_reqs: int) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, PAD_SLOT_ID
 
 from himap_vllm.budget import NUM_STAGES
 from himap_vllm.install import install
@@ -105,7 +105,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
         return dict(enumerate(by_group)), by_layer
 
     def _build_attention_metadata(
-        self, *args: Any, slot_mappings: dict[int, torch.Tensor], **kwargs: Any
+        self, *, num_reqs: int, slot_mappings: dict[int, torch.Tensor], **kwargs: Any
     ) -> tuple[Any, Any]:
         """vLLM's, for a group of each stage; the others differ in blocks and slots only."""
         tables, leaders = self.input_batch.block_table, self.himap_leaders
@@ -114,7 +114,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
         self.input_batch.block_table = [tables[i] for i in leaders]
         try:
             metadata, common = super()._build_attention_metadata(
-                *args,
+                num_reqs=num_reqs,
                 slot_mappings={k: slot_mappings[i] for k, i in enumerate(leaders)},
                 **kwargs,
             )
@@ -124,12 +124,15 @@ class PruningRunnerMixin(AdapterMixin, _Base):
         stages = self.himap.recorder.group_stages
         groups = self.kv_cache_config.kv_cache_groups
         built = [metadata[groups[i].layer_names[0]] for i in leaders]
-        blocks = tables.himap_blocks[:, : len(built[0].block_table)].unbind()
+        num_rows = len(built[0].block_table)
+        tables.himap_blocks[:, num_reqs:num_rows] = NULL_BLOCK_ID
+        blocks = tables.himap_blocks[:, :num_rows].unbind()
         for index, (stage, group) in enumerate(zip(stages, groups, strict=True)):
             if index not in leaders:
                 (of_group,) = self.attn_groups[index]
+                table = of_group.map_to_kernel_block_table(blocks[index])
                 builder = of_group.get_metadata_builder()
-                own = builder.update_block_table(built[stage], blocks[index], slot_mappings[index])
+                own = builder.update_block_table(built[stage], table, slot_mappings[index])
                 metadata.update(dict.fromkeys(group.layer_names, own))
         return metadata, common
 

@@ -25,6 +25,7 @@ from tests.servers import Server
 
 SECRET = "a sentence that no log may repeat"
 LONG = {"model": "tiny", "prompt": SECRET, "max_tokens": 400, "ignore_eos": True}
+LAST = {"response.completed", "response.incomplete"}
 PREFIX = "one two three four " * 4
 
 
@@ -156,11 +157,21 @@ def test_concurrent_requests(guarded: Guarded) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_has_read_an_answer_may_ask_again(guarded: Guarded, stream: bool) -> None:
+@pytest.mark.parametrize("api", ["completions", "responses"])
+def test_who_has_read_an_answer_may_ask_again(guarded: Guarded, api: str, stream: bool) -> None:
     single = client(guarded.server, guarded.keys["single"])
     for _ in range(30):
-        answer = single.completions.create(model="tiny", prompt="hi", max_tokens=1, stream=stream)
-        assert not stream or list(answer)
+        if api == "responses":
+            answer: Any = single.responses.create(
+                model="tiny", input="hi", max_output_tokens=16, stream=stream
+            )
+            # As a client does that goes on as soon as it has the whole response.
+            assert not stream or any(event.type in LAST for event in answer)
+        else:
+            answer = single.completions.create(
+                model="tiny", prompt="hi", max_tokens=1, stream=stream
+            )
+            assert not stream or list(answer)
 
 
 @pytest.mark.parametrize(
