@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import textwrap
@@ -40,8 +41,13 @@ def main(argv: list[str]) -> int:
 def _run(args: Namespace) -> int:
     if args.url:
         return _show(args, args.url)
+    # Like the engine: not needed with --url.
+    from himap_server.shipped import shipped_model
+
     print(
-        "Starting `himap serve` with the model that ships; this takes about a minute.", flush=True
+        "Starting `himap serve` with the model that ships; this takes about a minute.\n"
+        f"Its settings: {json.dumps(shipped_model().engine)}",
+        flush=True,
     )
     with (
         tempfile.TemporaryDirectory() as folder,

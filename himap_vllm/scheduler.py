@@ -82,7 +82,8 @@ class _PruningMixin(_Base):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        if num_computed_tokens >= request.num_prompt_tokens:  # images are part of the prompt
+        # What vLLM answers, without its search: images are part of the prompt.
+        if num_computed_tokens >= request.num_prompt_tokens:
             return [], num_new_tokens, encoder_compute_budget, [], []
         plan = self.himap_plans.get(request.request_id)
         schedule = super()._try_schedule_encoder_inputs

@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from himap_server.gate import Gate
 from himap_server.lifecycle import Lifecycle, Phase
 from himap_server.record import RequestRecord
+from himap_server.security.keys import KeyRing, make_key
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 START = {"type": "http.response.start", "status": 200, "headers": []}
@@ -176,3 +178,59 @@ def test_an_app_that_fails_is_not_a_client_that_goes_away() -> None:
         assert client.records[0].status == 500
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        (START, b"ok"),
+        (EVENTS, b"data: [DONE]\n\n"),
+        (EVENTS, b"event: response.completed\ndata: {}\n\n"),
+        (EVENTS, b"event: response.incomplete\ndata: {}\n\n"),
+    ],
+)
+def test_a_keys_place_is_free_when_its_answer_ends(tmp_path: Path, start: Any, end: bytes) -> None:
+    """A client that asks again at every message is refused until the last, and not then."""
+    token, entry = make_key("single")
+    file = tmp_path / "keys.yaml"
+    file.write_text(f"keys:\n{entry}    max_concurrent: 1\n")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+        await send(start)
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": end, "more_body": start is EVENTS})
+        if start is EVENTS:
+            await send({"type": "http.response.body", "body": b""})
+
+    lifecycle = Lifecycle(1.0)
+    lifecycle.phase = Phase.READY
+    gate = Gate(
+        app, lifecycle,
+        keys=KeyRing(file), max_body_bytes=100, request_timeout=5.0, report=lambda _: None,
+    )  # fmt: skip
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/x",
+        "headers": [
+            (b"content-type", b"application/json"), (b"authorization", f"Bearer {token}".encode()),
+        ],
+    }  # fmt: skip
+    again: list[tuple[bytes, int]] = []
+
+    async def ask(deeper: bool) -> int:
+        unread = [{"type": "http.request", "body": b"{}"}]
+        status = 0
+
+        async def receive() -> Any:
+            return unread.pop() if unread else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            nonlocal status
+            status = status or message["status"]
+            if deeper:
+                again.append((message.get("body", b""), await ask(False)))
+
+        await gate(scope, receive, send)
+        return status
+
+    assert asyncio.run(ask(True)) == 200
+    assert again[:3] == [(b"", 429), (b"data: 1\n\n", 429), (end, 200)]
