@@ -132,7 +132,10 @@ class PruningModelState(DefaultModelState):
     ) -> dict[str, Any]:
         full_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         self._see_step(input_batch, slot_mappings, full_graph)
-        leaders = self._leaders
+        stages = self.himap.recorder.group_stages
+        if self.himap.views is None:  # every stage sees the step as the first one does
+            stages = [0] * len(stages)
+        leaders = [self._leaders[stage] for stage in stages]
         metadata = super().prepare_attn(
             input_batch,
             cudagraph_mode,
@@ -147,8 +150,7 @@ class PruningModelState(DefaultModelState):
         # A replay reads what its capture did. Only the tensors that builders keep matter then (a
         # FlashAttention schedule, say), and those of a stage's first group serve the others.
         replays = full_graph and not for_capture
-        for index, stage in enumerate(self.himap.recorder.group_stages):
-            leader = leaders[stage]
+        for index, leader in enumerate(leaders):
             if index == leader:
                 continue
             (of_leader,) = attn_groups[leader]

@@ -189,7 +189,7 @@ def test_unplanned_batches_replay_the_same_graphs(
 def test_groups_of_a_stage_share_their_metadata(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Built once per stage: 12 layers in 6 groups, 3 builds a step."""
+    """Built once per stage, 12 layers in 6 groups; once where the stages don't differ."""
     engine = world.engine()
     graphs = GraphStandIn(engine, monkeypatch)
     built: list[int] = []
@@ -206,6 +206,11 @@ def test_groups_of_a_stage_share_their_metadata(
     assert len(graphs.runner.attn_groups) == 6
     engine.generate([Case(QUESTION, PICTURES[:1], (0.5, 0.75))])
     assert len(built) == 3 * graphs.steps.total()
+    built.clear()
+    graphs.steps.clear()
+    engine.generate([Case(QUESTION, PICTURES[:1], (0, 0)), Case("Words.", (), None)])
+    assert graphs.steps["FULL"] > 0 < graphs.steps["PIECEWISE"]
+    assert len(built) == 3 * graphs.steps["FULL"] + graphs.steps["PIECEWISE"]
     for attention, _ in graphs.captures.values():
         addresses = {
             (metadata.block_table.data_ptr(), metadata.slot_mapping.data_ptr())
