@@ -46,6 +46,22 @@ def deep(levels: int) -> Any:
             "structured_outputs",
         ),
         (
+            {"structured_outputs": {"json": '{"min\\u0049tems": 1000000000}'}},
+            "structured_outputs",
+        ),
+        (
+            {"structured_outputs": {"structural_tag": json.dumps({"a": '{"maxLength": 1e9}'})}},
+            "structured_outputs",
+        ),
+        ({"structured_outputs": {"json": '{"minItems": 1000000000} x'}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": 'start: "a" ~ 1..999999'}}, "structured_outputs"),
+        (schema(allOf=[{"maxItems": MAX_REPETITIONS // 50}] * 51), "response_format"),
+        ({"structured_outputs": {"regex": "a{9999}" * 51}}, "structured_outputs"),
+        (
+            {"text": schema(maxItems=MAX_REPETITIONS), "tools": schema(maxItems=2)},
+            "text",
+        ),
+        (
             {"tools": [{"function": {"parameters": {"minProperties": 10**9}}}]},
             "tools",
         ),
@@ -53,7 +69,7 @@ def deep(levels: int) -> Any:
     ],
 )
 def test_bombs(body: dict[str, Any], param: str) -> None:
-    with pytest.raises(GatewayError, match="more than 100000 repetitions") as error:
+    with pytest.raises(GatewayError, match=f"more than {MAX_REPETITIONS} repetitions") as error:
         check_repetitions(body)
     assert (error.value.status_code, error.value.param) == (400, param)
 
@@ -67,11 +83,23 @@ def test_bombs(body: dict[str, Any], param: str) -> None:
         {"messages": [{"role": "user", "content": "What does a{999999} match?"}]},
         {"tools": None},
         [],
+        {"structured_outputs": {"json": json.dumps({"pattern": "^{", "maxLength": 5000})}},
+        {"structured_outputs": {"regex": r"{\d{3}"}},
+        schema(properties={str(i): {"maxLength": 4000} for i in range(100)}),
         schema(items=deep(20_000)),
     ],
 )
 def test_others_pass(body: Any) -> None:
     check_repetitions(body)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"maxItems": 1, "maxItems": 1000000000}', '{"items":' * 100_000 + "1" + "}" * 100_000]
+)
+def test_schemas_as_text_that_are_read_differently(text: str) -> None:
+    with pytest.raises(GatewayError, match="structured_outputs has a schema") as error:
+        check_repetitions({"structured_outputs": {"json": text}})
+    assert error.value.status_code == 400
 
 
 @pytest.mark.parametrize(
