@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -117,7 +118,8 @@ class MediaCheck:
         if _is_data_url(url):
             # Off the event loop: megabytes take milliseconds.
             size, checked = await asyncio.to_thread(self._check_data_url, path, url)
-            budget.spend(size, checked, path)
+            budget.take_bytes(size, path)
+            budget.take_pixels(checked.pixels, path)
             url = f"data:image/{checked.kind};base64,{url.partition(',')[2]}"
         elif self._fetcher is None:
             raise GatewayError(
@@ -127,9 +129,9 @@ class MediaCheck:
                 param=path,
             )
         else:
-            data = await self._fetcher.fetch(url, path)
+            data = await self._fetcher.fetch(url, path, partial(budget.take_bytes, param=path))
             checked = await asyncio.to_thread(check_image, data, self._limits, path)
-            budget.spend(len(data), checked, path)
+            budget.take_pixels(checked.pixels, path)
             url = to_data_url(checked.kind, data)
         if part.get("type") == "input_image":
             part.setdefault("detail", "auto")  # OpenAI's default; vLLM (0.32) has none
@@ -192,16 +194,20 @@ class _Budget:
         self._limits = pixels, size
         self._pixels = self._size = 0
 
-    def spend(self, size: int, image: CheckedImage, path: str) -> None:
-        self._pixels += image.pixels
-        self._size += size
-        for what, spent, limit, status in (
-            ("pixels", self._pixels, self._limits[0], 400),
-            ("bytes", self._size, self._limits[1], 413),
-        ):
-            if spent > limit:
-                text = f"the images of this request have more than {limit} {what} together"
-                raise GatewayError(status, text, reason=f"image_{what}", param=path)
+    def take_pixels(self, number: int, param: str) -> None:
+        """Refuse (400) if the request has more now than it may have."""
+        self._pixels += number
+        self._check("pixels", self._pixels, self._limits[0], 400, param)
+
+    def take_bytes(self, number: int, param: str) -> None:
+        """Refuse (413) likewise; while they come in, for all images are fetched at once."""
+        self._size += number
+        self._check("bytes", self._size, self._limits[1], 413, param)
+
+    def _check(self, what: str, spent: int, limit: int, status: int, param: str) -> None:
+        if spent > limit:
+            text = f"the images of this request have more than {limit} {what} together"
+            raise GatewayError(status, text, reason=f"image_{what}", param=param)
 
 
 def _parts(body: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -560,7 +560,7 @@ def test_loopback_spellings_reach_nothing(host: str, monkeypatch: pytest.MonkeyP
             outcome = await get(f"http://{host}:{it.port}/")
             assert outcome in ((400, "image_host"), (400, "image_fetch"))
             assert it.connections == 0
-            if host in ("127.0.0.1", "0x7f.1", "localhost"):  # the listener does listen
+            if host in ("127.0.0.1", "localhost"):  # the listener does listen
                 monkeypatch.setattr(fetch, "_is_public", lambda _: True)
                 assert await get(f"http://{host}:{it.port}/") == PICTURE
                 assert it.connections == 1
@@ -831,6 +831,35 @@ def test_stalling_server(way: str) -> None:
         assert (caught.value.status_code, caught.value.reason) == (400, "image_fetch")
         assert 0.25 < asyncio.get_running_loop().time() - began < 1
         await fetcher.close()
+        server.close()
+
+    asyncio.run(scenario())
+
+
+def test_names_that_never_resolve_hold_up_nobody() -> None:
+    """More of them than there are threads to look names up in, which nothing can cancel."""
+
+    class Silent(asyncio.DatagramProtocol):
+        pass
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        server, _ = await loop.create_datagram_endpoint(Silent, local_addr=("127.0.0.1", 0))
+        port = server.get_extra_info("sockname")[1]
+        assert aiohttp.DefaultResolver is aiohttp.AsyncResolver
+        resolver = aiohttp.AsyncResolver(nameservers=["127.0.0.1"], udp_port=port)
+        async with tap() as it:
+            here = f"localhost:{it.port}"
+            fetcher = ImageFetcher(FetchLimits(100_000, 3, frozenset({here})), resolver)
+            stuck = [
+                loop.create_task(fetcher.fetch(f"http://{i}.example/", PARAM)) for i in range(64)
+            ]
+            await asyncio.sleep(0.1)
+            assert await fetcher.fetch(f"http://{here}/", PARAM) == PICTURE
+            assert not any(task.done() for task in stuck)
+            outcomes = await asyncio.gather(*stuck, return_exceptions=True)
+            assert all(isinstance(outcome, GatewayError) for outcome in outcomes)
+            await fetcher.close()
         server.close()
 
     asyncio.run(scenario())

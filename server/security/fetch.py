@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
@@ -81,15 +82,22 @@ class ImageFetcher:
         self._resolver = resolver
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
-    async def fetch(self, url: str, param: str) -> bytes:
+    async def fetch(
+        self, url: str, param: str, take: Callable[[int], None] = lambda _: None
+    ) -> bytes:
         """The bytes behind a URL; `check_image` has yet to see them.
+
+        Args:
+            url: as the client gave it.
+            param: the field of the request that holds it.
+            take: is told of every piece's bytes as they come, and may refuse by raising.
 
         Raises:
             GatewayError: HTTP 400, or 413 for too many bytes.
         """
         try:
             async with asyncio.timeout(self._limits.timeout_seconds):
-                return await self._follow(_parse(url))
+                return await self._follow(_parse(url), take)
         except _RefusedError as error:
             raise GatewayError(error.status, str(error), reason=error.reason, param=param) from None
         except TimeoutError:
@@ -110,12 +118,12 @@ class ImageFetcher:
         if self._resolver is not None:
             await self._resolver.close()
 
-    async def _follow(self, url: URL) -> bytes:
+    async def _follow(self, url: URL, take: Callable[[int], None]) -> bytes:
         for _ in range(self._limits.max_redirects + 1):
             async with self._session(url).get(url, allow_redirects=False) as response:
                 location = response.headers.get("Location")
                 if response.status not in (301, 302, 303, 307, 308) or location is None:
-                    return await self._read(response)
+                    return await self._read(response, take)
             url = _parse(location, base=url)
         message = f"the image's URL redirects more than {self._limits.max_redirects} times"
         raise _RefusedError("image_fetch", message)
@@ -142,7 +150,7 @@ class ImageFetcher:
             )
         return self._sessions[allowed]
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse, take: Callable[[int], None]) -> bytes:
         if response.status != 200:
             message = f"the image's URL answered with status {response.status} instead of 200"
             raise _RefusedError("image_fetch", message)
@@ -156,6 +164,7 @@ class ImageFetcher:
         self._check_size(response.content_length or 0)
         body = bytearray()
         async for chunk in response.content.iter_any():
+            take(len(chunk))
             body += chunk
             self._check_size(len(body))
         return bytes(body)
