@@ -37,6 +37,7 @@ from himap_vllm.config import ADDITIONAL_CONFIG_KEY, EngineSettings, HiMAPError
 from .app import build_app
 from .engine import run_engine
 from .gate import Gate
+from .http import BoundedHttp
 from .lifecycle import GatewayServer, Lifecycle, Phase
 from .metrics import GatewayMetrics
 from .record import RequestRecord
@@ -203,6 +204,7 @@ async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None
         gate,
         host=args.host or "0.0.0.0",
         port=args.port,
+        http=BoundedHttp,
         log_config=None,
         log_level=args.uvicorn_log_level,
         access_log=False,  # server/request_log.py

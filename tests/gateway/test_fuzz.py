@@ -31,6 +31,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from server.http import MAX_HEAD_BYTES
 from tests.checkpoints import IMAGE_ID
 from tests.gateway.conftest import PICTURES, ImageHost
 from tests.gateway.support import metric, post
@@ -565,6 +566,29 @@ def test_hostile_headers(server: Server, headers: tuple[str, ...], statuses: set
     finally:
         connection.close()
     assert status in statuses
+
+
+@pytest.mark.parametrize("part", ["headers", "a header", "a name", "the path", "trailers"])
+def test_what_never_ends_is_cut_off(server: Server, part: str) -> None:
+    """From anyone, key or not: the parser keeps all of it."""
+    start, endless = {
+        "headers": (b"POST /v1/models HTTP/1.1\r\n", b"X: y\r\n"),
+        "a header": (b"POST /v1/models HTTP/1.1\r\nX: ", b"y"),
+        "a name": (b"POST /v1/models HTTP/1.1\r\n", b"X"),
+        "the path": (b"POST /v1/", b"x"),
+        "trailers": (
+            b"POST /v1/models HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+            b"X: y\r\n",
+        ),
+    }[part]
+    sent = 0
+    with _connection(server) as raw:
+        raw.sendall(start)
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 << 20:
+                sent += raw.send(endless * (65536 // len(endless)))
+    # What the parser took, and what lay in the sockets' buffers.
+    assert MAX_HEAD_BYTES < sent < 16 << 20
 
 
 def test_streams_that_are_left(server: Server) -> None:
