@@ -87,9 +87,9 @@ class Gate:
                 raise GatewayError(431, "the headers are too large", reason="headers")
             await self._pass(inner, headers, receive, answer, record)
         except _ClientGoneError:
-            record.status = _CLIENT_WENT_AWAY
+            record.status = record.status or _CLIENT_WENT_AWAY
         except GatewayError as error:
-            record.reason = error.reason
+            record.reason, record.status = error.reason, error.status_code
             # A client that reads no more must not keep this waiting.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_WORDS_SECONDS):

@@ -27,7 +27,8 @@ class RequestRecord:
         request_id: what the client sent as `X-Request-Id`, or what was made for it.
         route: the path as the app declares it; "" if there is none. Bounded: it is a label.
         key: whose API key it was.
-        status: HTTP status; 499 if the client went away before its answer was complete.
+        status: HTTP status; 499 if the client went away before its answer was complete. Of a stream
+            that failed after its 200, the status in the error that ended it.
         reason: why the gateway refused it, as a word.
         received: when the last byte of the body was there, after the arrival.
         overhead: from the last byte of the request to vLLM's handler, fetching images apart.

@@ -24,7 +24,10 @@ from pydantic import BaseModel
 from vllm.entrypoints.openai.models.api_router import show_available_models
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMClientError
 from vllm.logger import init_logger
+
+from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 
 from ..errors import GatewayError
 from ..record import RequestRecord, current
@@ -39,6 +42,8 @@ _MAX_INTEGER = 2**63 - 1
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _STRUCTURE = ("structured_outputs", "response_format", "tools", "text")
 _UNDECODABLE = "Failed to load image"
+_FIELDS = {SHALLOW_ARG: "himap.shallow_ratio", DEEP_ARG: "himap.deep_ratio"}
+_ERROR_EVENT = 'data: {"error"'
 
 
 def _parse(raw: bytes) -> Any:
@@ -171,15 +176,17 @@ async def _try(
     try:
         answer = await create(request, raw_request)
         if isinstance(answer, ErrorResponse):
-            return _error(answer)
+            return _error(answer, request)
         if isinstance(answer, BaseModel):
             body = answer.model_dump(mode="json", by_alias=True)
             _add_savings(body, record)
             return JSONResponse(body)
         opening, refusal = await _open(answer)
+    except VLLMClientError as error:
+        return _error(create_error_response(error), request)
     except ValueError as error:
         if _UNDECODABLE in str(error):
-            return _error(create_error_response(error))
+            return _error(create_error_response(error), request)
         raise
     except (AssertionError, AttributeError, LookupError) as error:
         # Of vLLM's parsers and templates, for requests of a form that they did not think of.
@@ -189,15 +196,20 @@ async def _try(
         text = "no prompt can be made of this request: check the form of its messages"
         raise GatewayError(400, text, reason="invalid") from None
     if refusal is not None:
-        return JSONResponse(refusal, status_code=refusal["error"]["code"])
+        return _error(ErrorResponse.model_validate(refusal), request)
     return StreamingResponse(_stream(opening, answer, record), media_type="text/event-stream")
 
 
-def _error(answer: ErrorResponse) -> Response:
-    if _UNDECODABLE in answer.error.message:
+def _error(answer: ErrorResponse, request: Any) -> Response:
+    error = answer.error
+    if _UNDECODABLE in error.message:
         # The decoder's own words can tell of its memory: CVE-2026-22778.
         raise GatewayError(400, "an image can't be decoded", reason="image_broken")
-    return JSONResponse(answer.model_dump(), status_code=answer.error.code)
+    if request.himap is not None:  # fields by the names that the client gave them
+        for arg, field in _FIELDS.items():
+            error.message = error.message.replace(arg, field)
+        error.param = _FIELDS.get(error.param or "", error.param)
+    return JSONResponse(answer.model_dump(), status_code=error.code)
 
 
 async def _open(events: AsyncIterator[Any]) -> tuple[list[Any], dict[str, Any] | None]:
@@ -212,7 +224,7 @@ async def _open(events: AsyncIterator[Any]) -> tuple[list[Any], dict[str, Any] |
         kind = getattr(event, "type", None)
         if kind in ("response.created", "response.in_progress"):
             continue
-        if kind is None and event.startswith('data: {"error"'):
+        if kind is None and event.startswith(_ERROR_EVENT):
             refusal: dict[str, Any] = json.loads(event.removeprefix("data: "))
             return opening, refusal
         break
@@ -229,12 +241,16 @@ async def _stream(
             yield _to_text(event, record)
     except Exception as error:
         # vLLM's chat and text streams do this themselves.
-        yield f"event: error\ndata: {create_error_response(error).model_dump_json()}\n\n"
+        failure = create_error_response(error)
+        record.status = failure.error.code
+        yield f"event: error\ndata: {failure.model_dump_json()}\n\n"
 
 
 def _to_text(event: Any, record: RequestRecord) -> str:
     if isinstance(event, str):
-        if record.savings and '"choices":[]' in event and '"usage":{' in event:
+        if event.startswith(_ERROR_EVENT):
+            record.status = json.loads(event.removeprefix("data: "))["error"]["code"]
+        elif record.savings and '"choices":[]' in event and '"usage":{' in event:
             chunk = json.loads(event.removeprefix("data: "))
             _add_savings(chunk, record)
             return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"

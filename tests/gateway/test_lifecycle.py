@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -16,6 +18,8 @@ from tests.conftest import World
 from tests.gateway.support import client, gateway, metric, post
 from tests.gateway.test_api import MESSAGES
 from tests.servers import Server
+
+REQUEST_LOG = '"vllm.himap.request"'
 
 
 @pytest.mark.parametrize("flag", [("--api-key", "secret"), ("--ssl-certfile", "x")])
@@ -64,9 +68,15 @@ def test_sigterm_under_load(world: World) -> None:
         assert server.process.wait(60) == 0
 
 
-def test_death_of_the_engine_ends_the_service(world: World) -> None:
+def test_death_of_the_engine_ends_the_service(world: World, tmp_path: Path) -> None:
     """Requests in flight end with an error, and the process with a status for its supervisor."""
-    with gateway(world.checkpoint("mha12")) as server, ThreadPoolExecutor(8) as pool:
+    log = tmp_path / "log"
+    with (
+        gateway(
+            world.checkpoint("mha12"), environment={"VLLM_LOGGING_LEVEL": "INFO"}, log=log
+        ) as server,
+        ThreadPoolExecutor(8) as pool,
+    ):
         server.wait_for("/health/ready")
         answers = [pool.submit(ask, server, number % 2 == 0) for number in range(4)]
         wait_until_running(server, 4)
@@ -82,6 +92,10 @@ def test_death_of_the_engine_ends_the_service(world: World) -> None:
             # In OpenAI's shape, and not just a connection that breaks.
             assert isinstance(error.value.body, dict), error.value
         assert server.process.wait(60) == 1
+    lines = [json.loads(line) for line in log.read_text().splitlines() if REQUEST_LOG in line]
+    found = sorted((line["stream"], line["status"], line["reason"]) for line in lines)
+    # A stream had begun with 200, and is a failure all the same.
+    assert found == [(False, 503, "failed")] * 2 + [(True, 500, "error")] * 2
 
 
 def wait_until_running(server: Server, count: int) -> None:
