@@ -12,6 +12,7 @@ from typing import Any
 import openai
 from tqdm import tqdm
 
+from .errors import CommandError
 from .items import Item
 
 _RETRIES = 8  # by the client, with growing pauses: 429, 5xx, connections
@@ -83,9 +84,16 @@ class Endpoint:
 
 
 def first_model(url: str, api_key: str) -> str:
-    """Name of the first model that an endpoint serves."""
-    with openai.OpenAI(base_url=url, api_key=api_key, max_retries=1) as client:
-        return client.models.list().data[0].id
+    """Name of the first model that an endpoint serves.
+
+    Raises:
+        CommandError: it serves none, or does not answer.
+    """
+    try:
+        with openai.OpenAI(base_url=url, api_key=api_key, max_retries=1) as client:
+            return client.models.list().data[0].id
+    except (openai.APIError, IndexError) as error:
+        raise CommandError(f"{url} does not answer: {error}") from error
 
 
 def ask_all(

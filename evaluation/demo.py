@@ -12,8 +12,9 @@ from pathlib import Path
 
 from .ask import UNPRUNED, Endpoint, Ratios, ask_all, first_model
 from .engines import serving
+from .errors import CommandError
 from .items import held_out
-from .options import CommandError, guarded, positive, ratio_pair
+from .options import guarded, positive, ratio_pair
 from .results import answered, scores_of, summarize
 from .tables import percent
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .options import CommandError
+from .errors import CommandError
 
 _START_SECONDS = 1800  # a large model may have to be downloaded
 _STOP_SECONDS = 60

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import openai
-
 from .ask import UNPRUNED, Answer, Endpoint, Ratios, ask_all, first_model
+from .errors import CommandError
 from .items import Item
 from .options import (
-    CommandError,
     add_data_options,
     data_name,
     guarded,
@@ -67,10 +65,7 @@ def main(argv: list[str]) -> int:
 def _run(args: Namespace) -> int:
     items = load_items(args)
     key = os.environ.get("OPENAI_API_KEY", "none")
-    try:
-        model = args.model or first_model(args.url, key)
-    except (openai.APIError, IndexError) as error:
-        raise CommandError(f"{args.url} does not answer: {error}") from error
+    model = args.model or first_model(args.url, key)
     endpoint = Endpoint(args.url, model, key, args.xargs, args.max_tokens)
     settings = list(dict.fromkeys([UNPRUNED, *(args.ratios or _DEFAULT_RATIOS)]))
     answers = ask_all(endpoint, items, settings, args.concurrency, args.quiet)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .ask import Ratios
+from .errors import CommandError
 from .formats import FORMATS, read
 from .items import DataError, Item, check_images, held_out, sample
 from .plot import PlotError, check_matplotlib
@@ -103,7 +104,3 @@ def guarded(name: str, run: Callable[[Namespace], int], args: Namespace) -> int:
     except (DataError, PlotError, CommandError) as error:
         print(f"himap {name}: {error}", file=sys.stderr)
         return 2
-
-
-class CommandError(RuntimeError):
-    """Anything else that keeps a command from its work; the message says what to do."""

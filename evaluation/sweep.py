@@ -20,10 +20,10 @@ from pydantic import TypeAdapter
 
 from .ask import UNPRUNED, Answer, Endpoint, Ratios, ask_all, first_model
 from .engines import engine_flags, serving
+from .errors import CommandError
 from .front import GRID_RATIOS, Cell, EngineChoice, grid_layers, ratios_for, report_layers
 from .items import Item
 from .options import (
-    CommandError,
     add_data_options,
     data_name,
     guarded,

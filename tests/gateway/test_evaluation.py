@@ -126,9 +126,11 @@ def test_mistakes_are_named(arguments: tuple[str, ...], reason: str) -> None:
 
 
 def test_no_server(questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
-    ended = himap("eval", "--data", str(questions), status=2)
-    assert "http://127.0.0.1:1/v1 does not answer: Connection error" in ended.stderr
+    url = "http://127.0.0.1:1/v1"
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    for command in (("eval", "--data", str(questions)), ("demo", "--url", url)):
+        ended = himap(*command, status=2)
+        assert f"{url} does not answer: Connection error" in ended.stderr
 
 
 def test_sweep_goes_on_where_it_was(world: World, questions: Path, tmp_path: Path) -> None:
