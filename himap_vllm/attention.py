@@ -41,8 +41,10 @@ def install_stage(attention: Attention, stage: int, state: PruningState) -> None
     """Make `attention` a layer of `stage`: its KV cache spec and its metadata builder.
 
     Raises:
-        ValueError: the layer is not plain full attention.
+        ValueError: the layer is not plain full attention, or of another backend than are supported.
     """
+    # Also where nothing votes: other backends' metadata holds lengths and blocks elsewhere.
+    key_reader(attention.attn_backend.get_name())
     base_spec = attention.get_kv_cache_spec
 
     def get_kv_cache_spec(vllm_config: Any) -> StageAttentionSpec:

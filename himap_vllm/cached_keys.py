@@ -92,6 +92,6 @@ def key_reader(backend_name: str) -> KeyReader:
         return _READERS[backend_name]
     except KeyError:
         raise ValueError(
-            f"himap: attention backend {backend_name} is not supported; supported: "
-            f"{', '.join(_READERS)}"
+            f"himap: attention backend {backend_name} is not supported: choose another with "
+            f"--attention-backend; supported: {', '.join(_READERS)}"
         ) from None

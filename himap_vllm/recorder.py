@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+
 from himap_vllm.budget import PromptPlan
 from himap_vllm.config import ADMISSION_ARG, EngineSettings
 from himap_vllm.criteria import CRITERIA
@@ -117,8 +119,10 @@ class Recorder:
         begin = geometry.query_start_loc[row]
         offset = int(geometry.seq_lens[row] - geometry.query_start_loc[row + 1])
         trace: Trace = {}
-        for name, rows in (("shallow", first), ("deep", first[second])):
-            alive = {int(r) + offset for r in rows.tolist() if r >= begin}
+        with gpu_sync_allowed():
+            kept = {"shallow": first.tolist(), "deep": first[second].tolist()}
+        for name, rows in kept.items():
+            alive = {row + offset for row in rows if row >= begin}
             trace[name] = [
                 [p for run in image.runs for p in range(*run) if p in alive]
                 for image in plan.images

@@ -178,7 +178,8 @@ def _check_features(vllm_config: VllmConfig) -> None:
         "VLLM_USE_BREAKABLE_CUDAGRAPH": (
             envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
             "breakable CUDA graphs",
-            "a step that prunes would replay those of another",
+            "a step that prunes would replay those of another (VLLM_USE_BREAKABLE_CUDAGRAPH=0 "
+            "turns them off, also where vLLM itself chose them)",
         ),
         "ec_transfer_config": (
             vllm_config.ec_transfer_config is not None,

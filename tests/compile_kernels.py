@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles our Triton kernels for a GPU that need not be there: `python -m tests.compile_kernels`.
+"""Compiles our Triton kernels for GPUs that need not be there: `python -m tests.compile_kernels`.
 
 Down to machine code, with Triton's own compiler. The interpreter runs what no GPU could (and has
 no bfloat16); this shows that one could.
@@ -10,6 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from tests import interpreter
+
+CAPABILITIES = (80, 90, 100)  # Ampere, Hopper, Blackwell
+SHARED_MEMORY = 99 << 10  # of a block, on the least of their kinds
 
 
 def compile_kernel(kernel: Any, constants: dict[str, int], **pointers: str) -> None:
@@ -32,8 +35,10 @@ def compile_kernel(kernel: Any, constants: dict[str, int], **pointers: str) -> N
             if signature[name].startswith("*")
         },
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    print(kernel.__name__, *pointers.values(), len(compiled.asm["cubin"]))
+    for capability in CAPABILITIES:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert compiled.metadata.shared <= SHARED_MEMORY
+        print(kernel.__name__, capability, *pointers.values(), compiled.metadata.shared)
 
 
 def main() -> None:

@@ -38,4 +38,4 @@ def test_under_the_interpreter(name: str) -> None:
 
 def test_kernels_compile_for_a_gpu() -> None:
     output = run("tests.compile_kernels")
-    assert len(output.splitlines()) == 7
+    assert len(output.splitlines()) == 7 * 3  # kernels as called, by kinds of GPU

@@ -16,6 +16,7 @@ vLLM seams (0.32):
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,7 +117,12 @@ class PruningModelState(DefaultModelState):
         self._leaders = [stages.index(stage) for stage in range(NUM_STAGES)]
         later = [(group, stage - 1) for group, stage in enumerate(stages) if stage]
         self._later_groups = torch.tensor(later, device=self.device)
-        self._block_tables = block_tables
+        # vLLM makes new ones after its trial run, whose must be gone by then: they can be large.
+        self._block_tables_reference = weakref.ref(block_tables)
+
+    @property
+    def _block_tables(self) -> Any:
+        return self._block_tables_reference()
 
     def prepare_attn(
         self,
