@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,8 +95,13 @@ def ask(client: OpenAI, model: str, image: Path, question: str, ratios: tuple[fl
 
 def stats(url: str) -> dict[str, Any]:
     """The plugin's counters."""
-    with urllib.request.urlopen(f"{url}/plugins/himap/stats", timeout=30) as response:
-        counters: dict[str, Any] = json.load(response)
+    try:
+        with urllib.request.urlopen(f"{url}/plugins/himap/stats", timeout=30) as response:
+            counters: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as error:
+        sys.exit(
+            f"no counters ({error}): `vllm serve` has them with VLLM_PLUGINS=himap,himap_stats"
+        )
     return counters
 
 
