@@ -80,9 +80,6 @@ def server(world: World, image_host: ImageHost) -> Iterator[Server]:
         world.checkpoint("mha12"),
         *("--image-hosts", image_host.address, "--image-timeout", "2"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-        # With its structural tags vLLM (0.32) fails here in its guidance backend, for a key that is
-        # not there; without, it goes by the tools' JSON schemas.
-        environment={"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"},
     ) as server:
         # Live long before the model is loaded; not ready, and requests are refused with a reason.
         server.wait_for("/health/live", 60)

@@ -427,7 +427,7 @@ def test_openai_errors(server: Server) -> None:
                 extra_body={"himap": {"deep_ratio": 0.95}},
                 **GREEDY,
             )
-        assert bad.value.param == "himap_deep_ratio"
+        assert bad.value.param == "himap.deep_ratio"
     assert asking.models.list().data[0].id == "tiny"
 
 
