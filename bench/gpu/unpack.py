@@ -85,7 +85,7 @@ def make_environment(env: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env)], check=True)
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     answer = subprocess.run(
-        [str(env / "bin" / "python"), "-c", ask], capture_output=True, text=True
+        [str(env / "bin" / "python"), "-c", ask], check=True, stdout=subprocess.PIPE, text=True
     )
     site = Path(answer.stdout.strip())
     parents = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
