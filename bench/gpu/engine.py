@@ -35,6 +35,7 @@ class Options:
         cuts: None for stock vLLM.
         kv_bytes: KV cache.
         num_images: different images; more than run at once and fit the encoder's cache.
+        warm_up: loads that leave nothing to be compiled, loaded or allocated while it is measured.
         arguments: further ones of `AsyncEngineArgs`.
     """
 
@@ -43,6 +44,7 @@ class Options:
     cuts: Cuts | None
     kv_bytes: int
     num_images: int
+    warm_up: tuple[Load, ...]
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -131,9 +133,11 @@ class Engine:
             "enable_prefix_caching": False,  # prompts are alike
             "limit_mm_per_prompt": {"image": 1},
             "additional_config": additional,
+            "worker_extension_cls": "bench.gpu.counters.Counters",
             **options.arguments,
         }
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        await self.rpc("bench_watch")
         return time.perf_counter() - began
 
     async def warm_up(self) -> float:
@@ -147,6 +151,8 @@ class Engine:
         if self._options.cuts is not None:
             for concurrency in (1, 8):
                 await self.load(Load(concurrency, 16, 35, 8, (0.5, 0.75)))
+        for load in self._options.warm_up:
+            await self.load(load)
         gc.collect()
         gc.freeze()
         return time.perf_counter() - began
@@ -156,9 +162,26 @@ class Engine:
         if self._engine is not None:
             self._engine.shutdown()
 
-    async def stats(self) -> Any:
-        """The plugin's counters."""
-        return (await self._engine.collective_rpc("himap_stats"))[0]
+    async def rpc(self, method: str) -> Any:
+        """What a method of the worker returns."""
+        return (await self._engine.collective_rpc(method))[0]
+
+    async def traced(self, load: Load) -> dict[str, Any]:
+        """`Counters.bench_trace_stop` of a load."""
+        await self.rpc("bench_trace_start")
+        await self.load(load)
+        found: dict[str, Any] = await self.rpc("bench_trace_stop")
+        return found
+
+    async def different(self, count: int) -> None:
+        """Requests no two of which are alike in length or, with the plugin, in ratios."""
+        shares = [(index + 1) / (count + 2) for index in range(count)]
+        loads = [
+            Load(1, 1, 20 + 3 * index, 2, (share, 1 - share) if self._options.cuts else None)
+            for index, share in enumerate(shares)
+        ]
+        for begin in range(0, count, 4):
+            await asyncio.gather(*map(self._request, loads[begin : begin + 4]))
 
     async def load(self, load: Load) -> Outcome:
         """Put a load on the engine and wait for its end."""

@@ -38,7 +38,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 VLLM = "0.32.0"
 CONSTRAINTS = ("torch==2.11.0", "transformers>=5.17,<5.18")  # what the machine has
-PART_MIB = 50
+PART_MIB = 45
 NAME = "himap-gpu.tar.xz"
 PROJECT = "himap-project.tar.xz"
 SOURCES = ("bench", "tests/__init__.py", "tests/checkpoints.py", "LICENSE")
