@@ -95,8 +95,9 @@ class Run:
             for engine in engines.values():  # alone, not while another starts
                 self._try("warm-up", functools.partial(self._warm_up, engine))
             self._rounds(engines)
-            self._count(engines)
             self.write()  # before anything that may hang
+            self._count(engines)
+            self.write()
             for engine in engines.values():
                 engine.stop()  # its memory is needed
             with ThreadPoolExecutor(1 if plan.device == "cpu" else 3) as pool:
@@ -190,7 +191,7 @@ class Run:
         cuts = plan.systems[-1].cuts(plan) if plugin else None
         arguments: dict[str, Any] = {"dtype": "bfloat16"}
         if plan.device == "cpu":
-            arguments = {"dtype": "float32", "enforce_eager": True}
+            arguments = {"dtype": "float32"}
         options = Options(
             plan.shape, str(checkpoint), cuts, plan.kv_bytes, plan.num_images,
             plan.warm_up(plugin), {**arguments, "max_num_seqs": plan.max_seqs},

@@ -212,7 +212,9 @@ def _compiled(found: dict[str, Any]) -> tuple[str, str] | None:
         return UNKNOWN, "this engine compiles nothing"
     in_stock = found.get("stock", {}).get("added", {})
     more = sorted(name for name, count in added.items() if count > in_stock.get(name, 0))
-    return _verdict(not more), _listed(more) if more else f"{len(in_stock)} counters grew in stock"
+    if more:
+        return FAIL, _listed(more)
+    return PASS, f"as in stock: {_listed(sorted(added))}" if added else "no counter moved"
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:
