@@ -93,6 +93,8 @@ class Run:
                 if (engine := self._try("an engine", future.result)) is not None
             }
             for engine in engines.values():  # alone, not while another starts
+                watch = functools.partial(engine.call, GRACE_SECONDS, "rpc", "bench_watch")
+                self._try("watching compilations", watch)
                 self._try("warm-up", functools.partial(self._warm_up, engine))
             self._rounds(engines)
             self.write()  # before anything that may hang

@@ -137,7 +137,6 @@ class Engine:
             **options.arguments,
         }
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        await self.rpc("bench_watch")
         return time.perf_counter() - began
 
     async def warm_up(self) -> float:

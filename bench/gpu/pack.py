@@ -48,7 +48,8 @@ LEFT_OUT = re.compile(
     r"vllm/(vllm_flash_attn/(_vllm_fa2_C|cute/)|third_party/(deep_gemm|fmha_sm100|tml_fa4)/"
     r"|_moe_C|_flashmla|_flashkda|_deepselect|_qutlass|vllm-rs)"
 )
-# What vLLM names as needed, but imports only for other models, other loaders, other media.
+# What vLLM names as needed, but imports only for other models, other loaders, other media, or, as
+# FlashInfer, for a sampler that the benchmark has switched off.
 UNNEEDED = {
     "fastsafetensors", "flashinfer-python", "humming-kernels", "instanttensor",
     "numba", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl", "nvtx", "pynvvideocodec",
