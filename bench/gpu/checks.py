@@ -164,8 +164,8 @@ def _capacity(results: Results) -> Iterator[Check]:
 def _counted(results: Results) -> Iterator[Check]:
     counted = results.counted
     for claim, part, judge in (
-        ("one scoring launch and one gather per cut of a step that prunes", "launches", _launches),
-        ("decode steps replay as many graphs as stock", "replays", _replays),
+        ("one scoring launch and one gather per cut of a step that prunes", "traces", _launches),
+        ("decode steps replay as many graphs as stock", "traces", _replays),
         ("the host waits for the device nowhere but where stock does", "waits", _waits),
         (f"no compilation in {REQUESTS} different ratios and lengths", "recompilation", _compiled),
     ):
@@ -174,25 +174,27 @@ def _counted(results: Results) -> Iterator[Check]:
         yield Check(claim, verdict, text)
 
 
-def _launches(found: dict[str, Any]) -> tuple[str, str]:
-    steps, kernels = found["steps"], found["kernels"]
-    counts = [kernels.get(name, 0) for name in KERNELS]
-    text = ", ".join(f"{n} of {name}" for name, n in zip(KERNELS, counts, strict=True))
-    passed = steps > 0 and all(count == 2 * steps for count in counts)
-    return _verdict(passed), f"{text} in {steps} steps"
+def _launches(found: dict[str, Any]) -> tuple[str, str] | None:
+    pruned = {name: row for name, row in found.items() if row["steps"]}
+    if not pruned:
+        return None
+    passed, texts = True, []
+    for name, row in pruned.items():
+        counts = [row["kernels"].get(kernel, 0) for kernel in KERNELS]
+        passed &= all(count == 2 * row["steps"] for count in counts)
+        texts.append(f"{name}: {' and '.join(map(str, counts))} in {row['steps']} steps")
+    return _verdict(passed), "; ".join(texts)
 
 
 def _replays(found: dict[str, Any]) -> tuple[str, str] | None:
     if STOCK not in found or len(found) < 2:
         return None
-    numbers = {
-        name: (row["full_graphs"], row["calls"].get(GRAPH_LAUNCH, 0.0))
-        for name, row in found.items()
-    }
-    graphs, replays = numbers[STOCK]
-    passed = graphs > 0 and replays > 0 and len(set(numbers.values())) == 1
-    text = "; ".join(f"{name}: {n:g} per step" for name, (_, n) in numbers.items())
-    captured = ", ".join(f"{n}" for n, _ in numbers.values())
+    replays = {name: row["decode_calls"].get(GRAPH_LAUNCH, 0.0) for name, row in found.items()}
+    graphs = {name: row["full_graphs"] for name, row in found.items()}
+    alike = len(set(replays.values())) == 1 and len(set(graphs.values())) == 1
+    text = "; ".join(f"{name}: {n:g} per step" for name, n in replays.items())
+    captured = ", ".join(map(str, graphs.values()))
+    passed = alike and replays[STOCK] > 0 and graphs[STOCK] > 0
     return _verdict(passed), f"{text}; full graphs captured: {captured}"
 
 

@@ -7,15 +7,34 @@ vLLM mixes `Counters` into the worker class, of stock and plugin alike (`worker_
 
 from __future__ import annotations
 
+import bisect
 import sys
 import warnings
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 KERNELS = ("_vote_kernel", "_gather_kernel")  # of the plugin, one of each per cut
+_MARK = "bench: a load"
 # Their frames are not the place that waits.
 _NOT_PLACES = ("torch", "warnings", "functools", "vllm.utils.gpu_sync_debug", __name__)
+
+
+@dataclass
+class _Traced:
+    calls: dict[str, int] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+    device_ms: float = 0.0
+
+    def add(self, event: Any) -> None:
+        """Count a `FunctionEvent`."""
+        if event.device_type.name == "CUDA":
+            if not event.is_user_annotation:
+                self.device_ms += event.time_range.elapsed_us() / 1000
+                if event.name in KERNELS:
+                    self.kernels[event.name] = self.kernels.get(event.name, 0) + 1
+        elif event.name.startswith(("cuda", "cuLaunch")):
+            self.calls[event.name] = self.calls.get(event.name, 0) + 1
 
 
 class Counters:
@@ -61,35 +80,53 @@ class Counters:
         return len(runner.cudagraph_manager.graphs)
 
     def bench_trace_start(self) -> None:
-        """Start the profiler; what was launched before does not count."""
+        """Start the profiler; once per engine.
+
+        Beside CUDA graphs a second start may crash or see no kernels (`torch.profiler.profile` has
+        workarounds for its own), so one trace holds all loads, with marks between them.
+        """
         import torch
 
-        torch.cuda.synchronize()
         activity = torch.profiler.ProfilerActivity
         self.bench_profiler = torch.profiler.profile(activities=[activity.CPU, activity.CUDA])
         self.bench_profiler.start()
 
-    def bench_trace_stop(self) -> dict[str, Any]:
+    def bench_trace_mark(self) -> None:
+        """Another load follows."""
+        import torch
+
+        torch.cuda.synchronize()
+        with torch.profiler.record_function(_MARK):
+            pass
+
+    def bench_trace_stop(self) -> list[dict[str, Any]]:
         """Stop it.
 
         Returns:
-            `calls`: of CUDA's functions; `kernels`: launches of `KERNELS`, as the device saw them;
-            `device_ms`: time of all kernels and copies on the device, those in CUDA graphs
-            captured before not always included.
+            By mark, `calls`: of CUDA's functions; `kernels`: launches of `KERNELS`, as the device
+            saw them; `device_ms`: time of all kernels and copies.
+
+        Raises:
+            RuntimeError: the profiler saw nothing on the device.
         """
         import torch
 
         torch.cuda.synchronize()
         self.bench_profiler.stop()
-        events = self.bench_profiler.key_averages()
-        del self.bench_profiler
-        device = [e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]
-        host = [e for e in events if e.device_type.name == "CPU"]
-        return {
-            "calls": {e.key: e.count for e in host if e.key.startswith(("cuda", "cuLaunch"))},
-            "kernels": {e.key: e.count for e in device if e.key in KERNELS},
-            "device_ms": sum(e.self_device_time_total for e in device) / 1000,
-        }
+        events = self.bench_profiler.events()
+        marks = sorted(
+            event.time_range.start
+            for event in events
+            if event.name == _MARK and event.device_type.name == "CPU"
+        )
+        found = [_Traced() for _ in marks]
+        for event in events:
+            index = bisect.bisect(marks, event.time_range.start)
+            if index:
+                found[index - 1].add(event)
+        if not any(traced.device_ms for traced in found):
+            raise RuntimeError("the profiler saw nothing on the device")
+        return [asdict(traced) for traced in found]
 
     def bench_watch_waits(self) -> None:
         """Note where steps wait for the device, from now on and for good: it slows every step.

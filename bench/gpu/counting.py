@@ -11,7 +11,7 @@ from bench.gpu.plan import Plan, System
 from bench.gpu.worker import Worker
 
 REQUESTS = 50  # of different ratios and lengths
-DECODE_STEPS = 32
+DECODE_STEPS = 16
 CALL_SECONDS = 60.0
 
 Part = Callable[[], Any]
@@ -26,53 +26,11 @@ class Counting:
         self._engines = engines
 
     def parts(self) -> Iterator[tuple[str, Part]]:
-        """Those that this device allows."""
-        on_gpu = self._plan.device == "cuda"
-        if on_gpu and True in self._engines:
-            yield "launches", self.launches
-        if on_gpu:
-            yield "replays", self.replays
-            yield "busy", self.busy
+        """Those that this device allows. What may break an engine comes last."""
         yield "recompilation", self.recompilation
-        if on_gpu:
-            yield "waits", self.waits  # at last: nothing undoes it
-
-    def launches(self) -> dict[str, Any]:
-        """Prompts pruned together, and no token after the first: `steps` that pruned, `kernels`."""
-        before = self._ask(True, "rpc", "himap_stats")["steps"]
-        traced = self._ask(True, "traced", self._load(self._plan.systems[-1], batch=16))
-        steps = self._ask(True, "rpc", "himap_stats")["steps"] - before
-        return {"steps": steps, "kernels": traced["kernels"]}
-
-    def replays(self) -> dict[str, Any]:
-        """By system: `full_graphs` that its engine has, `calls` of CUDA per decode step of one."""
-        found = {}
-        for system in self._systems():
-            short, long = (
-                self._ask(system.plugin, "traced", self._load(system, tokens=tokens))["calls"]
-                for tokens in (1, 1 + DECODE_STEPS)
-            )
-            found[system.name] = {
-                "full_graphs": self._ask(system.plugin, "rpc", "bench_full_graphs"),
-                "calls": {
-                    name: (long[name] - short.get(name, 0)) / DECODE_STEPS for name in sorted(long)
-                },
-            }
-        return found
-
-    def busy(self) -> list[dict[str, Any]]:
-        """`device_ms` of one lone prompt, by `text_tokens` and `system`."""
-        return [
-            {
-                "text_tokens": text,
-                "system": system.name,
-                "device_ms": self._ask(system.plugin, "traced", self._load(system, text=text))[
-                    "device_ms"
-                ],
-            }
-            for text in self._plan.text_tokens
-            for system in self._systems()
-        ]
+        if self._plan.device == "cuda":
+            yield "waits", self.waits  # nothing undoes it, but it adds no call to the device
+            yield "traces", self.traces
 
     def recompilation(self) -> dict[str, Any]:
         """By engine: compilation's counters `before`, and what `REQUESTS` different ones added."""
@@ -93,15 +51,53 @@ class Counting:
         found = {}
         for plugin in self._engines:
             self._ask(plugin, "rpc", "bench_watch_waits")
-            for system in self._systems():
-                for batch in (1, 16) if system.plugin == plugin else ():
+            for system in self._systems(plugin):
+                for batch in (1, 16):
                     load = self._load(system, batch, tokens=1 + DECODE_STEPS)
                     self._ask(plugin, "load", load)
             found["himap" if plugin else "stock"] = self._ask(plugin, "rpc", "bench_waits_seen")
         return found
 
-    def _systems(self) -> list[System]:
-        return [system for system in self._plan.systems if system.plugin in self._engines]
+    def traces(self) -> dict[str, Any]:
+        """By system: what the profiler saw.
+
+        `steps` that pruned, and launches of `kernels` in them, of prompts that are pruned together;
+        `decode_calls`: of CUDA's functions per decode step of one request; `full_graphs` that the
+        engine has; `device_ms` of one lone prompt, by text tokens.
+        """
+        found = {}
+        for plugin in self._engines:
+            loads = {system.name: self._traced_loads(system) for system in self._systems(plugin)}
+            every = [load for of_system in loads.values() for load in of_system]
+            seen = iter(self._ask(plugin, "traced", every))
+            graphs = self._ask(plugin, "rpc", "bench_full_graphs")
+            for name, of_system in loads.items():
+                together, short, long, *alone = (next(seen) for _ in of_system)
+                found[name] = {
+                    "steps": together["steps"],
+                    "kernels": together["kernels"],
+                    "decode_calls": {
+                        call: (count - short["calls"].get(call, 0)) / DECODE_STEPS
+                        for call, count in sorted(long["calls"].items())
+                    },
+                    "full_graphs": graphs,
+                    "device_ms": {
+                        str(text): traced["device_ms"]
+                        for text, traced in zip(self._plan.text_tokens, alone, strict=True)
+                    },
+                }
+        return found
+
+    def _traced_loads(self, system: System) -> list[Load]:
+        return [
+            self._load(system, batch=16),
+            self._load(system),
+            self._load(system, tokens=1 + DECODE_STEPS),
+            *(self._load(system, text=text) for text in self._plan.text_tokens),
+        ]
+
+    def _systems(self, plugin: bool) -> list[System]:
+        return [system for system in self._plan.systems if system.plugin == plugin]
 
     def _load(
         self, system: System, batch: int = 1, text: int | None = None, tokens: int = 1

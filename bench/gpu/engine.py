@@ -161,16 +161,26 @@ class Engine:
         if self._engine is not None:
             self._engine.shutdown()
 
-    async def rpc(self, method: str) -> Any:
+    async def rpc(self, method: str, *arguments: Any) -> Any:
         """What a method of the worker returns."""
-        return (await self._engine.collective_rpc(method))[0]
+        return (await self._engine.collective_rpc(method, args=arguments))[0]
 
-    async def traced(self, load: Load) -> dict[str, Any]:
-        """`Counters.bench_trace_stop` of a load."""
+    async def traced(self, loads: list[Load]) -> list[dict[str, Any]]:
+        """Of each load, its `Counters.bench_trace_stop`, and the `steps` that pruned."""
+        steps = []
         await self.rpc("bench_trace_start")
-        await self.load(load)
-        found: dict[str, Any] = await self.rpc("bench_trace_stop")
-        return found
+        for load in loads:
+            before = await self._pruning_steps()
+            await self.rpc("bench_trace_mark")
+            await self.load(load)
+            steps.append(await self._pruning_steps() - before)
+        found = await self.rpc("bench_trace_stop")
+        return [{**seen, "steps": count} for seen, count in zip(found, steps, strict=True)]
+
+    async def _pruning_steps(self) -> int:
+        if self._options.cuts is None:
+            return 0
+        return int((await self.rpc("himap_stats"))["steps"])
 
     async def different(self, count: int) -> None:
         """Requests no two of which are alike in length or, with the plugin, in ratios."""

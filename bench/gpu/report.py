@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from statistics import median
 
-from bench.gpu.checks import GRAPH_LAUNCH, checks
+from bench.gpu.checks import checks
+from bench.gpu.counting import DECODE_STEPS
 from bench.gpu.plan import DECODE, LOAD, PREFILL, TTFT
 from bench.gpu.results import Results, p99, prefill_ms, requests_per_second, step_ms, ttft_ms
 from bench.gpu.shape import Peaks
@@ -160,34 +161,25 @@ def _scoring(results: Results) -> str:
 
 def _busy(results: Results) -> str:
     rows = []
-    for row in results.counted.get("busy", ()):
-        took = results.value(prefill_ms, TTFT, row["system"], row["text_tokens"], 1)
-        device = row["device_ms"]
-        rows.append(
-            [
-                str(row["text_tokens"]), row["system"], f"{device:.2f}", _number(took, 2),
-                _ratio(device, took, ".1%"),
-            ]
-        )  # fmt: skip
-    header = ["text tokens", "system", "on the device, ms", "in the engine, ms", "busy"]
+    for system, found in results.counted.get("traces", {}).items():
+        for text, device in found["device_ms"].items():
+            took = results.value(prefill_ms, TTFT, system, int(text), 1)
+            rows.append(
+                [system, text, f"{device:.2f}", _number(took, 2), _ratio(device, took, ".1%")]
+            )
+    header = ["system", "text tokens", "on the device, ms", "in the engine, ms", "busy"]
     return table(header, rows) if rows else UNCOUNTED
 
 
 def _calls(results: Results) -> str:
-    found = results.counted.get("replays")
-    if not found:
+    calls = {name: row["decode_calls"] for name, row in results.counted.get("traces", {}).items()}
+    if not calls:
         return UNCOUNTED
-    names = sorted({name for row in found.values() for name in row["calls"]} - {GRAPH_LAUNCH})
-    names = [name for name in names if any(row["calls"].get(name) for row in found.values())]
+    names = sorted({name for row in calls.values() for name, count in row.items() if count})
     rows = [
-        [
-            system,
-            str(row["full_graphs"]),
-            *(f"{row['calls'].get(name, 0):.2f}" for name in (GRAPH_LAUNCH, *names)),
-        ]
-        for system, row in found.items()
+        [system, *(f"{row.get(name, 0):.2f}" for name in names)] for system, row in calls.items()
     ]
-    return table(["system", "full graphs", GRAPH_LAUNCH, *names], rows)
+    return table(["system", *names], rows)
 
 
 def _peaks(results: Results) -> str:
@@ -261,7 +253,8 @@ NOTES = {
         "profiler, beside the time it took without the profiler."
     ),
     "CUDA calls per decode step": (
-        "One request decoding, by the profiler: a run of 33 tokens less a run of one."
+        f"One request decoding, by the profiler: a run of {1 + DECODE_STEPS} tokens less a run of "
+        "one."
     ),
     "Scoring": "Without an engine: scores, selection and gathers of both cuts.",
 }
