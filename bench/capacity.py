@@ -24,6 +24,7 @@ from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes (its default is 128)
 OUTPUT_TOKENS = 16
 KV_BYTES = 160 << 20
+POOL_WANTED = 0.98  # of the budget
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Setting:
     Attributes:
         image_tokens: of an image.
         num_layers: of the decoder.
+        token_bytes: key and value of one token in one layer.
         kv_bytes: the budget.
         block_size: tokens per block.
         batched_tokens: per step. All requests that fit must be prefilled before the first one
@@ -43,6 +45,7 @@ class Setting:
 
     image_tokens: int = THIN.image_tokens
     num_layers: int = THIN.num_layers
+    token_bytes: int = THIN.kv_bytes_per_token("float32") // THIN.num_layers
     kv_bytes: int = KV_BYTES
     block_size: int = BLOCK_SIZE
     batched_tokens: int = 4096
@@ -59,9 +62,12 @@ class Capacity:
         groups: [groups] stage of each KV cache group.
         layers_per_block: layers whose keys and values one block holds.
         bytes_per_block: of the engine's one block pool.
-        num_blocks: blocks that requests can use.
+        num_blocks: blocks that requests can use; vLLM keeps one more for itself.
+        budget: bytes that the pool was to have.
         blocks: blocks per running request, at the peak.
         blocks_expected: the same by arithmetic.
+        kv_bytes_expected: KV cache of one request from tokens, layers and bytes alone, rounded up
+            to whole blocks of tokens in each layer.
         peak: the most requests that ran at once, all with their whole prompt in the cache.
         peak_expected: the same by arithmetic.
         preemptions: how often a request was put back because blocks ran out.
@@ -73,8 +79,10 @@ class Capacity:
     layers_per_block: int
     bytes_per_block: int
     num_blocks: int
+    budget: int
     blocks: float
     blocks_expected: int
+    kv_bytes_expected: int
     peak: int
     peak_expected: int
     preemptions: int
@@ -86,9 +94,23 @@ class Capacity:
         return self.blocks * self.bytes_per_block
 
     @property
+    def pool_share(self) -> float:
+        """How much of the budget has become blocks."""
+        return (self.num_blocks + 1) * self.bytes_per_block / self.budget
+
+    @property
+    def memory_agrees(self) -> bool:
+        """Whether blocks hold what they should, and the pool is what it should be.
+
+        The block counts alone would not tell: what fits a pool follows from the pool's own size.
+        """
+        return self.kv_bytes == self.kv_bytes_expected and POOL_WANTED <= self.pool_share <= 1
+
+    @property
     def agrees(self) -> bool:
         """Whether the engine holds exactly what the arithmetic says."""
-        return (self.blocks, self.peak) == (self.blocks_expected, self.peak_expected)
+        exact = (self.blocks, self.peak) == (self.blocks_expected, self.peak_expected)
+        return exact and self.memory_agrees
 
 
 def measure(
@@ -125,6 +147,7 @@ def measure(
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_PLUGINS": "himap" if pruning else "",
+        "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     with log.open("wb") as output:
@@ -194,6 +217,13 @@ def _fill(checkpoint: Path, cuts: Cuts, pruning: bool, setting: Setting) -> Capa
     whole = prompt + setting.output_tokens - 1  # the last token is never computed
     left = cuts.stage_tokens(whole, setting.image_tokens) if pruning else (whole,) * NUM_STAGES
     tokens = tuple(int(t) for t in left)
+    block = setting.block_size
+    # A group with fewer layers than a block has room for takes whole blocks all the same.
+    padding = layers_per_block if pruning else 1
+    token_layers = sum(
+        -(-t // block) * block * -(-n // padding) * padding
+        for t, n in zip(tokens, stage_layers, strict=True)
+    )
     expected = sum(blocks_per_request(tokens, groups, setting.block_size))
     pool = scheduler.kv_cache_manager.block_pool
     num_blocks = pool.get_num_free_blocks()
@@ -225,8 +255,10 @@ def _fill(checkpoint: Path, cuts: Cuts, pruning: bool, setting: Setting) -> Capa
         layers_per_block=layers_per_block,
         bytes_per_block=bytes_per_block(kv_cache),
         num_blocks=num_blocks,
+        budget=setting.kv_bytes,
         blocks=blocks,
         blocks_expected=expected,
+        kv_bytes_expected=setting.token_bytes * token_layers,
         peak=peak,
         peak_expected=peak_expected,
         preemptions=sum(preempted.values()),

@@ -171,9 +171,11 @@ def checks(results: Results) -> list[Check]:
     for cell, capacity in results.capacity.items():
         found.append(
             Check(
-                f"KV cache of {cell}: blocks per request and requests that fit as by arithmetic",
+                f"KV cache of {cell}: blocks and memory per request, requests that fit as by "
+                "arithmetic",
                 capacity.agrees,
-                f"{capacity.blocks:g} blocks, {capacity.peak} requests, "
+                f"{capacity.blocks:g} blocks, {capacity.kv_bytes / 2**20:.2f} MiB, "
+                f"{capacity.peak} requests, {capacity.pool_share:.1%} of the budget in blocks, "
                 f"{capacity.preemptions} preemptions",
             )
         )
@@ -225,13 +227,15 @@ def _kv(results: Results) -> str:
                 " / ".join(str(tokens) for tokens in capacity.tokens),
                 f"{len(capacity.groups)} x {capacity.layers_per_block}",
                 f"{capacity.blocks:g} ({capacity.blocks_expected})",
-                f"{capacity.kv_bytes / 2**20:.2f}",
+                f"{capacity.kv_bytes / 2**20:.2f} ({capacity.kv_bytes_expected / 2**20:.2f})",
+                f"{capacity.pool_share:.1%}",
                 f"{capacity.peak} ({capacity.peak_expected})",
                 str(capacity.preemptions),
             ]
         )
     header = ["cell", "tokens per stage", "groups x layers", "blocks per request (arithmetic)"]
-    rendered = table([*header, "KV, MiB", "requests that fit (arithmetic)", "preemptions"], rows)
+    header += ["KV of a request, MiB (arithmetic)", "blocks, of the budget"]
+    rendered = table([*header, "requests that fit (arithmetic)", "preemptions"], rows)
     stock, pruned = results.capacity[STOCK], results.capacity[PRUNED]
     stats = pruned.stats
     assert stats is not None

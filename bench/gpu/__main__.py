@@ -5,7 +5,8 @@ LLaVA-1.5-7B in shape, random in weights. Two engines run side by side in this p
 with the plugin and one without, and loads alternate between them, one at a time. Measured: time to
 first token of a lone request, time per output token of batches, throughput and latency under
 load, KV capacity, scoring; beside them what the device could do at best, from the model's FLOPs
-and bytes and from the device's peaks as measured here.
+and bytes and from the device's peaks as measured here. Counted at the end: launches, graph
+replays, waits for the device, compilations.
 
 Keeps to a time budget: the most important cells come first, and repetitions go on until the time
 is up. What failed or was left out is listed. Writes `results.json` after each group of cells,
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -29,19 +31,30 @@ from typing import Any
 
 from bench.capacity import Setting, measure
 from bench.environment import environment
+from bench.gpu.counting import Counting
 from bench.gpu.engine import Engine, Options
 from bench.gpu.plan import Plan, System, full, seconds_needed, tiny
 from bench.gpu.probe import Probe
-from bench.gpu.report import Results, markdown
+from bench.gpu.report import markdown
+from bench.gpu.results import Results
 from bench.gpu.shape import NOMINAL
 from bench.gpu.worker import Worker, WorkerError
 from bench.report import UNPRUNED
 from bench.serve import progress
 
-BUDGET_SECONDS = 450.0
+BUDGET_SECONDS = 540.0
 GRACE_SECONDS = 15.0  # for what runs when the time is up
-START_SECONDS = 240.0  # for an engine: one that hangs must not use up the budget
+START_SECONDS = 330.0  # for an engine: one that hangs must not use up the budget
 LOG_END_BYTES = 50_000
+# For all processes. FlashInfer is not in the bundle, and vLLM imports it for its sampler of top-k
+# and top-p unless told not to; greedy decoding, which is all that is measured, never calls it.
+ENVIRONMENT = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_HOST_IP": "127.0.0.1",  # vLLM looks for it by way of the network
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 class Run:
@@ -61,36 +74,43 @@ class Run:
 
     def everything(self) -> None:
         """Measure; whatever fails is noted and the rest goes on."""
+        plan = self._plan
         with self._stack:
             self._try("the device", self._probe)
+            if self.results.peaks is None and plan.device == "cuda":
+                self.results.peaks = NOMINAL["NVIDIA H200"]  # rather than no bounds at all
             progress("writing checkpoints (without weights)")
-            plan = self._plan
             checkpoint = plan.shape.checkpoint(self._work_dir)
             kv_checkpoint = plan.kv_shape.checkpoint(self._work_dir)
-            # Starting is mostly compilation on the host: all at once on a GPU machine.
-            at_once = 1 if plan.device == "cpu" else 8
-            with ThreadPoolExecutor(at_once) as pool:
-                waiting = [
-                    pool.submit(self._capacity, kv_checkpoint, system)
-                    for system in plan.systems
-                    if system.name != UNPRUNED
-                ]
+            # Starting is mostly compilation on the host: at once on a GPU machine.
+            with ThreadPoolExecutor(1 if plan.device == "cpu" else 2) as pool:
                 started = {
                     plugin: pool.submit(self._start, plugin, checkpoint) for plugin in (False, True)
                 }
-                for future in waiting:
-                    self._try("KV capacity", future.result)
             engines = {
                 plugin: engine
                 for plugin, future in started.items()
                 if (engine := self._try("an engine", future.result)) is not None
             }
             for engine in engines.values():  # alone, not while another starts
+                watch = functools.partial(engine.call, GRACE_SECONDS, "rpc", "bench_watch")
+                self._try("watching compilations", watch)
                 self._try("warm-up", functools.partial(self._warm_up, engine))
             self._rounds(engines)
-            if True in engines:
-                self._try("counters", lambda: self._counters(engines[True]))
             self.write()  # before anything that may hang
+            self._count(engines)
+            self.write()
+            for engine in engines.values():
+                engine.stop()  # its memory is needed
+            with ThreadPoolExecutor(1 if plan.device == "cpu" else 3) as pool:
+                waiting = [
+                    pool.submit(self._capacity, kv_checkpoint, system)
+                    for system in plan.systems
+                    if system.name != UNPRUNED
+                ]
+            for future in waiting:
+                self._try("KV capacity", future.result)
+            self.write()
 
     def _try(self, what: str, function: Callable[[], Any]) -> Any:
         try:
@@ -110,12 +130,7 @@ class Run:
             factory,
             *arguments,
             log=self._work_dir / f"{name}.log",
-            environment={
-                "VLLM_PLUGINS": plugins,
-                "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
-                "VLLM_NO_USAGE_STATS": "1",
-                "HF_HUB_OFFLINE": "1",
-            },
+            environment={"VLLM_PLUGINS": plugins},
         )
         self._stack.callback(worker.stop)
         return worker
@@ -127,6 +142,7 @@ class Run:
         name, peaks = probe.call(self.left(), "peaks")
         self.results.device = name
         self.results.peaks = peaks
+        self.results.peaks_measured = True
         self.results.nominal = NOMINAL.get(name)
         progress(f"{name}: {peaks.flops / 1e12:.0f} TFLOP/s, {peaks.bandwidth / 1e12:.2f} TB/s")
         for system in plan.systems:
@@ -153,6 +169,7 @@ class Run:
         setting = Setting(
             image_tokens=plan.kv_shape.image_tokens,
             num_layers=plan.kv_shape.num_layers,
+            token_bytes=plan.kv_shape.kv_bytes if on_gpu else 2 * plan.kv_shape.kv_bytes,
             kv_bytes=plan.capacity_kv_bytes,
             block_size=16 if on_gpu else 32,
             batched_tokens=16384,
@@ -168,7 +185,7 @@ class Run:
         progress(f"KV capacity: {system.name}")
         self.results.capacity[system.name] = measure(
             checkpoint, cuts, system.plugin, self._work_dir / f"capacity-{name}.log", setting,
-            timeout=max(min(self.left(), START_SECONDS), 1.0),
+            timeout=max(self.left() + GRACE_SECONDS, 1.0),
         )  # fmt: skip
 
     def _start(self, plugin: bool, checkpoint: Path) -> Worker:
@@ -176,10 +193,11 @@ class Run:
         cuts = plan.systems[-1].cuts(plan) if plugin else None
         arguments: dict[str, Any] = {"dtype": "bfloat16"}
         if plan.device == "cpu":
-            arguments = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8}
+            arguments = {"dtype": "float32"}
         options = Options(
-            plan.shape, str(checkpoint), cuts, plan.kv_bytes, plan.num_images, arguments
-        )
+            plan.shape, str(checkpoint), cuts, plan.kv_bytes, plan.num_images,
+            plan.warm_up(plugin), {**arguments, "max_num_seqs": plan.max_seqs},
+        )  # fmt: skip
         name = "himap" if plugin else "stock"
         progress(f"starting the engine {name}")
         worker = self._worker(Engine, options, name=name, plugins="himap" if plugin else "")
@@ -198,7 +216,7 @@ class Run:
         for index in range(plan.rounds):
             skipped = 0
             for group in plan.groups(index):
-                if seconds_needed(group, taken) > self.left():
+                if seconds_needed(group, taken) > self.left() - plan.reserve_seconds:
                     skipped += 1
                     if not index:
                         load = group[0].load
@@ -230,11 +248,19 @@ class Run:
                     f"round {index + 1} of {plan.rounds}: {skipped} of "
                     f"{len(list(plan.loads()))} loads left out, time was up"
                 )
-                if self.left() < 5:
+                if self.left() - plan.reserve_seconds < 5:
                     break
 
-    def _counters(self, engine: Worker) -> None:
-        self.results.stats = engine.call(30.0, "stats")
+    def _count(self, engines: dict[bool, Worker]) -> None:
+        if True in engines:  # of the rounds, not of what follows
+            self.results.stats = self._try(
+                "statistics", lambda: engines[True].call(30.0, "rpc", "himap_stats")
+            )
+        for name, part in Counting(self._plan, engines).parts():
+            progress(f"counting: {name}; {self.left():.0f} s left")
+            answer = self._try(f"counting: {name}", part)
+            if answer is not None:
+                self.results.counted[name] = answer
 
     def write_json(self) -> None:
         """All raw numbers so far."""
@@ -243,14 +269,12 @@ class Run:
         (self._output / "results.json").write_text(text + "\n")
 
     def write(self) -> None:
-        """Raw numbers and tables."""
+        """Raw numbers, tables, logs."""
         self.write_json()
-        tables = markdown(self.results)
-        (self._output / "results.md").write_text(tables)
+        (self._output / "results.md").write_text(markdown(self.results))
         logs = sorted(self._work_dir.glob("*.log"))
         ends = [f"==> {log.name}\n".encode() + log.read_bytes()[-LOG_END_BYTES:] for log in logs]
         (self._output / "logs.txt").write_bytes(b"\n".join(ends))
-        print(tables)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -267,6 +291,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tiny", action="store_true", help="a model too small to judge by, to try the script"
     )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="folder for what vLLM and Triton compile, for the next run (default WORK_DIR/cache)",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--work-dir",
@@ -275,6 +304,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="checkpoints and logs (default %(default)s)",
     )
     args = parser.parse_args(arguments)
+    cache = (args.cache or args.work_dir / "cache").absolute()
+    os.environ |= {
+        **ENVIRONMENT,
+        "VLLM_CACHE_ROOT": str(cache / "vllm"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+    }
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu goes with --tiny only")
     plan = tiny(args.device, args.budget) if args.tiny else full(args.budget)
@@ -286,6 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run = Run(plan, args.work_dir, args.output)
     run.everything()
+    print((args.output / "results.md").read_text())
     progress(f"done in {run.results.seconds:.0f} s; results in {args.output}")
     return int(bool(run.results.failures))
 

@@ -35,6 +35,7 @@ class Options:
         cuts: None for stock vLLM.
         kv_bytes: KV cache.
         num_images: different images; more than run at once and fit the encoder's cache.
+        warm_up: loads that leave nothing to be compiled, loaded or allocated while it is measured.
         arguments: further ones of `AsyncEngineArgs`.
     """
 
@@ -43,6 +44,7 @@ class Options:
     cuts: Cuts | None
     kv_bytes: int
     num_images: int
+    warm_up: tuple[Load, ...]
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -131,6 +133,7 @@ class Engine:
             "enable_prefix_caching": False,  # prompts are alike
             "limit_mm_per_prompt": {"image": 1},
             "additional_config": additional,
+            "worker_extension_cls": "bench.gpu.counters.Counters",
             **options.arguments,
         }
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
@@ -147,6 +150,8 @@ class Engine:
         if self._options.cuts is not None:
             for concurrency in (1, 8):
                 await self.load(Load(concurrency, 16, 35, 8, (0.5, 0.75)))
+        for load in self._options.warm_up:
+            await self.load(load)
         gc.collect()
         gc.freeze()
         return time.perf_counter() - began
@@ -156,9 +161,36 @@ class Engine:
         if self._engine is not None:
             self._engine.shutdown()
 
-    async def stats(self) -> Any:
-        """The plugin's counters."""
-        return (await self._engine.collective_rpc("himap_stats"))[0]
+    async def rpc(self, method: str, *arguments: Any) -> Any:
+        """What a method of the worker returns."""
+        return (await self._engine.collective_rpc(method, args=arguments))[0]
+
+    async def traced(self, loads: list[Load]) -> list[dict[str, Any]]:
+        """Of each load, its `Counters.bench_trace_stop`, and the `steps` that pruned."""
+        steps = []
+        await self.rpc("bench_trace_start")
+        for load in loads:
+            before = await self._pruning_steps()
+            await self.rpc("bench_trace_mark")
+            await self.load(load)
+            steps.append(await self._pruning_steps() - before)
+        found = await self.rpc("bench_trace_stop")
+        return [{**seen, "steps": count} for seen, count in zip(found, steps, strict=True)]
+
+    async def _pruning_steps(self) -> int:
+        if self._options.cuts is None:
+            return 0
+        return int((await self.rpc("himap_stats"))["steps"])
+
+    async def different(self, count: int) -> None:
+        """Requests no two of which are alike in length or, with the plugin, in ratios."""
+        shares = [(index + 1) / (count + 2) for index in range(count)]
+        loads = [
+            Load(1, 1, 20 + 3 * index, 2, (share, 1 - share) if self._options.cuts else None)
+            for index, share in enumerate(shares)
+        ]
+        for begin in range(0, count, 4):
+            await asyncio.gather(*map(self._request, loads[begin : begin + 4]))
 
     async def load(self, load: Load) -> Outcome:
         """Put a load on the engine and wait for its end."""

