@@ -42,7 +42,7 @@ from bench.gpu.worker import Worker, WorkerError
 from bench.report import UNPRUNED
 from bench.serve import progress
 
-BUDGET_SECONDS = 540.0
+BUDGET_SECONDS = 470.0
 GRACE_SECONDS = 15.0  # for what runs when the time is up
 START_SECONDS = 330.0  # for an engine: one that hangs must not use up the budget
 LOG_END_BYTES = 50_000
