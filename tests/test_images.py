@@ -871,6 +871,37 @@ def test_declared_size_is_refused_before_reading() -> None:
     assert asyncio.run(get_from(http(b"\0" * 100_000))) == b"\0" * 100_000
 
 
+def test_a_budget_ends_a_fetch_that_would_exceed_it() -> None:
+    """All images of a request are fetched at once: their sum is looked at while they come."""
+    sent = taken = 0
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        response = web.StreamResponse(headers={"Content-Type": "image/png"})
+        await response.prepare(request)
+        while True:
+            await response.write(b"\0" * 50_000)
+            sent += 50_000
+
+    def take(number: int) -> None:
+        nonlocal taken
+        taken += number
+        if taken > 200_000:
+            raise GatewayError(413, "together too large", reason="image_bytes", param=PARAM)
+
+    async def scenario() -> None:
+        async with site(handler) as port:
+            fetcher = ImageFetcher(FetchLimits(1 << 30, 5, frozenset({f"127.0.0.1:{port}"})))
+            fetches = [fetcher.fetch(f"http://127.0.0.1:{port}/", PARAM, take) for _ in range(4)]
+            for outcome in await asyncio.gather(*fetches, return_exceptions=True):
+                assert isinstance(outcome, GatewayError)
+                assert outcome.status_code == 413
+            await fetcher.close()
+
+    asyncio.run(scenario())
+    assert 200_000 < sent < 80_000_000  # what fits in the sockets' buffers
+
+
 @pytest.mark.parametrize("chunked", [True, False])
 def test_undeclared_size_is_cut_off(chunked: bool) -> None:
     sent = 0
