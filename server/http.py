@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP/1.1 as uvicorn speaks it, with a bound on what it keeps of a request that is incomplete."""
+"""HTTP/1.1 as uvicorn speaks it, with bounds on what it keeps before the app sees it."""
 
 from __future__ import annotations
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 128 << 10
+MAX_PIPELINED = 16
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -13,7 +14,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     Its parser collects a request line, headers and trailers for as long as they come, from anyone,
     and the app, whose limits are tighter, sees them when they are complete. uvicorn (0.54) has a
-    limit for its other parser only, `h11_max_incomplete_event_size`. Can go when it has one here.
+    limit for its other parser only, `h11_max_incomplete_event_size`. Requests that are sent before
+    earlier ones are answered wait in a queue without bound. Can go when uvicorn has both.
     """
 
     _incomplete = 0
@@ -27,7 +29,9 @@ class BoundedHttp(HttpToolsProtocol):
             self.send_400_response(f"The headers are larger than {MAX_HEAD_BYTES} bytes.")
 
     def on_headers_complete(self) -> None:
-        """Called by the parser."""
+        """Called by the parser, which answers 400 to any exception."""
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("too many requests at once")
         self._incomplete = 0
         super().on_headers_complete()
 

@@ -58,8 +58,34 @@ def deep(levels: int) -> Any:
         (schema(allOf=[{"maxItems": MAX_REPETITIONS // 50}] * 51), "response_format"),
         ({"structured_outputs": {"regex": "a{9999}" * 51}}, "structured_outputs"),
         (
-            {"text": schema(maxItems=MAX_REPETITIONS), "tools": schema(maxItems=2)},
-            "text",
+            {"structured_outputs": {"grammar": 'x: %json\n{"min\\u0049tems": 1000000000}'}},
+            "structured_outputs",
+        ),
+        (
+            {
+                "structured_outputs": {
+                    "grammar": 'x: %json {"maxItems": 999, "items": {"maxItems": 999}}'
+                }
+            },
+            "structured_outputs",
+        ),
+        (
+            schema(
+                required=[f"x{i}" for i in range(200)],
+                patternProperties={},
+                properties={f"p{i}": {"enum": ["x" * 9]} for i in range(200)},
+            ),
+            "response_format",
+        ),
+        (
+            schema(
+                allOf=[{"patternProperties": {}}],
+                properties={
+                    f"p{i}": schema(properties={f"q{i}": {"type": "string"} for i in range(30)})
+                    for i in range(30)
+                },
+            ),
+            "response_format",
         ),
         (
             {"tools": [{"function": {"parameters": {"minProperties": 10**9}}}]},
@@ -85,7 +111,20 @@ def test_bombs(body: dict[str, Any], param: str) -> None:
         [],
         {"structured_outputs": {"json": json.dumps({"pattern": "^{", "maxLength": 5000})}},
         {"structured_outputs": {"regex": r"{\d{3}"}},
-        schema(properties={str(i): {"maxLength": 4000} for i in range(100)}),
+        schema(properties={str(i): {"maxLength": 1000} for i in range(99)}),
+        schema(properties={"description": {"type": "string"}, "enum": {"minItems": 2}}),
+        schema(patternProperties={"^x": {"type": "string"}}, properties={"a": {}, "b": {}}),
+        schema(properties={f"p{i}": {"type": "string"} for i in range(2000)}),
+        {
+            "tools": [
+                {"function": {"description": 'Over ~1500000 people, or {"a": 1, "a": {9999999}}'}}
+            ]
+        },
+        {
+            "tools": [
+                {"function": {"parameters": {"examples": ["~ 9999999"], "default": "a{999999}"}}}
+            ]
+        },
         schema(items=deep(20_000)),
     ],
 )
@@ -94,10 +133,15 @@ def test_others_pass(body: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"maxItems": 1, "maxItems": 1000000000}', '{"items":' * 100_000 + "1" + "}" * 100_000]
+    "text",
+    [
+        '{"maxItems": 1, "maxItems": 1000000000}',
+        '{"items":' * 100_000 + "1" + "}" * 100_000,
+        "start: %json {'minItems': 1}",
+    ],
 )
 def test_schemas_as_text_that_are_read_differently(text: str) -> None:
-    with pytest.raises(GatewayError, match="structured_outputs has a schema") as error:
+    with pytest.raises(GatewayError, match=r"structured_outputs has (a schema|%json)") as error:
         check_repetitions({"structured_outputs": {"json": text}})
     assert error.value.status_code == 400
 

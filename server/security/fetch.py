@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -134,9 +135,10 @@ class ImageFetcher:
         if not allowed and url.port not in _PORTS:
             raise _RefusedError("image_url", "the image's URL must use port 80 or 443")
         if allowed not in self._sessions:  # not in __init__: aiohttp wants a running event loop
-            self._resolver = self._resolver or aiohttp.DefaultResolver()
+            self._resolver = self._resolver or FreshResolver()
             self._sessions[allowed] = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
+                    limit=0,  # who has many fetches that stall must not hold up the others
                     resolver=_ShortResolver(self._resolver),
                     socket_factory=None if allowed else _guarded_socket,
                     use_dns_cache=False,
@@ -184,6 +186,45 @@ class _RefusedError(Exception):
 
 class _NotPublicError(OSError):
     """An OSError, because aiohttp then goes on to the name's next address."""
+
+
+class FreshResolver(AbstractResolver):
+    """aiohttp's asynchronous resolver, replaced after a number of look-ups.
+
+    c-ares keeps answers for up to an hour in a cache without bound, whatever `use_dns_cache` says,
+    and who owns a name chooses how many and how large they are. Can go when pycares (5.2) can turn
+    that off.
+    """
+
+    _LOOK_UPS = 64
+
+    def __init__(self, **options: Any) -> None:
+        """`options` of `aiodns.DNSResolver`."""
+        self._options = {"tries": 3, **options}  # with any, aiohttp shares it with nobody
+        self._running: dict[AbstractResolver, int] = {}  # look-ups; the newest resolver is last
+        self._used = 0
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        self._used += 1
+        if self._used % self._LOOK_UPS == 1:
+            idle = [resolver for resolver, number in self._running.items() if not number]
+            self._running[aiohttp.AsyncResolver(**self._options)] = 0
+            for resolver in idle:
+                del self._running[resolver]
+                await resolver.close()
+        resolver = next(reversed(self._running))
+        self._running[resolver] += 1
+        try:
+            return await resolver.resolve(host, port, family)
+        finally:
+            self._running[resolver] -= 1
+
+    async def close(self) -> None:
+        for resolver in self._running:
+            await resolver.close()
+        self._running.clear()
 
 
 class _ShortResolver(AbstractResolver):

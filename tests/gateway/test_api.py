@@ -73,7 +73,7 @@ def test_a_grammar_that_would_take_the_memory(server: Server) -> None:
     status, _, answer = post(server, "/v1/chat/completions", body)
     assert status == 400
     assert answer["error"]["param"] == "response_format"
-    assert "more than 500000 repetitions" in answer["error"]["message"]
+    assert "more than 100000 repetitions" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(
