@@ -17,6 +17,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import weakref
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -34,7 +35,7 @@ from yarl import URL
 
 from server.errors import GatewayError
 from server.security import fetch
-from server.security.fetch import FetchLimits, ImageFetcher
+from server.security.fetch import FetchLimits, FreshResolver, ImageFetcher
 from server.security.images import ImageLimits, check_image, decode_data_url, to_data_url
 
 PARAM = "messages[0].content[0].image_url.url"
@@ -836,8 +837,8 @@ def test_stalling_server(way: str) -> None:
     asyncio.run(scenario())
 
 
-def test_names_that_never_resolve_hold_up_nobody() -> None:
-    """More of them than there are threads to look names up in, which nothing can cancel."""
+def test_names_that_never_resolve_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than threads that look names up, which nothing can cancel, and than connections."""
 
     class Silent(asyncio.DatagramProtocol):
         pass
@@ -846,21 +847,45 @@ def test_names_that_never_resolve_hold_up_nobody() -> None:
         loop = asyncio.get_running_loop()
         server, _ = await loop.create_datagram_endpoint(Silent, local_addr=("127.0.0.1", 0))
         port = server.get_extra_info("sockname")[1]
-        assert aiohttp.DefaultResolver is aiohttp.AsyncResolver
-        resolver = aiohttp.AsyncResolver(nameservers=["127.0.0.1"], udp_port=port)
+        resolver = FreshResolver(nameservers=["127.0.0.1"], udp_port=port)
         async with tap() as it:
-            here = f"localhost:{it.port}"
-            fetcher = ImageFetcher(FetchLimits(100_000, 3, frozenset({here})), resolver)
+            monkeypatch.setattr(fetch, "_PORTS", frozenset({80, it.port}))
+            monkeypatch.setattr(fetch, "_is_public", lambda _: True)
+            fetcher = ImageFetcher(FetchLimits(100_000, 3, frozenset()), resolver)
             stuck = [
-                loop.create_task(fetcher.fetch(f"http://{i}.example/", PARAM)) for i in range(64)
+                loop.create_task(fetcher.fetch(f"http://{i}.example/", PARAM)) for i in range(200)
             ]
             await asyncio.sleep(0.1)
-            assert await fetcher.fetch(f"http://{here}/", PARAM) == PICTURE
+            assert await fetcher.fetch(f"http://localhost:{it.port}/", PARAM) == PICTURE
             assert not any(task.done() for task in stuck)
             outcomes = await asyncio.gather(*stuck, return_exceptions=True)
             assert all(isinstance(outcome, GatewayError) for outcome in outcomes)
             await fetcher.close()
         server.close()
+
+    asyncio.run(scenario())
+
+
+def test_resolvers_are_replaced_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """c-ares keeps every answer it ever got."""
+    alive: weakref.WeakSet[aiohttp.AsyncResolver] = weakref.WeakSet()
+    make = aiohttp.AsyncResolver
+
+    def made(**options: Any) -> aiohttp.AsyncResolver:
+        resolver = make(**options)
+        alive.add(resolver)
+        return resolver
+
+    monkeypatch.setattr(aiohttp, "AsyncResolver", made)
+
+    async def scenario() -> None:
+        resolver = FreshResolver()
+        for count in range(1, 200):
+            (found, *_) = await resolver.resolve("localhost", 80)
+            assert found["host"] == "127.0.0.1"
+            assert len(alive) == 1, count
+        await resolver.close()
+        assert not alive
 
     asyncio.run(scenario())
 

@@ -33,7 +33,7 @@ from bench.capacity import Setting, measure
 from bench.environment import environment
 from bench.gpu.counting import Counting
 from bench.gpu.engine import Engine, Options
-from bench.gpu.plan import Plan, System, full, seconds_needed, tiny
+from bench.gpu.plan import PREFILL, TTFT, Plan, System, full, seconds_needed, tiny
 from bench.gpu.probe import Probe
 from bench.gpu.report import markdown
 from bench.gpu.results import Results
@@ -216,7 +216,10 @@ class Run:
         for index in range(plan.rounds):
             skipped = 0
             for group in plan.groups(index):
-                if seconds_needed(group, taken) > self.left() - plan.reserve_seconds:
+                # What follows may be left out before the first times to first token are.
+                first = not index and group[0].part in (TTFT, PREFILL)
+                reserve = 0.0 if first else plan.reserve_seconds
+                if seconds_needed(group, taken) > self.left() - reserve:
                     skipped += 1
                     if not index:
                         load = group[0].load
@@ -256,7 +259,8 @@ class Run:
             self.results.stats = self._try(
                 "statistics", lambda: engines[True].call(30.0, "rpc", "himap_stats")
             )
-        for name, part in Counting(self._plan, engines).parts():
+        half = self._plan.reserve_seconds / 2  # for KV capacity
+        for name, part in Counting(self._plan, engines, lambda: self.left() - half).parts():
             progress(f"counting: {name}; {self.left():.0f} s left")
             answer = self._try(f"counting: {name}", part)
             if answer is not None:

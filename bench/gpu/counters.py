@@ -132,7 +132,11 @@ class Counters:
         """Note where steps wait for the device, from now on and for good: it slows every step.
 
         By vLLM's own check, which `VLLM_GPU_SYNC_CHECK` would have on from the start.
+
+        Raises:
+            RuntimeError: the check sees nothing.
         """
+        import torch
         from vllm.utils import gpu_sync_debug
 
         waits = self.bench_waits = Counter[str]()
@@ -148,6 +152,10 @@ class Counters:
         gpu_sync_debug.enable_gpu_sync_check()
         for name in ("execute_model", "sample_tokens"):  # as decorated, had the check been on
             setattr(self, name, gpu_sync_debug.with_gpu_sync_check(getattr(self, name)))
+        gpu_sync_debug.with_gpu_sync_check(torch.ones(1, device="cuda").item)()
+        if not waits:
+            raise RuntimeError("vLLM's check did not see a wait that was there")
+        waits.clear()
 
     def bench_waits_seen(self) -> dict[str, int]:
         """How often, by `module:line`."""

@@ -20,10 +20,16 @@ Part = Callable[[], Any]
 class Counting:
     """Each part is tried by itself. Answers are plain data, by name of the system or engine."""
 
-    def __init__(self, plan: Plan, engines: Mapping[bool, Worker]) -> None:
-        """Of engines that are warm; the key says whether it has the plugin."""
+    def __init__(
+        self, plan: Plan, engines: Mapping[bool, Worker], left: Callable[[], float]
+    ) -> None:
+        """Of engines that are warm; the key says whether it has the plugin.
+
+        `left` tells the seconds that are left for this.
+        """
         self._plan = plan
         self._engines = engines
+        self._left = left
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         """Those that this device allows. What may break an engine comes last."""
@@ -106,4 +112,5 @@ class Counting:
         return Load(batch, batch, text, tokens, system.ratios)
 
     def _ask(self, plugin: bool, method: str, *arguments: Any) -> Any:
-        return self._engines[plugin].call(CALL_SECONDS, method, *arguments)
+        seconds = min(CALL_SECONDS, max(1.0, self._left()))
+        return self._engines[plugin].call(seconds, method, *arguments)

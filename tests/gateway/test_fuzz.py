@@ -591,6 +591,16 @@ def test_what_never_ends_is_cut_off(server: Server, part: str) -> None:
     assert MAX_HEAD_BYTES < sent < 16 << 20
 
 
+def test_requests_without_end_in_one_connection(server: Server) -> None:
+    """Their answers are not waited for: they are queued."""
+    request = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    sent = 0
+    with _connection(server) as raw, contextlib.suppress(ConnectionError):
+        while sent < 64 << 20:
+            sent += raw.send(request * 1000)
+    assert sent < 16 << 20
+
+
 def test_streams_that_are_left(server: Server) -> None:
     body = {**GOOD[CHAT], "max_tokens": 400, "ignore_eos": True, "stream": True}
     for _ in range(5):
