@@ -193,7 +193,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, default=4000, help="of answering, the end included")
+    parser.add_argument("--steps", type=int, default=5500, help="of answering, the end included")
     parser.add_argument("--decay", type=int, help="last steps, of falling rate (20 %% of --steps)")
     parser.add_argument("--tower-steps", type=int, default=400)
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
