@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,6 +170,17 @@ def test_graphs_that_a_pruning_step_would_replay(
     monkeypatch.setitem(vars(vllm.envs), "VLLM_USE_BREAKABLE_CUDAGRAPH", True)
     with pytest.raises(ValueError, match="breakable CUDA graphs"):
         configure(world.checkpoint("mha12"), {})
+
+
+def test_attention_backends_that_hold_blocks_elsewhere() -> None:
+    """For every criterion, also those that read no keys."""
+    from himap_vllm.attention import install_stage
+
+    backend = SimpleNamespace(get_name=lambda: "FLASHINFER")
+    attention: Any = SimpleNamespace(attn_backend=backend, get_kv_cache_spec=None)
+    state: Any = None  # not looked at before the refusal
+    with pytest.raises(ValueError, match=r"FLASHINFER is not supported.*--attention-backend"):
+        install_stage(attention, 0, state)
 
 
 def test_the_rust_frontend(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
