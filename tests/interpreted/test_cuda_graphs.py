@@ -4,6 +4,7 @@
 A replayed graph repeats its captured kernels on the addresses of its capture: whatever changes
 from step to step must have been written there. The stand-in below does the same. It keeps the
 metadata and the inputs of a capture, and its replay is an eager forward pass on exactly these.
+Which graph a step gets is decided by vLLM's own code.
 What it can't show: that capturing succeeds, and that nothing in the real pass is slow.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,43 +26,82 @@ QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
 
 
 class GraphStandIn:
-    """Replaces a runner's choice of graphs and its replay.
+    """Lets vLLM choose graphs as on a GPU, and replaces their replay.
 
     Attributes:
+        chosen: vLLM's choice for each step.
         steps: steps by graph mode.
         padded: of these, steps with padding.
+        replayed: full graphs, in order.
         pruning: piecewise steps that pruned.
     """
 
-    FULL_SIZES = (3, 8)
+    CAPTURE_SIZES = (3, 8, *range(16, 513, 16))  # full graphs for batches of 3, 8 and 16 requests
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-        from vllm.v1.worker.gpu import model_runner
-
         core = engine.llm.llm_engine.engine_core.engine_core
         self.runner = core.model_executor.driver_worker.worker.model_runner
+        self.himap = getattr(self.runner, "himap", None)  # not in a stock engine
+        self.chosen: list[Any] = []
         self.steps: Counter[str] = Counter()
         self.padded: Counter[str] = Counter()
+        self.replayed: list[Any] = []
         self.pruning = 0
-        self.captures = {size: self._capture(size) for size in self.FULL_SIZES}
-        monkeypatch.setattr(model_runner, "dispatch_cg_and_sync_dp", self._dispatch)
-        monkeypatch.setattr(self.runner.cudagraph_manager, "run_fullgraph", self._replay)
+        full = self._have_graphs(monkeypatch)
+        self.captures = {graph: self._capture(graph.num_tokens) for graph in full}
         prepare = self.runner.model_state.prepare_attn
 
         def remember(batch: Any, *args: Any, **kwargs: Any) -> Any:
             self.metadata = prepare(batch, *args, **kwargs)
-            self.pruning += self.runner.himap.step is not None
+            self.pruning += self._prunes
             for metadata in self.metadata.values():
                 # A graph's attention runs for requests that only pad it, too: over nothing.
                 assert not metadata.seq_lens[batch.num_reqs :].any()
             return self.metadata
 
         monkeypatch.setattr(self.runner.model_state, "prepare_attn", remember)
+        if self.himap is None:
+            return
         decoder = self.runner.model.language_model.model
         boundary = torch.full((2, 512, decoder.config.hidden_size), float("nan"))
         monkeypatch.setattr(decoder, "himap_boundary", tuple(boundary))
         for index, layer in enumerate(decoder.layers):
             self._watch_cache_writes(layer.self_attn.attn, index >= SHALLOW_LAYER, monkeypatch)
+
+    @property
+    def _prunes(self) -> bool:
+        return self.himap is not None and self.himap.step is not None
+
+    def _have_graphs(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """As if vLLM had captured them in its default mode on GPUs.
+
+        Returns:
+            The full ones.
+        """
+        from vllm.config import CUDAGraphMode
+
+        manager = self.runner.cudagraph_manager
+        compilation = manager.compilation_config
+        monkeypatch.setattr(compilation, "cudagraph_capture_sizes", [*self.CAPTURE_SIZES])
+        monkeypatch.setattr(compilation, "max_cudagraph_capture_size", self.CAPTURE_SIZES[-1])
+        monkeypatch.setattr(manager, "cudagraph_mode", CUDAGraphMode.FULL_AND_PIECEWISE)
+        monkeypatch.setattr(manager, "_candidates", {})
+        monkeypatch.setattr(manager, "_capture_descs", {})
+        monkeypatch.setattr(manager, "_graphs_captured", True)
+        manager._init_candidates()
+        dispatch = manager.dispatch
+
+        def dispatching(num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+            graph = dispatch(num_reqs, num_tokens, *args, **kwargs)
+            self.chosen.append(graph)
+            self.steps[graph.cg_mode.name] += 1
+            self.padded[graph.cg_mode.name] += graph.num_tokens > num_tokens
+            return graph
+
+        monkeypatch.setattr(manager, "dispatch", dispatching)
+        monkeypatch.setattr(manager, "run_fullgraph", self._replay)
+        full: list[Any] = manager._capture_descs[CUDAGraphMode.FULL]
+        return full
 
     def _watch_cache_writes(
         self, attention: Any, later: bool, monkeypatch: pytest.MonkeyPatch
@@ -72,7 +113,7 @@ class GraphStandIn:
         write = attention.impl.do_kv_cache_update
 
         def watched(layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any) -> None:
-            if self.runner.himap.step is not None:
+            if self._prunes:
                 mode = CUDAGraphMode.NONE if later else CUDAGraphMode.PIECEWISE
                 assert get_forward_context().cudagraph_runtime_mode == mode
                 assert len(slots) == len(key)
@@ -103,39 +144,14 @@ class GraphStandIn:
         }
         return attention, inputs
 
-    def _dispatch(
-        self,
-        manager: Any,  # noqa: ARG002
-        num_reqs: int,  # noqa: ARG002
-        num_tokens: int,
-        uniform_token_count: int | None,
-        *args: Any,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
-    ) -> tuple[Any, None]:
-        from vllm.config import CUDAGraphMode
-        from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
-
-        sizes = [size for size in self.FULL_SIZES if size >= num_tokens]
-        if uniform_token_count == 1 and sizes:
-            descriptor = BatchExecutionDescriptor(
-                CUDAGraphMode.FULL, sizes[0], sizes[0], uniform_token_count=1
-            )
-        else:
-            descriptor = BatchExecutionDescriptor(
-                CUDAGraphMode.PIECEWISE, -(-num_tokens // 16) * 16, None
-            )
-        name = descriptor.cg_mode.name
-        self.steps[name] += 1
-        self.padded[name] += descriptor.num_tokens > num_tokens
-        return descriptor, None
-
-    def _replay(self, descriptor: Any) -> torch.Tensor:
+    def _replay(self, graph: Any) -> torch.Tensor:
         from vllm.forward_context import set_forward_context
 
-        attention, inputs = self.captures[descriptor.num_tokens]
+        self.replayed.append(graph)
+        attention, inputs = self.captures[graph]
         # Of the first group of each stage.
         now = {metadata.seq_lens.data_ptr(): metadata for metadata in self.metadata.values()}
-        assert len(now) == 3
+        assert len(now) == (1 if self.himap is None else 3)
         captured = {}
         for name, metadata in attention.attn_metadata.items():
             built = now[metadata.seq_lens.data_ptr()]
@@ -146,7 +162,7 @@ class GraphStandIn:
         with set_forward_context(
             captured,
             self.runner.vllm_config,
-            num_tokens=descriptor.num_tokens,
+            num_tokens=graph.num_tokens,
             slot_mapping=attention.slot_mappings,
         ):
             hidden_states: torch.Tensor = self.runner.model(**inputs)
@@ -184,6 +200,32 @@ def test_unplanned_batches_replay_the_same_graphs(
         assert_equals_oracle(world, engine, "mha12", case, output)
     assert graphs.padded["FULL"] >= 5
     assert graphs.pruning == 0
+
+
+def test_decoding_replays_the_graphs_that_stock_does(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step for step, whether requests are pruned or not."""
+    ratios = [(0.5, 0.75), (0, 0), (0.9, 0.5), None]
+    cases = [
+        Case(QUESTION, PICTURES[i : i + 1], pair, max_tokens=4 + 3 * i)
+        for i, pair in enumerate(ratios)
+    ]
+    unpruned = [replace(case, ratios=None) for case in cases]
+    runs = []
+    for engine, batch in ((world.stock(), unpruned), (world.engine(), cases)):
+        engine.llm.reset_prefix_cache()  # the other tests' prompts
+        with monkeypatch.context() as patch:
+            runs.append(GraphStandIn(engine, patch))
+            engine.generate(batch)
+    stock, graphs = runs
+    assert graphs.captures.keys() == stock.captures.keys()
+    assert graphs.pruning > 0
+    assert graphs.chosen == stock.chosen
+    assert graphs.replayed == stock.replayed
+    # All but the last of the longest answer's tokens come from decode steps, and each replays one.
+    assert len(graphs.replayed) == graphs.steps["FULL"] >= cases[-1].max_tokens - 1
+    assert {graph.num_reqs for graph in graphs.replayed} == {3, 8}
 
 
 def test_groups_of_a_stage_share_their_metadata(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +17,10 @@ from tests.conftest import Case, Engine, World, assert_equals_oracle
 
 PICTURES = tuple(sample_images(8, seed=5))
 
+BY_MASK = "index by a mask"
 # Operations whose result, or its size, the host must read from the device.
 WAITING = {
+    BY_MASK,  # finds out where it is true
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.item.default,
     torch.ops.aten.is_nonzero.default,
@@ -38,10 +42,9 @@ class Operations(TorchDispatchMode):
         self.seen: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.index.Tensor or func is torch.ops.aten.index_put_.default:
-            # By a mask: finds out where it is true.
-            assert all(index is None or index.dtype != torch.bool for index in args[1])
-        self.seen.append(func)
+        indexes = func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
+        by_mask = indexes and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.seen.append(BY_MASK if by_mask else func)
         return func(*args, **(kwargs or {}))
 
 
@@ -104,6 +107,64 @@ def test_one_launch_per_stage_and_no_wait(world: World, monkeypatch: pytest.Monk
     assert torch.ops.aten.sort.stable in together
     # Not one operation more for three pruned prompts than for one.
     assert Counter(map(str, together)) == Counter(map(str, alone))
+
+
+def waits_by_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, cases: list[Case]
+) -> tuple[list[Counter[Any]], list[str]]:
+    """Waits in all of each step, and reads of tensors that torch dispatches only on a GPU."""
+    core = engine.llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    waits: list[Counter[Any]] = []
+    reads: list[str] = []
+    with monkeypatch.context() as patch:
+        for name in ("execute_model", "sample_tokens"):
+            method = getattr(runner, name)
+
+            def recorded(*args: Any, _method: Any = method, **kwargs: Any) -> Any:
+                with Operations() as operations:
+                    result = _method(*args, **kwargs)
+                waits.append(Counter(func for func in operations.seen if func in WAITING))
+                return result
+
+            patch.setattr(runner, name, recorded)
+        for name in ("tolist", "numpy", "cpu", "__array__"):
+            method = getattr(torch.Tensor, name)
+
+            def read(*args: Any, _method: Any = method, **kwargs: Any) -> Any:
+                caller = sys._getframe(1)
+                if caller.f_globals["__name__"].startswith("himap_vllm"):
+                    reads.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+                return _method(*args, **kwargs)
+
+            patch.setattr(torch.Tensor, name, read)
+        engine.llm.reset_prefix_cache()
+        engine.generate(cases)
+    return waits, reads
+
+
+def test_steps_wait_nowhere_but_where_stock_does(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefills and decoding, from the scheduler's output to the sampled tokens."""
+    cases = [
+        Case("USER: <image>\nWhat? ASSISTANT:", PICTURES[:1], (0.5, 0.75), max_tokens=4),
+        Case("USER: <image> or <image>? ASSISTANT:", PICTURES[1:3], (0.25, 0.9), max_tokens=1),
+        Case("Unpruned <image>", PICTURES[3:4], (0, 0), max_tokens=3),
+    ]
+    engine = world.engine(himap={"trace_requests": 0})
+    unpruned = [replace(case, ratios=None) for case in cases]
+    stock, _ = waits_by_step(world.stock(), monkeypatch, unpruned)
+    pruned, reads = waits_by_step(engine, monkeypatch, cases)
+    assert engine.stats["steps"] > 0
+    assert len(stock) == 8  # one prefill and three steps of decoding
+    assert stock[0][BY_MASK] == 1  # vLLM puts the images' embeddings in their places
+    assert pruned == stock
+    assert not reads
+    # Traces are read back, and say so: the reads would have been seen.
+    traced, reads = waits_by_step(world.engine(), monkeypatch, cases)
+    assert traced == stock
+    assert len(reads) == 4
 
 
 @pytest.mark.parametrize("criterion", ["random", "uniform", "mixed"])
