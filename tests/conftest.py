@@ -26,6 +26,7 @@ else:
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,8 @@ class World:
     ) -> Engine:
         """An engine with pruning; `himap` adds to the settings.
 
-        `compiled=True` leaves vLLM's default compilation on, a minute for each set of options.
+        `compiled=True` leaves vLLM's default compilation on, a minute for each set of options;
+        beside Triton's interpreter that is compilation and CUDA graphs as on a GPU.
         """
         settings = {
             "shallow_layer": SHALLOW_LAYER,
@@ -192,11 +194,18 @@ class World:
         return self._engine(shape, None, options)
 
     def _engine(self, shape: str, himap: dict[str, Any] | None, options: dict[str, Any]) -> Engine:
-        if options.pop("compiled", False):
+        compiled = options.pop("compiled", False)
+        if compiled:
             options["enforce_eager"] = False
         key = repr((shape, himap, sorted(options.items())))
         if key not in self._engines:
-            self._engines[key] = Engine(self.checkpoint(shape), himap, options)
+            build = partial(Engine, self.checkpoint(shape), himap)
+            if compiled and interpreter.WANTED:
+                from tests.interpreted.cuda_graphs import engine_with_graphs
+
+                self._engines[key] = engine_with_graphs(build, options)
+            else:
+                self._engines[key] = build(options)
         return self._engines[key]
 
     def oracle(self, shape: str, case: Case, criterion: str = "himap") -> OracleResult:

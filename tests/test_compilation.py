@@ -44,8 +44,9 @@ def test_fifty_ratios_and_lengths_without_a_recompilation(world: World) -> None:
     engine.generate([Case("One.")])
     engine.generate([Case("Two."), Case("Three.")])
     before = compilations()
-    segments = before["num_aot_compiles"] + before["num_aot_artifacts_loaded"]
-    assert segments >= 3  # vLLM's cache may have them; without them, nothing here could fail
+    # vLLM's cache may have them; on Model Runner V2 they are compiled in pieces, by no compiler.
+    counts = ("num_aot_compiles", "num_aot_artifacts_loaded", "num_eager_compiles")
+    assert sum(before[name] for name in counts) >= 3  # otherwise nothing here could fail
     steps = engine.stats["steps"]
     for begin in range(0, 50, 3):
         engine.generate(cases[begin : begin + 3])

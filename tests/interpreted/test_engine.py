@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model Runner V2 against the oracle, and what serving semantics the runner has a part in.
 
-The tests are those of Model Runner V1 where they hold for both.
+The tests are those of Model Runner V1 where they hold for both. `compiled` means: compiled and with
+CUDA graphs as on a GPU, see `cuda_graphs`.
 """
 
 from __future__ import annotations
@@ -10,25 +11,20 @@ from typing import Any
 
 import pytest
 
-from tests import test_criteria, test_lora, test_oracle, test_serving
+from tests import test_compilation, test_criteria, test_lora, test_oracle, test_serving
 from tests.checkpoints import sample_images
 from tests.conftest import (
     BLOCK_SIZE,
     IMAGE_TOKENS,
     Case,
-    Engine,
     World,
     assert_equals_oracle,
     watched,
 )
+from tests.interpreted.cuda_graphs import runner_of
 
 PICTURES = tuple(sample_images(8, seed=3))
 QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
-
-
-def runner_of(engine: Engine) -> Any:
-    core = engine.llm.llm_engine.engine_core.engine_core
-    return core.model_executor.driver_worker.worker.model_runner
 
 
 def test_it_is_model_runner_v2(world: World) -> None:
@@ -42,7 +38,7 @@ def test_it_is_model_runner_v2(world: World) -> None:
 
 
 def test_one_mixed_batch_equals_the_oracle(world: World) -> None:
-    test_oracle.test_one_mixed_batch_equals_the_oracle(world, "gqa12", compiled=False)
+    test_oracle.test_one_mixed_batch_equals_the_oracle(world, "gqa12", compiled=True)
 
 
 @pytest.mark.parametrize("criterion", ["random", "mixed"])  # mixed: fastv and diversity
@@ -58,8 +54,8 @@ def test_other_criteria_equal_the_oracle(world: World, criterion: str) -> None:
         test_serving.test_prompt_logprobs_and_pruning_exclude_each_other,
     ],
 )
-def test_as_on_v1_eager(world: World, test: Any) -> None:
-    test(world, compiled=False)
+def test_as_on_v1_with_graphs(world: World, test: Any) -> None:
+    test(world, compiled=True)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +64,7 @@ def test_as_on_v1_eager(world: World, test: Any) -> None:
         test_serving.test_counters_tell_what_was_done,
         test_serving.test_a_prompt_that_never_fits_a_step,
         test_serving.test_a_request_that_was_not_admitted_runs_unpruned,
+        test_compilation.test_fifty_ratios_and_lengths_without_a_recompilation,
         test_lora.test_a_mixed_batch_equals_the_oracle_on_merged_weights,
     ],
 )
@@ -77,7 +74,7 @@ def test_as_on_v1(world: World, test: Any) -> None:
 
 def test_preempted_requests_are_recomputed_and_counted_once(world: World) -> None:
     """On V2 a preempted request ends, and arrives anew."""
-    engine = world.engine(num_gpu_blocks_override=1 + 6 * 512 // BLOCK_SIZE)
+    engine = world.engine(compiled=True, num_gpu_blocks_override=1 + 6 * 512 // BLOCK_SIZE)
     ratios = [(0.5, 0.75), (0, 0), (0.9, 0.5), (0, 0), (0.25, 0.25), (0, 0)]
     cases = [
         Case(QUESTION, PICTURES[i : i + 1], pair, max_tokens=80) for i, pair in enumerate(ratios)

@@ -1,17 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family on Model Runner V2."""
+"""Every family on Model Runner V2, compiled and with CUDA graphs as on a GPU."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
 from tests import test_families
 from tests.conftest import World
-from tests.families import TINY
+from tests.families import NUM_LAYERS, TINY
+from tests.interpreted.cuda_graphs import GraphPiece, Played
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_mixed_batch_equals_the_oracle(world: World, name: str) -> None:
     """Every other case: each ratio pair, each prompt, unpruned and text-only ones."""
+    played = Played(world.engine(name, compiled=True))
     cases = test_families.cases(TINY[name].image)[::2]
-    test_families.equal_oracle(world, world.engine(name), name, cases)
+    test_families.equal_oracle(world, played.engine, name, cases)
+    assert played.pruning["PIECEWISE"] > 0 < played.steps["FULL"]
+    # On their own, so that all of a prefill is captured pieces.
+    played.forget()
+    replays = GraphPiece.replays
+    unpruned = [replace(case, ratios=(0, 0)) for case in cases[:3]]
+    test_families.equal_oracle(world, played.engine, name, unpruned)
+    assert GraphPiece.replays == replays + played.steps["PIECEWISE"] * (NUM_LAYERS + 3)
+    assert played.steps["PIECEWISE"] > 0
