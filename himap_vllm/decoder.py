@@ -9,8 +9,10 @@ one full CUDA graph, as it does the decoder of another model.
 With piecewise CUDA graphs (mixed steps, by default) there are two differences. vLLM frees the
 output of a compiled module's last piece for the pieces captured next, as nothing but the model's
 output comes after it; here another segment does, so its inputs are copied to buffers of their own
-(Gemma3n, whose decoder is two compiled modules in vLLM, does the same). And a step that prunes runs
-the segments after the first cut without graphs: captured ones know other token counts and inputs.
+(Gemma3n, whose decoder is two compiled modules in vLLM, does the same). And behind a cut a segment
+replays the graphs of a smaller size, the one that vLLM would choose for a step with as many tokens
+as are left (vLLM's fast prefill with a shared KV cache does the same); the gather writes to the
+buffers that they read.
 
 For vLLM decoders of the common form: `layers` called as `(positions, hidden_states, residual) ->
 (hidden_states, residual)`, then `norm(hidden_states, residual)`. Positions are [num_tokens], or
@@ -30,11 +32,16 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
-from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.forward_context import (
+    BatchDescriptor,
+    get_forward_context,
+    override_forward_context,
+)
 from vllm.sequence import IntermediateTensors
 
 from himap_vllm.kernels.gather import gather_rows
 from himap_vllm.pruning import ActiveStep, PruningState
+from himap_vllm.segment_inputs import Rows, SegmentInputs
 
 _DYNAMIC = {"positions": -1, "hidden_states": 0}
 
@@ -105,8 +112,9 @@ class _SegmentedDecoder(nn.Module):
     # Plain tuples and objects, not registered: the layers stay where the checkpoint has them.
     himap_segments: tuple[FirstSegment, MiddleSegment, LastSegment]
     himap_state: PruningState
-    himap_later_layers: tuple[tuple[str, int], ...]
-    himap_boundary: tuple[torch.Tensor, torch.Tensor] | None
+    himap_later_layers: tuple[tuple[str, ...], tuple[str, ...]]
+    # Of the segments behind each cut. Two, as a segment may return what it was passed.
+    himap_inputs: tuple[SegmentInputs, SegmentInputs]
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # vLLM's `support_torch_compile` puts the compiled whole into `__call__`; not used here.
@@ -129,22 +137,19 @@ class _SegmentedDecoder(nn.Module):
         if step is not None:
             return self._forward_pruning(step, positions, inputs_embeds, deepstack_input_embeds)
         first, middle, last = self.himap_segments
-        hidden_states, residual = self._across(
-            *first(positions, inputs_embeds, deepstack_input_embeds)
-        )
-        hidden_states, residual = self._across(*middle(positions, hidden_states, residual))
-        return last(positions, hidden_states, residual)
+        hidden_states, residual = first(positions, inputs_embeds, deepstack_input_embeds)
+        hidden_states, residual = middle(*self._hand_over(1, positions, hidden_states, residual))
+        return last(*self._hand_over(2, positions, hidden_states, residual))
 
-    def _across(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """From one segment to the next, where the latter may be a captured graph."""
+    def _hand_over(self, stage: int, *stream: torch.Tensor) -> Rows:
+        """Inputs of a later stage's segment: where they are, or where captured graphs read them."""
+        positions, hidden_states, residual = stream
         if get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
-            return hidden_states, residual
-        assert self.himap_boundary is not None
-        num_tokens = len(hidden_states)
-        hidden_buffer, residual_buffer = (buffer[:num_tokens] for buffer in self.himap_boundary)
-        return hidden_buffer.copy_(hidden_states), residual_buffer.copy_(residual)
+            return positions, hidden_states, residual
+        inputs = self.himap_inputs[stage - 1].rows(len(hidden_states), positions)
+        for room, value in zip(inputs, stream, strict=True):
+            room.copy_(value)
+        return inputs
 
     def _forward_pruning(
         self,
@@ -154,43 +159,57 @@ class _SegmentedDecoder(nn.Module):
         deepstack_input_embeds: IntermediateTensors | None,
     ) -> torch.Tensor:
         first, middle, last = self.himap_segments
-        # May be padded to a captured size; no row that survives is padding.
+        # Each segment may be padded to a captured size; no row that survives is padding.
         hidden_states, residual = first(positions, inputs_embeds, deepstack_input_embeds)
         rows = step.cut(0, hidden_states, residual)
-        with self._later_stages(step):
-            positions, hidden_states, residual = gather_rows(
-                rows, positions, hidden_states, residual
-            )
-            self._enter(step, 1)
-            hidden_states, residual = middle(positions, hidden_states, residual)
+        with self._stage(step, 1):
+            inputs = self._gather(step, 1, rows, positions, hidden_states, residual)
+            hidden_states, residual = middle(*inputs)
             again = step.cut(1, hidden_states, residual)
-            self._enter(step, 2)
-            hidden_states = last(*gather_rows(again, positions, hidden_states, residual))
+        with self._stage(step, 2):
+            hidden_states = last(*self._gather(step, 2, again, inputs[0], hidden_states, residual))
         # The runner's indices of rows to sample from count every token of the step.
         full = hidden_states.new_zeros(len(inputs_embeds), hidden_states.shape[-1])
-        return full.index_copy_(0, rows.index_select(0, again), hidden_states)
+        return full.index_copy_(0, rows.index_select(0, again), hidden_states[: len(again)])
 
-    def _enter(self, step: ActiveStep, stage: int) -> None:
-        if self.himap_state.enter_stage is not None:
-            self.himap_state.enter_stage(step.layout.stages[stage])
+    def _gather(
+        self,
+        step: ActiveStep,
+        stage: int,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> Rows:
+        captured = step.captured[stage]
+        out = None
+        if captured is not None:
+            out = self.himap_inputs[stage - 1].rows(captured, positions)
+        return gather_rows(rows, positions, hidden_states, residual, out)
 
     @contextmanager
-    def _later_stages(self, step: ActiveStep) -> Iterator[None]:
-        """vLLM's forward context for fewer tokens than the step has.
+    def _stage(self, step: ActiveStep, stage: int) -> Iterator[None]:
+        """vLLM's forward context for the tokens that a later stage has.
 
-        Slot mappings (of the later layers) are cut to length: the kernels that write the KV cache
-        take one row per slot.
+        Slot mappings (of its layers) are cut to length: the kernels that write the KV cache take
+        one row per slot. Slots of padding are padding.
         """
+        geometry = step.layout.stages[stage]
+        if self.himap_state.enter_stage is not None:
+            self.himap_state.enter_stage(geometry)
         context = get_forward_context()
         slots = context.slot_mapping
         assert isinstance(slots, dict), "dual batch overlap is refused at start-up"
-        stages = step.layout.stages
-        shorter = {name: slots[name][: stages[s].num_tokens] for name, s in self.himap_later_layers}
+        captured = step.captured[stage]
+        num_tokens = geometry.num_tokens if captured is None else captured
+        layers = self.himap_later_layers[stage - 1]
         later = replace(
             context,
-            slot_mapping={**slots, **shorter},
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            batch_descriptor=None,
+            slot_mapping={**slots, **{name: slots[name][:num_tokens] for name in layers}},
+            cudagraph_runtime_mode=(
+                CUDAGraphMode.NONE if captured is None else CUDAGraphMode.PIECEWISE
+            ),
+            batch_descriptor=None if captured is None else BatchDescriptor(captured),
         )
         with override_forward_context(later):
             yield
@@ -227,24 +246,9 @@ def install_segments(
     decoder.__class__ = type(f"Segmented{base.__name__}", (_SegmentedDecoder, base), {})
     decoder.himap_segments = (first, middle, last)
     decoder.himap_state = state
-    decoder.himap_later_layers = tuple(
-        (name, 1 if index < deep else 2)
-        for index, name in enumerate(attention_layers)
-        if index >= shallow
+    decoder.himap_later_layers = (
+        tuple(attention_layers[shallow:deep]),
+        tuple(attention_layers[deep:]),
     )
-    decoder.himap_boundary = _boundary(decoder, vllm_config)
-
-
-def _boundary(decoder: Any, vllm_config: VllmConfig) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Hidden states and residual between captured segments, for the largest graph."""
-    compilation = vllm_config.compilation_config
-    # vLLM may still settle for piecewise graphs where others are configured.
-    if compilation.cudagraph_mode in (None, CUDAGraphMode.NONE):
-        return None
-    weight = next(decoder.parameters())
-    shape = (compilation.max_cudagraph_capture_size, vllm_config.model_config.get_hidden_size())
-    dtype = vllm_config.model_config.dtype
-    return (
-        torch.zeros(shape, dtype=dtype, device=weight.device),
-        torch.zeros(shape, dtype=dtype, device=weight.device),
-    )
+    device = next(decoder.parameters()).device
+    decoder.himap_inputs = SegmentInputs(vllm_config, device), SegmentInputs(vllm_config, device)

@@ -17,6 +17,7 @@ import torch
 from vllm.distributed import get_tp_group
 from vllm.triton_utils import HAS_TRITON
 
+from himap_vllm.budget import NUM_STAGES
 from himap_vllm.config import EngineSettings
 from himap_vllm.criteria import CRITERIA
 from himap_vllm.criteria.criterion import Candidates, Criterion
@@ -71,12 +72,18 @@ class ActiveStep:
 
     Attributes:
         layout: geometry and cuts.
+        captured: [NUM_STAGES] tokens of the captured graphs that a later stage replays, its own and
+            padding; None: it runs without graphs.
         rows: what went on at each cut so far: rows of the step before it, ascending.
         seconds: host time spent on pruning so far.
     """
 
     def __init__(
-        self, layout: StepLayout, device: torch.device, criterion: Criterion = HIMAP
+        self,
+        layout: StepLayout,
+        device: torch.device,
+        criterion: Criterion = HIMAP,
+        captured: Sequence[int | None] = (None,) * NUM_STAGES,
     ) -> None:
         assert layout.cuts is not None
         cuts = layout.cuts if criterion.votes is None else criterion.votes(layout.cuts)
@@ -84,6 +91,7 @@ class ActiveStep:
         assert first.image_tokens is not None
         began = time.perf_counter()
         self.layout = layout
+        self.captured = captured
         self.rows: list[torch.Tensor] = []
         self._scores: torch.Tensor | None = None
         self._criterion = criterion

@@ -44,6 +44,7 @@ def gather_rows(
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
     residual: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows of all three, in one launch where there is Triton.
 
@@ -52,21 +53,26 @@ def gather_rows(
         positions: [num_tokens], or [3, num_tokens] with M-RoPE.
         hidden_states: [num_tokens, hidden_size], channels contiguous.
         residual: [num_tokens, hidden_size], likewise.
+        out: positions laid out like `positions`, hidden states and residual, contiguous; where to
+            write, with `num_rows` tokens or more, of which the others stay as they are.
 
     Returns:
-        positions, hidden states and residual of the rows.
+        positions, hidden states and residual of the rows; `out`, if there is one.
     """
-    gathered = _empty_positions(positions, len(rows))
-    if not HAS_TRITON:
-        torch.index_select(positions, -1, rows, out=gathered)
-        return gathered, hidden_states.index_select(0, rows), residual.index_select(0, rows)
     width = hidden_states.shape[1]
-    assert hidden_states.stride(1) == residual.stride(1) == positions.stride(-1) == 1
-    outputs = (
-        gathered,
+    outputs = out or (
+        empty_positions(positions, len(rows)),
         hidden_states.new_empty(len(rows), width),
         residual.new_empty(len(rows), width),
     )
+    if not HAS_TRITON:
+        num_rows = len(rows)
+        torch.index_select(positions, -1, rows, out=outputs[0][..., :num_rows])
+        torch.index_select(hidden_states, 0, rows, out=outputs[1][:num_rows])
+        torch.index_select(residual, 0, rows, out=outputs[2][:num_rows])
+        return outputs
+    assert hidden_states.stride(1) == residual.stride(1) == positions.stride(-1) == 1
+    assert outputs[0].stride() == positions.stride()
     _gather_kernel[(len(rows), triton.cdiv(width, _BLOCK))](
         rows,
         hidden_states,
@@ -85,7 +91,7 @@ def gather_rows(
     return outputs
 
 
-def _empty_positions(positions: torch.Tensor, num_rows: int) -> torch.Tensor:
+def empty_positions(positions: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Room for `num_rows` positions, laid out like `positions`.
 
     vLLM's M-RoPE positions are columns of a longer buffer. With its stride in every step, Triton

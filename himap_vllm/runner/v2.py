@@ -11,7 +11,9 @@ vLLM seams (0.32):
   The one method of the runner that is overridden. Can go when vLLM calls plugins after loading;
 * `BlockTables`: `input_block_table_ptrs`, `block_table_strides`, `block_sizes_tensor` (the batch's
   block tables, as vLLM's own kernels take them), `num_blocks` (what the scheduler allocated).
-  Goes with slot mappings per group in `ModelState`.
+  Goes with slot mappings per group in `ModelState`;
+* `CudaGraphManager.dispatch`: the graphs for what is left of a step behind a cut, as vLLM's own
+  `FastPrefillHelper` asks for them. Goes when `ModelState` sees the manager.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
         model.himap_state = self.himap
         model.get_model_state_cls = lambda: PruningModelState
         super().load_model(load_dummy_weights, *args, model=model, **kwargs)
+        self.model_state.himap_runner = weakref.ref(self)
         self.model_memory_usage += memory.consumed_memory
 
 
@@ -94,6 +97,8 @@ class _LaterStages:
 
 class PruningModelState(DefaultModelState):
     """vLLM's state of a decoder-only model, with stages."""
+
+    himap_runner: weakref.ref[_Base]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -200,9 +205,25 @@ class PruningModelState(DefaultModelState):
         assert not (prunes and full_graph), "a step that prunes can't replay a full graph"
         state.views = [None, *(self._view(layout, stage) for stage in range(1, NUM_STAGES))]
         if prunes:
-            state.step = ActiveStep(layout, self.device, state.criterion)
+            captured = self._captured(layout, input_batch.num_reqs)
+            state.step = ActiveStep(layout, self.device, state.criterion, captured)
             self._request_ids = input_batch.req_ids
             self._count(layout, input_batch)
+
+    def _captured(self, layout: StepLayout, num_reqs: int) -> list[int | None]:
+        """Sizes of the piecewise graphs that vLLM would choose for steps as large as the stages."""
+        if self.himap.enter_stage is not None:  # LoRA's kernels read another mapping per stage
+            return [None] * NUM_STAGES
+        runner = self.himap_runner()
+        assert runner is not None
+        captured: list[int | None] = [None]  # the first stage's is chosen by vLLM itself
+        for stage in layout.stages[1:]:
+            graph = runner.cudagraph_manager.dispatch(
+                num_reqs, stage.num_tokens, uniform_token_count=None, num_active_loras=0
+            )
+            piecewise = graph.cg_mode == CUDAGraphMode.PIECEWISE
+            captured.append(graph.num_tokens if piecewise else None)
+        return captured
 
     def _view(self, layout: StepLayout, stage: int) -> StageView:
         geometry = layout.stages[stage]

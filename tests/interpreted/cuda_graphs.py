@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from tests.conftest import Engine
 
-# Full graphs for batches of up to 16, the engine's limit.
-CAPTURE_SIZES = [3, 8, 16, 64, 128, 192, 256, 384, 512]
+# Full graphs for batches of up to 16, the engine's limit; piecewise ones for steps of half its
+# limit, so that there are larger ones, of which later stages may fit a graph.
+CAPTURE_SIZES = [3, 8, 16, 64, 128, 192, 256]
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
@@ -223,11 +224,12 @@ class Played:
     """Watches what such an engine's steps do.
 
     Attributes:
-        chosen: the graph of each step.
+        chosen: mode and size of each step's graph.
         steps: steps by graph mode.
         padded: of these, steps with padding.
         replayed: full graphs, in order.
         pruning: steps that pruned, by graph mode.
+        stages: stages that replayed captured pieces.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -237,40 +239,34 @@ class Played:
         self.forget()
         self._watch_steps()
         if self._himap is not None:
-            self._watch_cache_writes(self._himap.settings.shallow_layer)
+            self._watch_cache_writes(self._himap.settings)
 
     def forget(self) -> None:
         """Begin to count anew, with an empty prefix cache."""
         unfinished = self.engine.llm.llm_engine.has_unfinished_requests()
         assert not unfinished, "a step failed before; the engine would not come to an end"
-        self.chosen: list[Any] = []
+        self.chosen: list[tuple[Any, int]] = []
         self.steps: Counter[str] = Counter()
         self.padded: Counter[str] = Counter()
         self.replayed: list[Any] = []
         self.pruning: Counter[str] = Counter()
+        self.stages: Counter[int] = Counter()
         self.engine.llm.reset_prefix_cache()
 
     @property
-    def captured(self) -> dict[Any, Graph]:
-        """Full graphs."""
+    def full_graphs(self) -> dict[Any, Graph]:
+        """All that were captured."""
         graphs: dict[Any, Graph] = self.runner.cudagraph_manager.graphs
         return graphs
 
     @property
-    def prunes(self) -> bool:
-        """The running step does."""
-        return self._himap is not None and self._himap.step is not None
+    def step(self) -> Any:
+        """The running step, if it prunes."""
+        return None if self._himap is None else self._himap.step
 
     def _watch_steps(self) -> None:
         manager, state = self.runner.cudagraph_manager, self.runner.model_state
-        dispatch, run, prepare = manager.dispatch, manager.run_fullgraph, state.prepare_attn
-
-        def dispatching(num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
-            graph = dispatch(num_reqs, num_tokens, *args, **kwargs)
-            self.chosen.append(graph)
-            self.steps[graph.cg_mode.name] += 1
-            self.padded[graph.cg_mode.name] += graph.num_tokens > num_tokens
-            return graph
+        run, prepare = manager.run_fullgraph, state.prepare_attn
 
         def running(graph: Any) -> Any:
             self.replayed.append(graph)
@@ -278,14 +274,22 @@ class Played:
 
         def preparing(batch: Any, mode: Any, *args: Any, **kwargs: Any) -> Any:
             metadata = prepare(batch, mode, *args, **kwargs)
-            self.pruning[mode.name] += self.prunes
+            padded = batch.num_tokens_after_padding
+            self.chosen.append((mode, padded))
+            self.steps[mode.name] += 1
+            self.padded[mode.name] += padded > batch.num_tokens
+            if mode.name == "PIECEWISE":
+                self.stages.update([0] if self.step is not None else [0, 1, 2])
+            if self.step is not None:
+                self.pruning[mode.name] += 1
+                captured = enumerate(self.step.captured)
+                self.stages.update(stage for stage, size in captured if size is not None)
             return metadata
 
-        manager.dispatch, manager.run_fullgraph = dispatching, running
-        state.prepare_attn = preparing
+        manager.run_fullgraph, state.prepare_attn = running, preparing
 
-    def _watch_cache_writes(self, first_later: int) -> None:
-        """In steps that prune, later layers have no captured graph, and one slot per row."""
+    def _watch_cache_writes(self, settings: Any) -> None:
+        """In steps that prune, graphs and slots of each layer are those of its stage."""
         from vllm.config import CUDAGraphMode
         from vllm.forward_context import get_forward_context
         from vllm.model_executor.models.utils import extract_layer_index
@@ -293,6 +297,8 @@ class Played:
         attention_layers = self.runner.compilation_config.static_forward_context
         for name, attention in attention_layers.items():
             write = attention.impl.do_kv_cache_update
+            layer = extract_layer_index(name)
+            stage = (layer >= settings.shallow_layer) + (layer >= settings.deep_layer)
 
             def watched(
                 module: Any,
@@ -301,12 +307,19 @@ class Played:
                 kv_cache: Any,
                 slots: Any,
                 _write: Any = write,
-                _later: bool = extract_layer_index(name) >= first_later,
+                _stage: int = stage,
             ) -> None:
-                if self.prunes:
-                    mode = CUDAGraphMode.NONE if _later else self.chosen[-1].cg_mode
+                if self.step is not None:
+                    num_tokens = self.step.layout.stages[_stage].num_tokens
+                    size, mode = self.step.captured[_stage], CUDAGraphMode.PIECEWISE
+                    if _stage == 0:
+                        mode, size = self.chosen[-1]
+                    elif size is None:
+                        mode, size = CUDAGraphMode.NONE, num_tokens
                     assert get_forward_context().cudagraph_runtime_mode == mode
-                    assert len(slots) == len(key)
+                    assert len(slots) == len(key) == size
+                    assert (slots[:num_tokens] >= 0).all()
+                    assert (slots[num_tokens:] == -1).all()
                 _write(module, key, value, kv_cache, slots)
 
             attention.impl.do_kv_cache_update = watched

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import sample_images
-from tests.conftest import Case, World, assert_equals_oracle
+from tests.conftest import DEEP_LAYER, SHALLOW_LAYER, Case, World, assert_equals_oracle
 from tests.interpreted.cuda_graphs import CAPTURE_SIZES, GraphPiece, Played
 from tests.test_compilation import compilations
 
+NUM_LAYERS = 12
 PICTURES = tuple(sample_images(8, seed=4))
 QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
 
@@ -32,15 +33,20 @@ def assert_equal_oracle(world: World, played: Played, cases: list[Case]) -> None
         assert_equals_oracle(world, played.engine, "mha12", case, output)
 
 
+def pieces(played: Played) -> int:
+    """Captured pieces that the steps must have replayed: between, before and behind attention."""
+    layers = (SHALLOW_LAYER, DEEP_LAYER - SHALLOW_LAYER, NUM_LAYERS - DEEP_LAYER)
+    return sum(count * (layers[stage] + 1) for stage, count in played.stages.items())
+
+
 def test_everything_is_compiled_and_captured(played: Played) -> None:
     config = played.runner.compilation_config
     assert config.mode.name == "VLLM_COMPILE"
     assert config.cudagraph_mode.name == "FULL_AND_PIECEWISE"
     assert "vllm::unified_attention_with_output" in config.splitting_ops
-    # A decoder in one: a piece before, between and behind its layers' attention.
-    assert len(GraphPiece.pieces) == 12 + 3
+    assert len(GraphPiece.pieces) == NUM_LAYERS + 3
     assert GraphPiece.captures == len(GraphPiece.pieces) * len(CAPTURE_SIZES)
-    assert [graph.num_tokens for graph in played.captured] == [16, 8, 3]
+    assert [graph.num_tokens for graph in played.full_graphs] == [16, 8, 3]
 
 
 def test_replayed_and_padded_steps_equal_the_oracle(world: World, played: Played) -> None:
@@ -51,14 +57,19 @@ def test_replayed_and_padded_steps_equal_the_oracle(world: World, played: Played
     ]
     cases.append(Case("Words, no picture.", (), None, max_tokens=9))
     later = [Case("Two: <image> and <image>.", PICTURES[5:7], (0.5, 0.5), max_tokens=4)]
+    large = [Case("Three: <image> <image>, <image>!", PICTURES[:3], (0.75, 0.5)) for _ in range(3)]
     before, replays = compilations(), GraphPiece.replays
-    for batch in (cases, later, cases[3:]):
+    for batch in (cases, later, cases[3:], large):
         assert_equal_oracle(world, played, batch)
     assert compilations() == before
-    assert GraphPiece.replays > replays
+    # Behind the cuts, too, in graphs of their own sizes, and where the step is larger than any.
+    assert played.pruning["NONE"] > 0
+    assert played.stages[0] == played.pruning["PIECEWISE"]
+    assert played.stages[0] < played.stages[1] <= played.stages[2]
+    assert GraphPiece.replays == replays + pieces(played)
     assert played.padded["FULL"] > 5
     assert played.steps["FULL"] > played.padded["FULL"]
-    assert played.padded["PIECEWISE"] >= played.pruning["PIECEWISE"] > 2
+    assert played.padded["PIECEWISE"] >= played.pruning["PIECEWISE"] > 1
 
 
 def test_unplanned_batches_replay_the_same_graphs(world: World, played: Played) -> None:
@@ -68,7 +79,11 @@ def test_unplanned_batches_replay_the_same_graphs(world: World, played: Played) 
     assert_equal_oracle(world, played, cases)
     assert played.padded["FULL"] >= 5
     assert not played.pruning.total()
-    assert GraphPiece.replays == replays + played.steps["PIECEWISE"] * (12 + 3)
+    assert (
+        GraphPiece.replays
+        == replays + pieces(played)
+        == replays + (NUM_LAYERS + 3) * played.steps["PIECEWISE"]
+    )
 
 
 def test_decoding_replays_the_graphs_that_stock_does(world: World, played: Played) -> None:
@@ -81,8 +96,8 @@ def test_decoding_replays_the_graphs_that_stock_does(world: World, played: Playe
     played.engine.generate(cases)
     stock = Played(world.stock(compiled=True))
     stock.engine.generate([replace(case, ratios=None) for case in cases])
-    assert played.captured.keys() == stock.captured.keys()
-    assert played.pruning["PIECEWISE"] > 0
+    assert played.full_graphs.keys() == stock.full_graphs.keys()
+    assert played.pruning.total() > 0
     assert played.chosen == stock.chosen
     assert played.replayed == stock.replayed
     # All but the first of the longest answer's tokens come from decode steps; each replays one.
@@ -113,7 +128,7 @@ def test_groups_of_a_stage_share_their_metadata(
     played.engine.generate([Case(QUESTION, PICTURES[:1], (0, 0)), Case("Words.", (), None)])
     assert played.steps["FULL"] > 0 < played.steps["PIECEWISE"]
     assert len(built) == 3 * played.steps["FULL"] + played.steps["PIECEWISE"]
-    for graph in played.captured.values():
+    for graph in played.full_graphs.values():
         captured = graph.attention.attn_metadata
         addresses = {
             (metadata.block_table.data_ptr(), metadata.slot_mapping.data_ptr())

@@ -19,11 +19,12 @@ def test_a_mixed_batch_equals_the_oracle(world: World, name: str) -> None:
     played = Played(world.engine(name, compiled=True))
     cases = test_families.cases(TINY[name].image)[::2]
     test_families.equal_oracle(world, played.engine, name, cases)
-    assert played.pruning["PIECEWISE"] > 0 < played.steps["FULL"]
-    # On their own, so that all of a prefill is captured pieces.
-    played.forget()
-    replays = GraphPiece.replays
-    unpruned = [replace(case, ratios=(0, 0)) for case in cases[:3]]
-    test_families.equal_oracle(world, played.engine, name, unpruned)
-    assert GraphPiece.replays == replays + played.steps["PIECEWISE"] * (NUM_LAYERS + 3)
-    assert played.steps["PIECEWISE"] > 0
+    assert played.pruning.total() > 0 < played.steps["FULL"]
+    # One prompt has graphs for all of its prefill.
+    for ratios in ((0.0, 0.0), (0.5, 0.75)):
+        played.forget()
+        replays = GraphPiece.replays
+        test_families.equal_oracle(world, played.engine, name, [replace(cases[0], ratios=ratios)])
+        assert played.pruning.total() == any(ratios)
+        assert played.stages == {0: 1, 1: 1, 2: 1}
+        assert GraphPiece.replays == replays + NUM_LAYERS + 3

@@ -167,6 +167,12 @@ def test_gather(random: torch.Generator, width: int) -> None:
     result, *_ = gather_rows(rows, for_mrope, hidden, residual)
     assert result.stride() == for_mrope.stride()
     assert torch.equal(result, for_mrope[:, rows])
+    # Into the inputs of captured graphs, whose other rows are padding.
+    out = torch.full((51,), -1)[:24], torch.full((24, width), -1.0), torch.full((24, width), -1.0)
+    assert gather_rows(rows, positions, hidden, residual, out) is out
+    for result, source in zip(out, (positions, hidden, residual), strict=True):
+        assert torch.equal(result[:17], source[rows])
+        assert (result[17:] == -1).all()
 
 
 def test_stage_slots(random: torch.Generator) -> None:
