@@ -22,13 +22,18 @@ class SegmentInputs:
         # vLLM may still settle for piecewise graphs where others are configured.
         if vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
             self._num_tokens = vllm_config.compilation_config.max_cudagraph_capture_size
-        shape = (2, self._num_tokens, model_config.get_hidden_size())
-        self._stream = torch.zeros(shape, dtype=model_config.dtype, device=device)
+        shape = (self._num_tokens, model_config.get_hidden_size())
+        # Two tensors: in a view of one, torch.compile might take the place in it for fixed.
+        self._hidden_states = torch.zeros(shape, dtype=model_config.dtype, device=device)
+        self._residual = torch.zeros_like(self._hidden_states)
         self._positions: torch.Tensor | None = None
 
     def rows(self, num_tokens: int, positions: torch.Tensor) -> Rows:
         """The first `num_tokens`; `positions` shows how positions are laid out."""
         if self._positions is None:  # with the first graph that is captured
             self._positions = empty_positions(positions, self._num_tokens).zero_()
-        hidden_states, residual = self._stream[:, :num_tokens]
-        return self._positions[..., :num_tokens], hidden_states, residual
+        return (
+            self._positions[..., :num_tokens],
+            self._hidden_states[:num_tokens],
+            self._residual[:num_tokens],
+        )

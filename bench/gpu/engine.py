@@ -23,6 +23,7 @@ from himap_vllm.config import ADDITIONAL_CONFIG_KEY, DEEP_ARG, SHALLOW_ARG
 
 MAX_SEQS = 128
 BATCHED_TOKENS = 8192  # per step
+CAPTURED_TOKENS = 512  # of the largest CUDA graph: vLLM's default with 256 sequences or more
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Engine:
             "max_model_len": 1024,
             "max_num_seqs": MAX_SEQS,
             "max_num_batched_tokens": BATCHED_TOKENS,
+            "max_cudagraph_capture_size": CAPTURED_TOKENS,
             "kv_cache_memory_bytes": options.kv_bytes,
             "gpu_memory_utilization": 0.05,  # only checked: the line above decides
             "enable_prefix_caching": False,  # prompts are alike

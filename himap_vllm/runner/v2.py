@@ -108,7 +108,7 @@ class PruningModelState(DefaultModelState):
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        # A step that prunes has other token counts than any captured graph.
+        # A step that prunes has fewer tokens behind each cut, in no full graph.
         mode = self.vllm_config.compilation_config.cudagraph_mode
         if mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
             raise ValueError(

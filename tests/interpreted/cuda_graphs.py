@@ -39,7 +39,6 @@ def _addresses(values: Any) -> list[int]:
 class _Captured:
     args: tuple[Any, ...]
     output: Any
-    kept: bool  # until the step has run; otherwise any other piece may write there
 
     def ruin(self) -> None:
         """Overwrite what was returned, but for what was also passed."""
@@ -54,11 +53,13 @@ class GraphPiece:
 
     Attributes:
         pieces: all that there are.
+        modules: compiled modules that they are pieces of.
         captures: pieces that were captured, over all of them.
         replays: that were replayed.
     """
 
     pieces: list[GraphPiece] = []  # noqa: RUF012
+    modules = 0
     captures = 0
     replays = 0
 
@@ -66,7 +67,10 @@ class GraphPiece:
         self, runnable: Any, vllm_config: Any, runtime_mode: Any, cudagraph_options: Any
     ) -> None:
         self.runnable = runnable
-        self._config, self._mode, self._options = vllm_config, runtime_mode, cudagraph_options
+        self._config, self._mode = vllm_config, runtime_mode
+        GraphPiece.modules += cudagraph_options.debug_log_enable  # vLLM logs the first piece only
+        self._module = GraphPiece.modules
+        self._kept = not cudagraph_options.weak_ref_output
         self._captured: dict[Any, _Captured] = {}
         GraphPiece.pieces.append(self)
 
@@ -87,8 +91,7 @@ class GraphPiece:
         if captured is None:
             GraphPiece.captures += 1
             output = self.runnable(*args)
-            kept = not self._options.weak_ref_output
-            self._captured[size] = _Captured(args, output, kept)
+            self._captured[size] = _Captured(args, output)
             return output
         GraphPiece.replays += 1
         assert _addresses(args) == _addresses(captured.args)
@@ -98,11 +101,13 @@ class GraphPiece:
         return captured.output
 
     def _use_memory(self, size: Any) -> None:
+        """Outputs are kept for the pieces of the same module, if at all, and size."""
         for piece in GraphPiece.pieces:
             if piece._config is not self._config:
                 continue  # another engine's
+            kept = piece is self or (piece._kept and piece._module == self._module)
             for other, captured in piece._captured.items():
-                if other != size or (piece is not self and not captured.kept):
+                if other != size or not kept:
                     captured.ruin()
 
 
@@ -230,6 +235,7 @@ class Played:
         replayed: full graphs, in order.
         pruning: steps that pruned, by graph mode.
         stages: stages that replayed captured pieces.
+        padded_stages: of these, later ones of steps that pruned, with padding.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -251,6 +257,7 @@ class Played:
         self.replayed: list[Any] = []
         self.pruning: Counter[str] = Counter()
         self.stages: Counter[int] = Counter()
+        self.padded_stages = 0
         self.engine.llm.reset_prefix_cache()
 
     @property
@@ -282,8 +289,10 @@ class Played:
                 self.stages.update([0] if self.step is not None else [0, 1, 2])
             if self.step is not None:
                 self.pruning[mode.name] += 1
-                captured = enumerate(self.step.captured)
-                self.stages.update(stage for stage, size in captured if size is not None)
+                for stage, size in enumerate(self.step.captured):
+                    if size is not None:
+                        self.stages[stage] += 1
+                        self.padded_stages += size > self.step.layout.stages[stage].num_tokens
             return metadata
 
         manager.run_fullgraph, state.prepare_attn = running, preparing

@@ -44,6 +44,7 @@ def test_everything_is_compiled_and_captured(played: Played) -> None:
     assert config.mode.name == "VLLM_COMPILE"
     assert config.cudagraph_mode.name == "FULL_AND_PIECEWISE"
     assert "vllm::unified_attention_with_output" in config.splitting_ops
+    assert GraphPiece.modules == 3
     assert len(GraphPiece.pieces) == NUM_LAYERS + 3
     assert GraphPiece.captures == len(GraphPiece.pieces) * len(CAPTURE_SIZES)
     assert [graph.num_tokens for graph in played.full_graphs] == [16, 8, 3]
@@ -66,6 +67,7 @@ def test_replayed_and_padded_steps_equal_the_oracle(world: World, played: Played
     assert played.pruning["NONE"] > 0
     assert played.stages[0] == played.pruning["PIECEWISE"]
     assert played.stages[0] < played.stages[1] <= played.stages[2]
+    assert played.padded_stages > 2
     assert GraphPiece.replays == replays + pieces(played)
     assert played.padded["FULL"] > 5
     assert played.steps["FULL"] > played.padded["FULL"]
