@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from bench.gpu.counters import KERNELS
+from bench.gpu.counters import GRAPH_LAUNCH, KERNELS
 from bench.gpu.counting import REQUESTS
 from bench.gpu.plan import DECODE, LOAD, PREFILL, TTFT, System
 from bench.gpu.results import (
@@ -25,7 +25,6 @@ SHARE_WANTED = 0.90
 ALLOWED = 1.01  # x stock, where nothing is pruned
 CAPACITY_ALLOWED = 0.02
 PASS, FAIL, UNKNOWN = "PASS", "FAIL", "NOT MEASURED"
-GRAPH_LAUNCH = "cudaGraphLaunch"
 
 
 @dataclass(frozen=True)

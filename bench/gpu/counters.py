@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 KERNELS = ("_vote_kernel", "_gather_kernel")  # of the plugin, one of each per cut
+GRAPH_LAUNCH = "cudaGraphLaunch"
 _MARK = "bench: a load"
 # Their frames are not the place that waits.
 _NOT_PLACES = ("torch", "warnings", "functools", "vllm.utils.gpu_sync_debug", __name__)

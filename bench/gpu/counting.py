@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from bench.gpu.counters import GRAPH_LAUNCH
 from bench.gpu.engine import Load
 from bench.gpu.plan import Plan, System
 from bench.gpu.worker import Worker
@@ -69,7 +70,7 @@ class Counting:
 
         `steps` that pruned, and launches of `kernels` in them, of prompts that are pruned together;
         `decode_calls`: of CUDA's functions per decode step of one request; `full_graphs` that the
-        engine has; `device_ms` of one lone prompt, by text tokens.
+        engine has; of one lone prompt, by text tokens, `device_ms` and `prefill_graphs`, replayed.
         """
         found = {}
         for plugin in self._engines:
@@ -79,6 +80,7 @@ class Counting:
             graphs = self._ask(plugin, "rpc", "bench_full_graphs")
             for name, of_system in loads.items():
                 together, short, long, *alone = (next(seen) for _ in of_system)
+                prefills = dict(zip(map(str, self._plan.text_tokens), alone, strict=True))
                 found[name] = {
                     "steps": together["steps"],
                     "kernels": together["kernels"],
@@ -87,9 +89,10 @@ class Counting:
                         for call, count in sorted(long["calls"].items())
                     },
                     "full_graphs": graphs,
-                    "device_ms": {
-                        str(text): traced["device_ms"]
-                        for text, traced in zip(self._plan.text_tokens, alone, strict=True)
+                    "device_ms": {text: traced["device_ms"] for text, traced in prefills.items()},
+                    "prefill_graphs": {
+                        text: traced["calls"].get(GRAPH_LAUNCH, 0)
+                        for text, traced in prefills.items()
                     },
                 }
         return found

@@ -164,10 +164,11 @@ def _busy(results: Results) -> str:
     for system, found in results.counted.get("traces", {}).items():
         for text, device in found["device_ms"].items():
             took = results.value(prefill_ms, TTFT, system, int(text), 1)
-            rows.append(
-                [system, text, f"{device:.2f}", _number(took, 2), _ratio(device, took, ".1%")]
-            )
-    header = ["system", "text tokens", "on the device, ms", "in the engine, ms", "busy"]
+            rows.append([
+                system, text, f"{device:.2f}", _number(took, 2), _ratio(device, took, ".1%"),
+                str(found["prefill_graphs"][text]),
+            ])  # fmt: skip
+    header = ["system", "text tokens", "on the device, ms", "in the engine, ms", "busy", "graphs"]
     return table(header, rows) if rows else UNCOUNTED
 
 
@@ -227,9 +228,9 @@ NOTES = {
         "core's clock. Bounds count vision tower, projector, decoder and one row of logits. The "
         "second bound takes, layer by layer, the larger of arithmetic and memory traffic: few "
         "rows don't pay for reading a layer's weights, which pruning does not spare. Where that "
-        "puts the FLOP bound out of reach, the second one decides. A step that prunes replays no "
-        "graphs behind the first cut, so a lone pruned prompt may be bound by the host's launches "
-        "too: then the device idles (below)."
+        "puts the FLOP bound out of reach, the second one decides. A lone prompt may be bound by "
+        "the host's launches, too: then the device idles (below). Behind the cuts a pruned one is "
+        "short enough for piecewise CUDA graphs; stock's prompts are too long."
     ),
     "The same without the vision tower": (
         "Always the same image, whose embeddings the engine keeps; the decoder's part, then. vLLM "
@@ -250,7 +251,7 @@ NOTES = {
     ),
     "The idle device": (
         "One lone prompt, from prompt to first token: the time of its kernels and copies by the "
-        "profiler, beside the time it took without the profiler."
+        "profiler, beside the time it took without the profiler; and the CUDA graphs it replayed."
     ),
     "CUDA calls per decode step": (
         f"One request decoding, by the profiler: a run of {1 + DECODE_STEPS} tokens less a run of "
