@@ -192,7 +192,9 @@ class _SegmentedDecoder(nn.Module):
         """vLLM's forward context for the tokens that a later stage has.
 
         Slot mappings (of its layers) are cut to length: the kernels that write the KV cache take
-        one row per slot. Slots of padding are padding.
+        one row per slot. Slots of padding are padding. Captured pieces are found by graph mode and
+        batch descriptor (`CUDAGraphWrapper`): the one under which `ModelCudaGraphManager` captures
+        without LoRA. Goes when vLLM chooses graphs for a part of a model.
         """
         geometry = step.layout.stages[stage]
         if self.himap_state.enter_stage is not None:

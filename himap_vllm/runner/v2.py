@@ -13,7 +13,8 @@ vLLM seams (0.32):
   block tables, as vLLM's own kernels take them), `num_blocks` (what the scheduler allocated).
   Goes with slot mappings per group in `ModelState`;
 * `CudaGraphManager.dispatch`: the graphs for what is left of a step behind a cut, as vLLM's own
-  `FastPrefillHelper` asks for them. Goes when `ModelState` sees the manager.
+  `FastPrefillHelper` asks for them. The state reaches the manager, and the block tables, through
+  the runner. Goes when `ModelState` is shown them.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class _LaterStages:
 class PruningModelState(DefaultModelState):
     """vLLM's state of a decoder-only model, with stages."""
 
-    himap_runner: weakref.ref[_Base]
+    himap_runner: weakref.ref[_Base]  # whose state this is; set behind `load_model`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -122,12 +123,17 @@ class PruningModelState(DefaultModelState):
         self._leaders = [stages.index(stage) for stage in range(NUM_STAGES)]
         later = [(group, stage - 1) for group, stage in enumerate(stages) if stage]
         self._later_groups = torch.tensor(later, device=self.device)
-        # vLLM makes new ones after its trial run, whose must be gone by then: they can be large.
-        self._block_tables_reference = weakref.ref(block_tables)
+
+    @property
+    def _runner(self) -> Any:
+        runner = self.himap_runner()
+        assert runner is not None
+        return runner
 
     @property
     def _block_tables(self) -> Any:
-        return self._block_tables_reference()
+        # Not kept: vLLM makes new ones after its trial run, whose must be gone by then.
+        return self._runner.block_tables
 
     def prepare_attn(
         self,
@@ -214,11 +220,10 @@ class PruningModelState(DefaultModelState):
         """Sizes of the piecewise graphs that vLLM would choose for steps as large as the stages."""
         if self.himap.enter_stage is not None:  # LoRA's kernels read another mapping per stage
             return [None] * NUM_STAGES
-        runner = self.himap_runner()
-        assert runner is not None
+        dispatch = self._runner.cudagraph_manager.dispatch
         captured: list[int | None] = [None]  # the first stage's is chosen by vLLM itself
         for stage in layout.stages[1:]:
-            graph = runner.cudagraph_manager.dispatch(
+            graph = dispatch(
                 num_reqs, stage.num_tokens, uniform_token_count=None, num_active_loras=0
             )
             piecewise = graph.cg_mode == CUDAGraphMode.PIECEWISE

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's path on GPUs, compiled and with CUDA graphs, played through on a CPU.
 
-vLLM's own code configures, splits, compiles, captures and chooses graphs (`FULL_AND_PIECEWISE`).
-Only the graphs are stand-ins. A CUDA graph repeats its kernels on the addresses of its capture, so
-a stand-in repeats its call on the arguments of its capture; and what a graph returns lies in memory
-that all graphs share, so a stand-in ruins what others have returned. What this can't show: that
-CUDA accepts the captures, that kernels are right on a GPU, and how long anything takes.
+vLLM's own code configures, traces, splits, captures and chooses graphs (`FULL_AND_PIECEWISE`).
+Pieces run as they were traced, without Inductor, and graphs are stand-ins. A CUDA graph repeats its
+kernels on the addresses of its capture, so a stand-in repeats its call on the arguments of its
+capture; and what a graph returns lies in memory that all graphs share, so a stand-in ruins what
+others have returned. What this can't show: that CUDA accepts the captures, that kernels and
+Inductor's code are right on a GPU, and how long anything takes.
 """
 
 from __future__ import annotations
