@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from himap_vllm.budget import NUM_STAGES, Ratios, kept
+from himap_vllm.plan.prompt import NUM_STAGES, Ratios, kept
 
 
 @dataclass(frozen=True)

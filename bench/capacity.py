@@ -18,8 +18,8 @@ from typing import Any
 
 from bench.arithmetic import Cuts, blocks_per_request
 from bench.model import THIN
-from himap_vllm.budget import NUM_STAGES, Ratios
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
+from himap_vllm.plan.prompt import NUM_STAGES, Ratios
 
 BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes (its default is 128)
 OUTPUT_TOKENS = 16
@@ -179,7 +179,7 @@ def _fill(checkpoint: Path, cuts: Cuts, pruning: bool, setting: Setting) -> Capa
     from PIL import Image
     from vllm import LLM, SamplingParams
 
-    from himap_vllm.kv_cache import bytes_per_block, group_stages
+    from himap_vllm.core.kv_cache import bytes_per_block, group_stages
 
     himap = {
         "shallow_layer": cuts.shallow_layer,

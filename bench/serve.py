@@ -40,8 +40,8 @@ from bench.report import (
     mean_prompt_tokens,
 )
 from bench.server import Server
-from himap_vllm.budget import Ratios
 from himap_vllm.config import ADDITIONAL_CONFIG_KEY, DEEP_ARG, SHALLOW_ARG
+from himap_vllm.plan.prompt import Ratios
 
 CONCURRENCIES = (1, 2, 4, 8, 16)
 MAX_SEQS = 16

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from himap_vllm.budget import Ratios
 from himap_vllm.criteria import CRITERIA
+from himap_vllm.plan.prompt import Ratios
 
 ADDITIONAL_CONFIG_KEY = "himap"
 SHALLOW_ARG = "himap_shallow_ratio"

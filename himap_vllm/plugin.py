@@ -28,7 +28,7 @@ def register() -> None:
     On a vLLM whose internals it does not know, it only makes sure that an engine that asks for
     pruning is refused.
     """
-    from himap_vllm.support import is_supported_vllm
+    from himap_vllm.frontend.support import is_supported_vllm
 
     _wrap_config()
     if is_supported_vllm():
@@ -45,7 +45,7 @@ def _wrap_config() -> None:
     @functools.wraps(original)
     def post_init(self: Any) -> None:
         original(self)
-        from himap_vllm.support import check_and_configure
+        from himap_vllm.frontend.support import check_and_configure
 
         check_and_configure(self)
 
@@ -65,8 +65,8 @@ def _wrap_admission() -> None:
         request = original(self, *args, **kwargs)
         from vllm.exceptions import VLLMValidationError
 
-        from himap_vllm.admission import admit
         from himap_vllm.config import HiMAPError, engine_settings
+        from himap_vllm.frontend.admission import admit
 
         settings = engine_settings(self.vllm_config.additional_config)
         if settings is not None:

@@ -2,7 +2,7 @@
 """Triton without a GPU: kernels run by its interpreter, or only compiled.
 
 In a process of its own, as both are decided when Triton and vLLM are imported. By hand:
-`TRITON_INTERPRET=1 pytest tests/interpreted`; `tests/test_v2.py` does the same.
+`TRITON_INTERPRET=1 pytest tests/interpreted`; `tests/engine/test_interpreted.py` does the same.
 """
 
 from __future__ import annotations

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the checkpoint in `demo/model/` from nothing but `demo`'s scenes and questions."""
+"""Makes the checkpoint of `himap_demo.model` from scenes and questions of `himap_demo`."""

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from himap_demo.heldout import training_seed
+from himap_demo.questions import LETTERS, NUMBERS, Question, ask, choose
+from himap_demo.scenes import CARD, CELL, COLORS, SHAPES, Scene, draw, make_scene
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
-
-from demo.heldout import training_seed
-from demo.questions import LETTERS, NUMBERS, Question, ask, choose
-from demo.scenes import CARD, CELL, COLORS, SHAPES, Scene, draw, make_scene
 
 from .model import IMAGE_TOKENS, LABELS, PATCH, SIDE
 from .tokenizer import AFTER_QUESTION, BEFORE_IMAGE, BOS, IMAGE

@@ -12,11 +12,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from himap_demo import MODEL_PATH
+from himap_demo.heldout import Item, items
+from himap_demo.questions import KINDS
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-from demo import MODEL_PATH
-from demo.heldout import Item, items
-from demo.questions import KINDS
 
 MAX_TOKENS = 64
 

@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import torch
+from himap_demo.scenes import SIZE
 from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessor,
@@ -11,8 +12,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-
-from demo.scenes import SIZE
 
 from .model import PATCH
 

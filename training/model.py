@@ -7,6 +7,7 @@ the image: what pruning saves grows with them.
 """
 
 import torch
+from himap_demo.scenes import COLORS, GRID, SHAPES, SIZE
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -17,8 +18,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
-
-from demo.scenes import COLORS, GRID, SHAPES, SIZE
 
 from .tokenizer import BOS, EOS, IMAGE, PAD, VOCABULARY
 

@@ -10,7 +10,7 @@ from bench.arithmetic import Cuts
 from bench.gpu.engine import MAX_SEQS, Load
 from bench.gpu.shape import LLAVA_7B, LLAVA_7B_KV, TINY, Shape
 from bench.report import STOCK, UNPRUNED
-from himap_vllm.budget import Ratios
+from himap_vllm.plan.prompt import Ratios
 
 TTFT, PREFILL, DECODE, LOAD = "ttft", "prefill", "decode", "load"
 

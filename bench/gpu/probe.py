@@ -55,10 +55,10 @@ class Probe:
         """
         import torch
 
-        from himap_vllm.budget import ImageTokens, make_plan
         from himap_vllm.kernels.gather import gather_rows
-        from himap_vllm.layout import step_layout
-        from himap_vllm.pruning import ActiveStep
+        from himap_vllm.plan.prompt import ImageTokens, make_plan
+        from himap_vllm.plan.step import step_layout
+        from himap_vllm.pruning.step import ActiveStep
 
         length = shape.image_tokens + text_tokens
         images = [ImageTokens(((1, 1 + shape.image_tokens),))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.arithmetic import Cuts
-from himap_vllm.savings import DecoderShape
+from himap_vllm.plan.savings import DecoderShape
 from tests.checkpoints import build_llava
 
 PATCH_SIZE = 14  # pixels

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from himap_vllm.layout import Cut
+from himap_vllm.plan.step import Cut
 
 Cuts = tuple[Cut, Cut]
 

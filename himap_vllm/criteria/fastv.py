@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from himap_vllm.criteria.criterion import Candidates, Criterion, Cuts
-from himap_vllm.layout import ImageVote, IntArray, PrunedRequest
+from himap_vllm.plan.step import ImageVote, IntArray, PrunedRequest
 
 
 def last_text_row(cuts: Cuts) -> Cuts:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from himap_vllm.criteria.criterion import Candidates, Criterion
-from himap_vllm.upload import upload
+from himap_vllm.kernels.upload import upload
 
 
 def prompt_seed(token_ids: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from himap_vllm.criteria.criterion import Candidates, Criterion
-from himap_vllm.upload import upload
+from himap_vllm.kernels.upload import upload
 
 
 def _scores(candidates: Candidates) -> torch.Tensor:

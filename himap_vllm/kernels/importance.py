@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from vllm.triton_utils import tl, triton
 
-from himap_vllm.layout import Cut, IntArray
+from himap_vllm.plan.step import Cut, IntArray
 
 BLOCK_ROWS = 32
 BLOCK_KEYS = 64
@@ -194,7 +194,7 @@ def importance(
     num_lines: int,
     image_tokens: torch.Tensor,
 ) -> torch.Tensor:
-    """As `himap_vllm.importance.importance`, in one launch and one reduction.
+    """As `himap_vllm.pruning.importance.importance`, in one launch and one reduction.
 
     Args:
         query: [num_tokens, num_heads, head_size], channels contiguous.

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 
-from himap_vllm.layout import StageGeometry
-from himap_vllm.pruning import PruningState
+from himap_vllm.plan.step import StageGeometry
+from himap_vllm.pruning.step import PruningState
 
 if TYPE_CHECKING:
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin as _Base

@@ -20,8 +20,8 @@ import torch
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
-from himap_vllm.budget import NUM_STAGES
-from himap_vllm.layout import StepLayout
+from himap_vllm.plan.prompt import NUM_STAGES
+from himap_vllm.plan.step import StepLayout
 
 
 class StageBlockTables(MultiGroupBlockTable):

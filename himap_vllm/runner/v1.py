@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, PAD_SLOT_ID
 
-from himap_vllm.budget import NUM_STAGES
-from himap_vllm.install import install
-from himap_vllm.layout import PlanTable
-from himap_vllm.pruning import ActiveStep, PruningState
+from himap_vllm.model.install import install
+from himap_vllm.plan.prompt import NUM_STAGES
+from himap_vllm.plan.step import PlanTable
+from himap_vllm.pruning.stage_metadata import StageView
+from himap_vllm.pruning.step import ActiveStep, PruningState
 from himap_vllm.runner import block_tables
 from himap_vllm.runner.adapters import AdapterMixin
 from himap_vllm.runner.block_tables import StageBlockTables
-from himap_vllm.stage_view import StageView
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base

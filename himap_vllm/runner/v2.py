@@ -30,14 +30,14 @@ from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from himap_vllm.budget import NUM_STAGES
-from himap_vllm.install import install
 from himap_vllm.kernels.stage_slots import write_stage_slots
-from himap_vllm.layout import StepLayout
-from himap_vllm.pruning import ActiveStep, PruningState
+from himap_vllm.model.install import install
+from himap_vllm.plan.prompt import NUM_STAGES
+from himap_vllm.plan.step import StepLayout
+from himap_vllm.pruning.stage_metadata import QueryRows, StageView
+from himap_vllm.pruning.step import ActiveStep, PruningState
 from himap_vllm.runner.adapters import AdapterMixin
-from himap_vllm.stage_view import QueryRows, StageView
-from himap_vllm.warmup import NUM_TOKENS, warm_up
+from himap_vllm.runner.warmup import NUM_TOKENS, warm_up
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base

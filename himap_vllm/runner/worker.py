@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every pruning worker adds to vLLM's: it tells the recorder of requests, and answers calls.
 
-vLLM seams (0.32): `parallel_config.worker_cls`, set by `himap_vllm.support` when himap is
+vLLM seams (0.32): `parallel_config.worker_cls`, set by `himap_vllm.frontend.support` when himap is
 configured; `execute_model`, through which every request reaches and leaves a worker, whatever its
 model runner. `collective_rpc` (public, on `LLM` and `AsyncLLM`) reaches the two calls.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from himap_vllm.recorder import Recorder, Trace
+from himap_vllm.pruning.live_requests import Recorder, Trace
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase as _Base

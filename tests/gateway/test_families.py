@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import Case, World
+from tests.engine.test_families import PICTURES
 from tests.families import TINY
 from tests.gateway.support import answer_as_the_oracle, gateway, post
 from tests.servers import Server, picture_message
-from tests.test_families import PICTURES
 
 
 @pytest.fixture(scope="module", params=["qwen2.5-vl", "idefics3"])

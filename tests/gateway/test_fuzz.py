@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import schemathesis
+from himap_server.http import MAX_HEAD_BYTES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -31,7 +32,6 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from server.http import MAX_HEAD_BYTES
 from tests.checkpoints import IMAGE_ID
 from tests.gateway.conftest import PICTURES, ImageHost
 from tests.gateway.support import metric, post

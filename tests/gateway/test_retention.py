@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+from himap_demo import MODEL_PATH
 
-from demo import MODEL_PATH
 from tests.gateway.support import HIMAP
 from tests.gateway.test_evaluation import himap
 from tests.servers import running

@@ -10,8 +10,8 @@ import pytest
 
 from tests.checkpoints import sample_images
 from tests.conftest import DEEP_LAYER, SHALLOW_LAYER, Case, World, assert_equals_oracle
+from tests.engine.test_compilation import compilations
 from tests.interpreted.cuda_graphs import CAPTURE_SIZES, GraphPiece, Played
-from tests.test_compilation import compilations
 
 NUM_LAYERS = 12
 PICTURES = tuple(sample_images(8, seed=4))

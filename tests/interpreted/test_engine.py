@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests import test_compilation, test_criteria, test_lora, test_oracle, test_serving
 from tests.checkpoints import sample_images
 from tests.conftest import (
     BLOCK_SIZE,
@@ -21,6 +20,7 @@ from tests.conftest import (
     assert_equals_oracle,
     watched,
 )
+from tests.engine import test_compilation, test_criteria, test_lora, test_oracle, test_serving
 from tests.interpreted.cuda_graphs import runner_of
 
 PICTURES = tuple(sample_images(8, seed=3))

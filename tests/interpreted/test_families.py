@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests import test_families
 from tests.conftest import World
+from tests.engine import test_families
 from tests.families import NUM_LAYERS, TINY
 from tests.interpreted.cuda_graphs import GraphPiece, Played
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from himap_vllm.budget import ImageTokens, PromptPlan, Ratios, make_plan
-from himap_vllm.importance import importance as reference
 from himap_vllm.kernels.gather import gather_rows
 from himap_vllm.kernels.importance import BLOCK_ROWS, VoteTiles, importance
 from himap_vllm.kernels.stage_slots import PAD_SLOT, write_stage_slots
-from himap_vllm.layout import Cut, step_layout
-from himap_vllm.upload import upload
+from himap_vllm.kernels.upload import upload
+from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios, make_plan
+from himap_vllm.plan.step import Cut, step_layout
+from himap_vllm.pruning.importance import importance as reference
 
 _SEEDS = itertools.count(torch.seed() % 2**31)
 

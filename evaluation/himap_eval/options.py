@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands have in common on their command lines."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from .client import Ratios
+from .errors import CommandError
+from .formats import FORMATS, read
+from .items import DataError, Item, check_images, held_out, sample
+from .plot import PlotError, check_matplotlib
+
+
+def ratio(text: str) -> float:
+    """A ratio in [0, 1), for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise ArgumentTypeError(f"{text!r} is no ratio in [0, 1)")
+    return value
+
+
+def ratio_pair(text: str) -> Ratios:
+    """`0.5,0.75`, for argparse."""
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise ArgumentTypeError(f"{text!r} is not SHALLOW,DEEP, such as 0.5,0.75")
+    return Ratios(ratio(parts[0]), ratio(parts[1]))
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number, 0 or above, for argparse."""
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def add_data_options(parser: ArgumentParser) -> None:
+    """Which questions, and how they are asked."""
+    group = parser.add_argument_group("data (default: the project's own held-out set)")
+    group.add_argument("--data", type=Path, help="file or folder, see --format")
+    group.add_argument("--format", choices=FORMATS, default="jsonl", help="default: jsonl")
+    group.add_argument("--images", type=Path, help="folder of the images, where it is another one")
+    group.add_argument(
+        "--num-scenes", type=positive, default=250, help="of the held-out set (default: 250)"
+    )
+    group.add_argument(
+        "--first-scene", type=natural, default=0, metavar="N",
+        help="of the held-out set, which has no end: others than what a setting was chosen by",
+    )  # fmt: skip
+    group.add_argument("--limit", type=positive, help="ask at most this many questions, a sample")
+    group.add_argument(
+        "--concurrency", type=positive, default=8, help="requests at once (default: 8)"
+    )
+    group.add_argument("--max-tokens", type=positive, default=64, help="of an answer (default: 64)")
+    group.add_argument("--no-plot", action="store_true", help="don't draw; matplotlib is needed to")
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def load_items(args: Namespace) -> list[Item]:
+    """The questions that the options name.
+
+    Raises:
+        DataError: there are none, or they can't be read.
+    """
+    if args.data is None:
+        items, _ = held_out(args.num_scenes, args.first_scene)
+    else:
+        items = read(args.format, args.data, args.images)
+    items = sample(items, args.limit)
+    check_images(items)
+    return items
+
+
+def data_name(args: Namespace) -> str:
+    """The data in words."""
+    if args.data is None:
+        scenes = f"{args.num_scenes} scenes"
+        if args.first_scene:
+            scenes += f" from number {args.first_scene} on"
+        return f"the project's held-out set, {scenes}"
+    return f"{args.data.name} ({args.format})"
+
+
+def guarded(name: str, run: Callable[[Namespace], int], args: Namespace) -> int:
+    """Run a command; what the user can put right is one line and status 2."""
+    try:
+        if not getattr(args, "no_plot", True):
+            check_matplotlib()
+        return run(args)
+    except (DataError, PlotError, CommandError) as error:
+        print(f"himap {name}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From answers to numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .client import Answer, Ratios
+from .items import Item
+from .scoring import METRICS, normalized
+from .stats import Retention, retention
+
+
+@dataclass(frozen=True, slots=True)
+class KindResult:
+    """One kind of question at one setting."""
+
+    num_items: int
+    accuracy: float
+    retention: Retention
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """What pruning saved, averaged over the questions; shares of the same without pruning.
+
+    Attributes:
+        image_tokens: per question.
+        kept_shallow: of these, alive between the cuts.
+        kept_deep: of these, alive after both.
+        image_token_layers: image tokens summed over the layers, what is left of them; the
+            "average reduction" of the literature is one minus this.
+        kv_tokens: KV entries of the prompt summed over the layers, text included.
+        prefill_flops: of the decoder, text included.
+    """
+
+    image_tokens: float
+    kept_shallow: float
+    kept_deep: float
+    image_token_layers: float
+    kv_tokens: float
+    prefill_flops: float
+
+    @property
+    def kept(self) -> str:
+        """Image tokens after the cuts, in words."""
+        return f"{self.kept_shallow:.0f}, {self.kept_deep:.0f} of {self.image_tokens:.0f}"
+
+    @property
+    def shares(self) -> list[float]:
+        """What is left of image token-layers, KV tokens and prefill FLOPs."""
+        return [self.image_token_layers, self.kv_tokens, self.prefill_flops]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One setting.
+
+    Attributes:
+        ratios: what was asked for.
+        accuracy: mean score, in [0, 1].
+        retention: of it, against unpruned.
+        agreement: share of answers that are the unpruned ones, right or wrong.
+        kinds: the same per kind.
+        savings: None where the server reports none.
+        ttft: median seconds to the first token, under the load of this run.
+        latency: median seconds of a request, likewise.
+    """
+
+    ratios: Ratios
+    accuracy: float
+    retention: Retention
+    agreement: float
+    kinds: dict[str, KindResult]
+    savings: Savings | None
+    ttft: float
+    latency: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def scores_of(items: Sequence[Item], answers: Sequence[Answer]) -> list[float]:
+    """[num_items] in [0, 1]."""
+    return [
+        METRICS[item.metric](answer.text, item.answers)
+        for item, answer in zip(items, answers, strict=True)
+    ]
+
+
+def answered(items: Sequence[Item], answers: dict[Ratios, list[Answer]]) -> list[int]:
+    """Indices of the items that every setting has an answer to."""
+    return [i for i in range(len(items)) if not any(row[i].error for row in answers.values())]
+
+
+def summarize(
+    items: Sequence[Item],
+    ratios: Ratios,
+    answers: Sequence[Answer],
+    unpruned: Sequence[Answer],
+) -> Result:
+    """One setting's numbers; `answers` and `unpruned` are in the order of `items`."""
+    scores, reference = scores_of(items, answers), scores_of(items, unpruned)
+    groups = [item.group for item in items]
+    kinds = {}
+    for kind in sorted({item.kind for item in items}):
+        own = [i for i, item in enumerate(items) if item.kind == kind]
+        kinds[kind] = KindResult(
+            num_items=len(own),
+            accuracy=statistics.fmean(scores[i] for i in own),
+            retention=retention(
+                [scores[i] for i in own], [reference[i] for i in own], [groups[i] for i in own]
+            ),
+        )
+    same = [
+        normalized(mine.text) == normalized(theirs.text)
+        for mine, theirs in zip(answers, unpruned, strict=True)
+    ]
+    return Result(
+        ratios=ratios,
+        accuracy=statistics.fmean(scores),
+        retention=retention(scores, reference, groups),
+        agreement=statistics.fmean(same),
+        kinds=kinds,
+        savings=_savings(answers),
+        ttft=statistics.median(answer.ttft for answer in answers),
+        latency=statistics.median(answer.latency for answer in answers),
+    )
+
+
+def _savings(answers: Sequence[Answer]) -> Savings | None:
+    usages = [(answer.usage, answer.prompt_tokens) for answer in answers if answer.usage]
+    if len(usages) < len(answers):
+        return None
+    mean = {
+        key: statistics.fmean(usage[key] for usage, _ in usages)
+        for key in ("image_tokens", "kept_shallow", "kept_deep", "prefill_flops_ratio")
+    }
+    held = sum(usage["kv_tokens"] for usage, _ in usages)
+    full = sum(usage["kv_tokens_unpruned"] for usage, _ in usages)
+    # The unpruned KV cache has every token of the prompt in every layer.
+    image_token_layers = sum(
+        usage["image_tokens"] * usage["kv_tokens_unpruned"] / prompt_tokens
+        for usage, prompt_tokens in usages
+    )
+    return Savings(
+        image_tokens=mean["image_tokens"],
+        kept_shallow=mean["kept_shallow"],
+        kept_deep=mean["kept_deep"],
+        image_token_layers=1 - (full - held) / image_token_layers,
+        kv_tokens=held / full,
+        prefill_flops=mean["prefill_flops_ratio"],
+    )

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scheduler: knows each request's plan, and never splits the one-step part of a pruned prompt.
+
+vLLM seams (0.32), all in `vllm.v1.core.sched.scheduler.Scheduler`, reached through its
+`--scheduler-cls` option; they can go when vLLM lets a request declare an unsplittable range:
+
+* `add_request` is the only place where the scheduler and the KV cache managers can learn of a
+  request before its first allocation;
+* `_try_schedule_encoder_inputs` may shorten or postpone the chunk of any request that has images,
+  for running and waiting requests alike, before blocks are allocated;
+* `_free_request` ends every request, finished or aborted. Preemption does not pass there: the
+  plan stays.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from himap_vllm.config import engine_settings
+from himap_vllm.core.kv_cache import StageKVCacheManager, group_stages
+from himap_vllm.core.kv_cache_manager import adopt
+from himap_vllm.plan.prompt import PromptPlan
+from himap_vllm.plan.requests import plan_of, stage_layers, step_limit
+
+logger = init_logger("vllm.himap")
+
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as _Base
+else:  # the scheduler class itself is next in the method resolution order
+    _Base = object
+
+
+class _PruningMixin(_Base):
+    """What both schedulers add."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = engine_settings(self.vllm_config.additional_config)
+        assert settings is not None, "this scheduler is chosen only with himap settings"
+        manager = self.kv_cache_manager
+        stages = group_stages(
+            manager.kv_cache_config,
+            stage_layers(settings, self.vllm_config.model_config),
+        )
+        logger.info(
+            "HiMAP: cuts before layers %d and %d; KV cache groups per stage: %s",
+            settings.shallow_layer,
+            settings.deep_layer,
+            [stages.count(stage) for stage in sorted(set(stages))],
+        )
+        _, self.himap_step_limit = step_limit(self.vllm_config.scheduler_config)
+        self.himap_plans: dict[str, PromptPlan] = {}
+        for group_manager in manager.coordinator.single_type_managers:
+            assert isinstance(group_manager, StageKVCacheManager)
+            group_manager.plans = self.himap_plans
+        adopt(manager, stages, self.himap_plans)
+
+    def add_request(self, request: Request) -> None:
+        plan = plan_of(request.num_prompt_tokens, request.mm_features, request.sampling_params)
+        # A known id is the next chunk of a streaming-input session, which is never pruned.
+        if plan is not None and request.request_id not in self.requests:
+            self.himap_plans[request.request_id] = plan
+            # Read nothing from the first image on (StageKVCacheManager publishes nothing there),
+            # and stop hashing: later blocks hold other tokens than their position's hash says.
+            hash_block_size = self.hash_block_size
+            del request.block_hashes[plan.first_image_token // hash_block_size :]
+            request._block_hasher = None
+        super().add_request(request)
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        # What vLLM answers, without its search: images are part of the prompt.
+        if num_computed_tokens >= request.num_prompt_tokens:
+            return [], num_new_tokens, encoder_compute_budget, [], []
+        plan = self.himap_plans.get(request.request_id)
+        schedule = super()._try_schedule_encoder_inputs
+        if plan is None:
+            result: tuple[Any, ...] = schedule(
+                request, num_computed_tokens, num_new_tokens, encoder_compute_budget,
+                *args, **kwargs,
+            )  # fmt: skip
+            return result
+        chunk = plan.chunk(num_computed_tokens, num_new_tokens, self.himap_step_limit)
+        result = schedule(
+            request, num_computed_tokens, chunk, encoder_compute_budget, *args, **kwargs
+        )
+        allowed = plan.chunk(num_computed_tokens, result[1], self.himap_step_limit)
+        if allowed == result[1]:
+            return result
+        # Room for the prompt, but not for all its images: the images wait. What was pinned in the
+        # encoder cache for them is released, or two waiting prompts could block each other.
+        self.encoder_cache_manager.free(request)
+        result = schedule(
+            request, num_computed_tokens, allowed, encoder_compute_budget, *args, **kwargs
+        )
+        return result
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.himap_plans.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)
+
+
+class PruningScheduler(_PruningMixin, Scheduler):
+    """For engines without async scheduling (CPU)."""
+
+
+class PruningAsyncScheduler(_PruningMixin, AsyncScheduler):
+    """For engines with async scheduling."""

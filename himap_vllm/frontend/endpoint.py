@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point `vllm.endpoint_plugins`: `GET /plugins/himap/stats` on vLLM's own API server.
+
+Opt-in, as vLLM demands of endpoint plugins: `VLLM_PLUGINS=himap,himap_stats` (both: the variable
+filters the general plugin, too).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI, HTTPException
+from starlette.datastructures import State
+from starlette.requests import Request
+
+from himap_vllm.config import engine_settings
+from himap_vllm.frontend.support import is_configured
+from himap_vllm.pruning.stats import engine_stats
+
+
+class StatsEndpoint:
+    """vLLM's `EndpointPlugin` protocol."""
+
+    name = "himap_stats"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the route."""
+        app.add_api_route("/plugins/himap/stats", _stats, methods=["GET"])
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:  # noqa: ARG002
+        """Remember the engine.
+
+        Raises:
+            RuntimeError: pruning is configured, but its general plugin is not loaded.
+        """
+        config = engine_client.vllm_config
+        if engine_settings(config.additional_config) is not None and not is_configured(config):
+            raise RuntimeError("VLLM_PLUGINS names himap_stats but not himap; name both")
+        state.himap_engine = engine_client
+
+
+async def _stats(request: Request) -> dict[str, Any]:
+    """What pruning did since the engine started; see `himap_vllm.pruning.stats.PruningStats`."""
+    engine = request.app.state.himap_engine
+    if engine_settings(engine.vllm_config.additional_config) is None:
+        raise HTTPException(404, 'pruning is off: no "himap" in --additional-config')
+    return await engine_stats(engine)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What works together with pruning: checked once, when vLLM has put its configuration together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import vllm
+import vllm.envs as envs
+from vllm.config import ModelConfig, VllmConfig
+
+from himap_vllm.config import (
+    ADDITIONAL_CONFIG_KEY,
+    EngineSettings,
+    HiMAPError,
+    is_requested,
+)
+from himap_vllm.model.families import ADDING_A_MODEL, FAMILIES, REFUSED, Family
+
+SUPPORTED_VLLM = "0.32"
+_SCHEDULERS = {
+    False: "himap_vllm.core.scheduler.PruningScheduler",
+    True: "himap_vllm.core.scheduler.PruningAsyncScheduler",
+}
+_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+_GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
+_WORKERS = {
+    _CPU_WORKER: "himap_vllm.runner.cpu_worker.PruningCPUWorker",
+    _GPU_WORKER: "himap_vllm.runner.gpu_worker.PruningGPUWorker",
+}
+
+
+def check_and_configure(vllm_config: VllmConfig) -> None:
+    """Choose the pruning scheduler and worker, or say why this engine can't prune.
+
+    Does nothing without `additional_config["himap"]`. Repeatable.
+
+    Raises:
+        HiMAPError: a bad setting, or a feature that does not go together with pruning.
+    """
+    if not is_requested(vllm_config.additional_config) or vllm_config.model_config is None:
+        return
+    if not is_supported_vllm():
+        raise HiMAPError(
+            ADDITIONAL_CONFIG_KEY, f"himap needs vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}"
+        )
+    family = _family(vllm_config.model_config)
+    settings = _settings(vllm_config, family)
+    _check_features(vllm_config)
+    scheduler = vllm_config.scheduler_config
+    wanted = _SCHEDULERS[bool(scheduler.async_scheduling)]
+    if scheduler.scheduler_cls not in (None, *_SCHEDULERS.values()):
+        raise HiMAPError(
+            "scheduler_cls", "himap needs its own scheduler; --scheduler-cls can't be combined"
+        )
+    scheduler.scheduler_cls = wanted
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in _WORKERS.values():
+        if parallel.worker_cls not in _WORKERS:
+            raise HiMAPError(
+                "worker_cls",
+                f"himap does not support the worker {parallel.worker_cls} yet; "
+                f"supported: {', '.join(_WORKERS)}",
+            )
+        if parallel.worker_cls == _GPU_WORKER and not vllm_config.use_v2_model_runner:
+            raise HiMAPError(
+                "use_v2_model_runner",
+                "himap needs Model Runner V2 on a GPU; unset VLLM_USE_V2_MODEL_RUNNER",
+            )
+        parallel.worker_cls = _WORKERS[parallel.worker_cls]
+    # vLLM's compilation cache is keyed by this value: spelled out, it names the layers of the cuts.
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        ADDITIONAL_CONFIG_KEY: asdict(settings),
+    }
+
+
+def is_supported_vllm() -> bool:
+    """Whether the plugin knows this vLLM's internals."""
+    return vllm.__version__.split("+")[0].rpartition(".")[0] == SUPPORTED_VLLM
+
+
+def is_configured(vllm_config: VllmConfig) -> bool:
+    """Whether `check_and_configure` has made this engine a pruning one."""
+    return vllm_config.scheduler_config.scheduler_cls in _SCHEDULERS.values()
+
+
+def _family(model_config: ModelConfig) -> Family:
+    """The row of the table that fits the model.
+
+    Raises:
+        HiMAPError: there is none.
+    """
+    architecture = model_config.architecture
+    if architecture in REFUSED:
+        raise HiMAPError("model", f"himap does not support {architecture}: {REFUSED[architecture]}")
+    family = FAMILIES.get(architecture)
+    if family is None:
+        raise HiMAPError(
+            "model",
+            f"himap does not support {architecture}; supported: {', '.join(sorted(FAMILIES))}. "
+            f"How to add a family: {ADDING_A_MODEL}",
+        )
+    decoder = model_config.hf_text_config.model_type
+    if decoder not in family.decoders:
+        raise HiMAPError(
+            "model",
+            f"himap does not support {architecture} with a {decoder} decoder; supported: "
+            f"{', '.join(family.decoders)}. How to add one: {ADDING_A_MODEL}",
+        )
+    return family
+
+
+def _settings(vllm_config: VllmConfig, family: Family) -> EngineSettings:
+    model_config = vllm_config.model_config
+    num_layers = model_config.hf_text_config.num_hidden_layers
+    first_cut = family.first_cut(model_config.hf_config)
+    settings = EngineSettings.parse(
+        vllm_config.additional_config[ADDITIONAL_CONFIG_KEY], num_layers, first_cut
+    )
+    settings.check_depth(num_layers, first_cut)
+    return settings
+
+
+def _check_features(vllm_config: VllmConfig) -> None:
+    # Here, so that this module can be imported, and refuse, beside any vLLM.
+    from vllm.config import CUDAGraphMode
+    from vllm.utils.torch_utils import is_quantized_kv_cache
+
+    parallel = vllm_config.parallel_config
+    scheduler = vllm_config.scheduler_config
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
+    if cache_dtype == "auto" and scheme is not None:
+        cache_dtype = "fp8"  # what vLLM's attention layers make of it, once they are built
+    refused = {
+        "pipeline_parallel_size": (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism",
+            "the cuts lie inside one worker's layers",
+        ),
+        "decode_context_parallel_size": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism",
+            "a score needs all rows of a prompt on one worker",
+        ),
+        "kv_transfer_config": (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors",
+            "they assume that every layer has every token",
+        ),
+        "speculative_config": (
+            vllm_config.speculative_config is not None,
+            "speculative decoding",
+            "drafts need the hidden states of all tokens",
+        ),
+        "disable_hybrid_kv_cache_manager": (
+            bool(scheduler.disable_hybrid_kv_cache_manager),
+            "--disable-hybrid-kv-cache-manager",
+            "stages need KV cache groups of their own",
+        ),
+        "kv_cache_dtype": (
+            is_quantized_kv_cache(cache_dtype),
+            f"a quantised KV cache (kv_cache_dtype {cache_dtype}, asked for or the checkpoint's)",
+            "votes need queries and earlier chunks' keys as the model computed them, and would get "
+            "8-bit ones",
+        ),
+        "enable_dbo": (
+            parallel.use_ubatching,
+            "dual batch overlap",
+            "it may split a step inside a prompt, whose rows vote together",
+        ),
+        "cudagraph_mode": (
+            vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL,
+            "cudagraph_mode FULL",
+            "steps that prune can't replay a full graph",
+        ),
+        "VLLM_USE_BREAKABLE_CUDAGRAPH": (
+            envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
+            "breakable CUDA graphs",
+            "a step that prunes would replay those of another (VLLM_USE_BREAKABLE_CUDAGRAPH=0 "
+            "turns them off, also where vLLM itself chose them)",
+        ),
+        "ec_transfer_config": (
+            vllm_config.ec_transfer_config is not None,
+            "an encoder cache connector",
+            "it has each image when it has it, and a pruned prompt needs all of its in one step",
+        ),
+        "mm_encoder_only": (
+            vllm_config.is_mm_encoder_only,
+            "an encoder-only instance",
+            "it has no decoder to prune in",
+        ),
+        "VLLM_USE_RUST_FRONTEND": (
+            envs.VLLM_USE_RUST_FRONTEND,
+            "the Rust frontend",
+            "requests would not pass the plugin's admission",
+        ),
+        "is_mm_prefix_lm": (
+            vllm_config.model_config.is_mm_prefix_lm,
+            "bidirectional attention among image tokens",
+            "scores are computed from causal attention",
+        ),
+        "runner": (
+            vllm_config.model_config.runner_type != "generate",
+            "pooling",
+            "it may read the hidden state of every token",
+        ),
+    }
+    for parameter, (present, what, why) in refused.items():
+        if present:
+            raise HiMAPError(parameter, f"himap can't be combined with {what} yet: {why}")

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host arrays to the device, together, without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from himap_vllm.plan.step import IntArray
+
+_ALIGNMENT = 2  # elements: 16 bytes, by whose multiples Triton specialises kernels
+
+
+def upload(arrays: Sequence[IntArray], device: torch.device) -> list[torch.Tensor]:
+    """The arrays on `device`, int64, shapes kept: views of one tensor, filled by one copy.
+
+    Each is aligned as if it were alone, or a kernel would be compiled anew for other addresses.
+    vLLM's `async_tensor_h2d` stages in pinned memory. A plain `.to(device)` from pageable memory
+    would wait for everything queued on the device before it.
+    """
+    # Here, so that the arithmetic above this module can be tested without vLLM.
+    from vllm.utils.torch_utils import async_tensor_h2d
+
+    places = [-(-array.size // _ALIGNMENT) * _ALIGNMENT for array in arrays]
+    packed = np.zeros(sum(places), dtype=np.int64)
+    begin = 0
+    for array, place in zip(arrays, places, strict=True):
+        packed[begin : begin + array.size] = array.reshape(-1)
+        begin += place
+    pieces = async_tensor_h2d(packed, device=device).split(places)
+    return [
+        piece[: array.size].view(array.shape) for piece, array in zip(pieces, arrays, strict=True)
+    ]

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker process: what is changed on the loaded model."""

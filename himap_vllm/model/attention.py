@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the decoder's attention layers do for pruning, and how they are told.
+
+Each layer is changed in place, on the instance, after the model is loaded; the classes, and with
+them every other model of the process, stay as they are. vLLM seams (0.32):
+
+* `Attention.get_kv_cache_spec`: the stage goes into the spec. vLLM's own layers with special
+  specs override the same method (`RSWAAttention`).
+* `Attention.attn_backend`: a subclass from `subclass_attention_backend`, whose metadata builder
+  sees the step as the layer's stage does. vLLM's own mechanism (chunked local attention).
+* `Attention.impl.forward`: q and k of the two layers before the cuts are read there, inside the
+  opaque attention op, which torch.compile does not look into. Can go when vLLM offers a hook for
+  attention scores.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    CommonAttentionMetadata,
+    subclass_attention_backend,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from himap_vllm.core.kv_cache import StageAttentionSpec
+from himap_vllm.model.cached_keys import key_reader
+from himap_vllm.pruning.stage_metadata import shallow_copy
+from himap_vllm.pruning.step import PruningState
+
+
+def install_stage(attention: Attention, stage: int, state: PruningState) -> None:
+    """Make `attention` a layer of `stage`: its KV cache spec and its metadata builder.
+
+    Raises:
+        ValueError: the layer is not plain full attention, or of another backend than are supported.
+    """
+    # Also where nothing votes: other backends' metadata holds lengths and blocks elsewhere.
+    key_reader(attention.attn_backend.get_name())
+    base_spec = attention.get_kv_cache_spec
+
+    def get_kv_cache_spec(vllm_config: Any) -> StageAttentionSpec:
+        spec = base_spec(vllm_config)
+        if type(spec) is not FullAttentionSpec:
+            raise ValueError(
+                f"himap: {attention.layer_name} has {type(spec).__name__}; only full attention "
+                "is supported"
+            )
+        return StageAttentionSpec.of(spec, stage)
+
+    attention.get_kv_cache_spec = get_kv_cache_spec
+    attention.attn_backend = _stage_backend(attention.attn_backend)
+    attention.himap_state = state
+
+
+def install_votes(attention: Attention, cut: int, state: PruningState) -> None:
+    """Score the image tokens for `cut` whenever `attention` runs in a step that prunes.
+
+    Raises:
+        ValueError: the layer's attention is more than a softmax of scaled products, which is what
+            the scores are computed from.
+    """
+    impl = attention.impl
+    for extra in ("logits_soft_cap", "alibi_slopes", "sinks"):
+        value = getattr(impl, extra, None)
+        if value is not None and not (isinstance(value, int | float) and value == 0):
+            raise ValueError(f"himap: {attention.layer_name} has {extra}, which is not supported")
+    base_forward = impl.forward
+    read_keys = key_reader(attention.attn_backend.get_name())
+    tensor_parallel = get_tensor_model_parallel_world_size() > 1
+
+    @functools.wraps(base_forward)
+    def forward(
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        step = state.step
+        # Metadata is absent in profiling and warm-up runs.
+        if step is not None and attn_metadata is not None:
+
+            def cached_keys(requests: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+                return read_keys(layer, kv_cache, attn_metadata.block_table, requests, positions)
+
+            scores = step.score(cut, query, key, impl.scale, cached_keys)
+            if tensor_parallel:
+                # Heads are spread over the ranks; all must choose the same tokens. An all-reduce
+                # may add in another order on each rank (vLLM's on CPU does), and rounding would
+                # decide close calls differently.
+                scores = tensor_model_parallel_all_gather(scores[None], dim=0).sum(0)
+            step.set_scores(scores)
+        return base_forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+
+    impl.forward = forward
+
+
+@functools.cache
+def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
+    """`base` with a metadata builder that sees each step as its layers' stage does."""
+    base_builder: Any = base.get_builder_cls()
+
+    class StageBuilder(base_builder):
+        def __init__(
+            self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+            self._himap_state: PruningState = layer.himap_state
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
+        ) -> Any:
+            views = self._himap_state.views
+            view = None if views is None else views[self.kv_cache_spec.stage]
+            if view is not None:
+                common_attn_metadata = view.apply(common_attn_metadata)
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+        def update_block_table(
+            self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+        ) -> Any:
+            """Metadata of a group from that of another of its stage, for both model runners."""
+            if base_builder.supports_update_block_table:
+                return super().update_block_table(metadata, blk_table, slot_mapping)
+            metadata = shallow_copy(metadata)
+            metadata.block_table = blk_table
+            metadata.slot_mapping = slot_mapping
+            return metadata
+
+    return subclass_attention_backend("HiMAP", base, StageBuilder)

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder in three segments with a gather between them.
+
+vLLM compiles a decoder as one graph. The gathers change the number of tokens by an amount that
+differs from step to step, so each segment is a graph of its own, with a dynamic token dimension
+like vLLM's. A step that prunes nothing runs the three one after the other; vLLM captures them in
+one full CUDA graph, as it does the decoder of another model.
+
+With piecewise CUDA graphs (mixed steps, by default) there are two differences. vLLM frees the
+output of a compiled module's last piece for the pieces captured next, as nothing but the model's
+output comes after it; here another segment does, so its inputs are copied to buffers of their own
+(Gemma3n, whose decoder is two compiled modules in vLLM, does the same). And behind a cut a segment
+replays the graphs of a smaller size, the one that vLLM would choose for a step with as many tokens
+as are left (vLLM's fast prefill with a shared KV cache does the same); the gather writes to the
+buffers that they read.
+
+For vLLM decoders of the common form: `layers` called as `(positions, hidden_states, residual) ->
+(hidden_states, residual)`, then `norm(hidden_states, residual)`. Positions are [num_tokens], or
+[3, num_tokens] with M-RoPE. Deepstack (Qwen3-VL) adds visual features after the first layers; the
+first cut must lie behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.forward_context import (
+    BatchDescriptor,
+    get_forward_context,
+    override_forward_context,
+)
+from vllm.sequence import IntermediateTensors
+
+from himap_vllm.kernels.gather import gather_rows
+from himap_vllm.model.graph_inputs import Rows, SegmentInputs
+from himap_vllm.pruning.step import ActiveStep, PruningState
+
+_DYNAMIC = {"positions": -1, "hidden_states": 0}
+
+
+# Three classes, not one: vLLM keys its cache of compiled functions by where `forward` is written.
+@support_torch_compile(dynamic_arg_dims={**_DYNAMIC, "deepstack_input_embeds": 0})
+class FirstSegment(nn.Module):
+    """Layers before the first cut; there is no residual yet."""
+
+    def __init__(self, *, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        deepstack_input_embeds: IntermediateTensors | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = None
+        for index, layer in enumerate(self.layers):
+            hidden_states, residual = layer(positions, hidden_states, residual)
+            # vLLM's name and order (Qwen3LLMModel): behind layer 0, 1, ...
+            if deepstack_input_embeds is not None and index < len(deepstack_input_embeds):
+                visual = deepstack_input_embeds[f"deepstack_input_embeds_{index}"]
+                hidden_states = hidden_states + visual
+        assert residual is not None
+        return hidden_states, residual
+
+
+@support_torch_compile(dynamic_arg_dims={**_DYNAMIC, "residual": 0})
+class MiddleSegment(nn.Module):
+    """Layers between the cuts."""
+
+    def __init__(self, *, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        return hidden_states, residual
+
+
+@support_torch_compile(dynamic_arg_dims={**_DYNAMIC, "residual": 0})
+class LastSegment(nn.Module):
+    """Layers after the second cut, and the final norm."""
+
+    def __init__(self, *, layers: Sequence[nn.Module], norm: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+
+class _SegmentedDecoder(nn.Module):
+    """Mixed into the class of a loaded decoder by `install_segments`."""
+
+    # Plain tuples and objects, not registered: the layers stay where the checkpoint has them.
+    himap_segments: tuple[FirstSegment, MiddleSegment, LastSegment]
+    himap_state: PruningState
+    himap_later_layers: tuple[tuple[str, ...], tuple[str, ...]]
+    # Of the segments behind each cut. Two, as a segment may return what it was passed.
+    himap_inputs: tuple[SegmentInputs, SegmentInputs]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # vLLM's `support_torch_compile` puts the compiled whole into `__call__`; not used here.
+        return self.forward(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        deepstack_input_embeds: IntermediateTensors | None = None,
+    ) -> torch.Tensor:
+        assert intermediate_tensors is None, "pipeline parallelism is refused at start-up"
+        if inputs_embeds is None:
+            embed_input_ids: Any = self.embed_input_ids
+            inputs_embeds = embed_input_ids(input_ids)
+            assert inputs_embeds is not None
+        step = self.himap_state.step
+        if step is not None:
+            return self._forward_pruning(step, positions, inputs_embeds, deepstack_input_embeds)
+        first, middle, last = self.himap_segments
+        hidden_states, residual = first(positions, inputs_embeds, deepstack_input_embeds)
+        hidden_states, residual = middle(*self._hand_over(1, positions, hidden_states, residual))
+        return last(*self._hand_over(2, positions, hidden_states, residual))
+
+    def _hand_over(self, stage: int, *stream: torch.Tensor) -> Rows:
+        """Inputs of a later stage's segment: where they are, or where captured graphs read them."""
+        positions, hidden_states, residual = stream
+        if get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
+            return positions, hidden_states, residual
+        inputs = self.himap_inputs[stage - 1].rows(len(hidden_states), positions)
+        for room, value in zip(inputs, stream, strict=True):
+            room.copy_(value)
+        return inputs
+
+    def _forward_pruning(
+        self,
+        step: ActiveStep,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        deepstack_input_embeds: IntermediateTensors | None,
+    ) -> torch.Tensor:
+        first, middle, last = self.himap_segments
+        # Each segment may be padded to a captured size; no row that survives is padding.
+        hidden_states, residual = first(positions, inputs_embeds, deepstack_input_embeds)
+        rows = step.cut(0, hidden_states, residual)
+        with self._stage(step, 1):
+            inputs = self._gather(step, 1, rows, positions, hidden_states, residual)
+            hidden_states, residual = middle(*inputs)
+            again = step.cut(1, hidden_states, residual)
+        with self._stage(step, 2):
+            hidden_states = last(*self._gather(step, 2, again, inputs[0], hidden_states, residual))
+        # The runner's indices of rows to sample from count every token of the step.
+        full = hidden_states.new_zeros(len(inputs_embeds), hidden_states.shape[-1])
+        return full.index_copy_(0, rows.index_select(0, again), hidden_states[: len(again)])
+
+    def _gather(
+        self,
+        step: ActiveStep,
+        stage: int,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> Rows:
+        captured = step.captured[stage]
+        out = None
+        if captured is not None:
+            out = self.himap_inputs[stage - 1].rows(captured, positions)
+        return gather_rows(rows, positions, hidden_states, residual, out)
+
+    @contextmanager
+    def _stage(self, step: ActiveStep, stage: int) -> Iterator[None]:
+        """vLLM's forward context for the tokens that a later stage has.
+
+        Slot mappings (of its layers) are cut to length: the kernels that write the KV cache take
+        one row per slot. Slots of padding are padding. Captured pieces are found by graph mode and
+        batch descriptor (`CUDAGraphWrapper`): the one under which `ModelCudaGraphManager` captures
+        without LoRA. Goes when vLLM chooses graphs for a part of a model.
+        """
+        geometry = step.layout.stages[stage]
+        if self.himap_state.enter_stage is not None:
+            self.himap_state.enter_stage(geometry)
+        context = get_forward_context()
+        slots = context.slot_mapping
+        assert isinstance(slots, dict), "dual batch overlap is refused at start-up"
+        captured = step.captured[stage]
+        num_tokens = geometry.num_tokens if captured is None else captured
+        layers = self.himap_later_layers[stage - 1]
+        later = replace(
+            context,
+            slot_mapping={**slots, **{name: slots[name][:num_tokens] for name in layers}},
+            cudagraph_runtime_mode=(
+                CUDAGraphMode.NONE if captured is None else CUDAGraphMode.PIECEWISE
+            ),
+            batch_descriptor=None if captured is None else BatchDescriptor(captured),
+        )
+        with override_forward_context(later):
+            yield
+
+
+def install_segments(
+    decoder: Any,
+    attention_layers: Sequence[str],
+    state: PruningState,
+    vllm_config: VllmConfig,
+) -> None:
+    """Make a loaded decoder run in three segments.
+
+    Rebinds the class of this one instance, so that whatever calls the decoder gets the new
+    behaviour; its parameters, their names and the model around it are untouched.
+
+    Args:
+        decoder: vLLM's.
+        attention_layers: name of each layer's attention.
+        state: shared with runner and attention.
+        vllm_config: the engine's configuration.
+    """
+    settings = state.settings
+    layers = list(decoder.layers)
+    shallow, deep = settings.shallow_layer, settings.deep_layer
+    with set_current_vllm_config(vllm_config):
+        with set_model_tag("himap_first"):
+            first = FirstSegment(layers=layers[:shallow])
+        with set_model_tag("himap_middle"):
+            middle = MiddleSegment(layers=layers[shallow:deep])
+        with set_model_tag("himap_last"):
+            last = LastSegment(layers=layers[deep:], norm=decoder.norm)
+    base = type(decoder)
+    decoder.__class__ = type(f"Segmented{base.__name__}", (_SegmentedDecoder, base), {})
+    decoder.himap_segments = (first, middle, last)
+    decoder.himap_state = state
+    decoder.himap_later_layers = (
+        tuple(attention_layers[shallow:deep]),
+        tuple(attention_layers[deep:]),
+    )
+    device = next(decoder.parameters()).device
+    decoder.himap_inputs = SegmentInputs(vllm_config, device), SegmentInputs(vllm_config, device)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a freshly loaded vLLM model into one that can prune."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+
+from himap_vllm.config import engine_settings
+from himap_vllm.model.attention import install_stage, install_votes
+from himap_vllm.model.decoder import install_segments
+from himap_vllm.model.families import FAMILIES
+from himap_vllm.pruning.live_requests import Recorder
+from himap_vllm.pruning.step import Heads, PruningState
+
+
+def install(model: nn.Module, vllm_config: VllmConfig) -> PruningState:
+    """Install stages, votes and segments; returns the state they share with the runner."""
+    settings = engine_settings(vllm_config.additional_config)
+    assert settings is not None, "installed only with himap settings"
+    architecture = vllm_config.model_config.architecture
+    decoder: Any = FAMILIES[architecture].decoder(model)
+    attentions = [_attention_of(layer) for layer in decoder.layers]
+    first = attentions[0]
+    heads = Heads(first.num_heads, first.num_kv_heads, first.head_size)
+    state = PruningState(settings, heads, Recorder(settings))
+    votes = state.criterion.votes is not None
+    for index, attention in enumerate(attentions):
+        stage = int(index >= settings.shallow_layer) + int(index >= settings.deep_layer)
+        install_stage(attention, stage, state)
+        if votes and index == settings.shallow_layer - 1:
+            install_votes(attention, 0, state)
+        if votes and index == settings.deep_layer - 1:
+            install_votes(attention, 1, state)
+    names = [attention.layer_name for attention in attentions]
+    install_segments(decoder, names, state, vllm_config)
+    return state
+
+
+def _attention_of(layer: nn.Module) -> Attention:
+    (attention,) = (module for module in layer.modules() if isinstance(module, Attention))
+    return attention

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where everything lies in one step: token ranges, sequence lengths, rows that vote.
+
+Integer arithmetic on the host, before the forward pass; neither torch nor vLLM. Index spaces:
+
+* *prompt*: position in a request's sequence, text and image tokens alike;
+* *stage s*: position in a request's KV sequence of stage s, after the cuts before it;
+* *step s*: row in the step's flat batch as stage s sees it (requests concatenated);
+* *flat images s*: the image tokens of all pruned prompts of the step that enter cut s,
+  concatenated in batch order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+
+import numpy as np
+import numpy.typing as npt
+
+from himap_vllm.plan.prompt import NUM_STAGES, ImageTokens, PromptPlan
+
+IntArray = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class StageGeometry:
+    """The step as the layers of one stage see it.
+
+    Attributes:
+        query_start_loc: [num_reqs + 1] first row of each request, in step s.
+        seq_lens: [num_reqs] KV entries of each request after this step, in stage s.
+    """
+
+    query_start_loc: Int32Array
+    seq_lens: Int32Array
+
+    @property
+    def positions(self) -> IntArray:
+        """[num_tokens] KV position of each new token, in stage s; worked out when asked for."""
+        lengths = np.diff(self.query_start_loc)
+        first = self.seq_lens - self.query_start_loc[1:]
+        return np.repeat(first, lengths) + np.arange(self.num_tokens, dtype=np.int64)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.query_start_loc[-1])
+
+    @property
+    def max_query_len(self) -> int:
+        return int(np.diff(self.query_start_loc).max())
+
+    @property
+    def max_seq_len(self) -> int:
+        return int(self.seq_lens.max())
+
+
+@dataclass(frozen=True, slots=True)
+class ImageVote:
+    """Who votes on one image: slices into the request's `rows` and `image tokens`."""
+
+    rows: slice
+    tokens: slice
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedRequest:
+    """One pruned prompt at one cut.
+
+    Attributes:
+        request: row in the batch.
+        tokens: the request's rows in step s.
+        num_cached: KV entries computed in earlier steps (all of them before the first image).
+        image_tokens: slice of flat images s.
+        rows: [num_rows] voting rows relative to `tokens`, or None: the image tokens themselves.
+        votes: per image, in order; slices relative to `rows` and to `image_tokens`.
+        seed: the plan's.
+    """
+
+    request: int
+    tokens: slice
+    num_cached: int
+    image_tokens: slice
+    rows: IntArray | None
+    votes: tuple[ImageVote, ...]
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One cut of one step; cut s leads from stage s to stage s + 1.
+
+    Attributes:
+        requests: the prompts pruned in this step.
+        image_tokens: [num flat images s] their rows in step s; None after the first cut, where
+            which rows they are depends on the data (how many does not).
+        padded: [num_images, longest image] index into flat images s; padding points one past it.
+        keep: [num_images] tokens that survive.
+        protected: indices into flat images s that survive whatever their score: a prompt's last
+            row, where the next token is read, if an image token stands there.
+        num_tokens: rows of step s + 1.
+    """
+
+    requests: tuple[PrunedRequest, ...]
+    image_tokens: IntArray | None
+    padded: IntArray
+    keep: IntArray
+    protected: IntArray
+    num_tokens: int
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.requests[-1].image_tokens.stop
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """One step: geometry per stage, and the cuts if a prompt is pruned in it."""
+
+    stages: tuple[StageGeometry, StageGeometry, StageGeometry]
+    cuts: tuple[Cut, Cut] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanArrays:
+    """Plans by row, as arrays; a row without a plan has what never matters.
+
+    Attributes:
+        first_image: [num_rows] tokens before the first image token.
+        num_prompt: [num_rows] tokens of the prompt.
+        removed: [NUM_STAGES, num_rows] tokens of the prompt that are gone in each stage.
+    """
+
+    first_image: IntArray
+    num_prompt: IntArray
+    removed: IntArray
+
+    @classmethod
+    def empty(cls, num_rows: int) -> PlanArrays:
+        """Rows without plans."""
+        return cls(
+            first_image=np.full(num_rows, np.iinfo(np.int64).max),
+            num_prompt=np.zeros(num_rows, dtype=np.int64),
+            removed=np.zeros((NUM_STAGES, num_rows), dtype=np.int64),
+        )
+
+    def put(self, row: int, plan: PromptPlan) -> None:
+        """Write a plan into a row."""
+        self.first_image[row] = plan.first_image_token
+        self.num_prompt[row] = plan.num_prompt_tokens
+        self.removed[:, row] = plan.removed
+
+    def take(self, rows: IntArray) -> PlanArrays:
+        """A copy of some rows."""
+        return PlanArrays(self.first_image[rows], self.num_prompt[rows], self.removed[:, rows])
+
+
+class PlanTable:
+    """The plans of live requests.
+
+    Kept as arrays, so that laying out a step costs the same few array operations for one planned
+    request as for hundreds: all but the steps that prune are decode steps.
+    """
+
+    _NO_PLAN = 0  # the first row
+
+    def __init__(self) -> None:
+        self._row: dict[str, int] = {}
+        self._plans: list[PromptPlan | None] = [None]
+        self._free: list[int] = []
+        self._arrays = PlanArrays.empty(1)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __getitem__(self, request_id: str) -> PromptPlan:
+        plan = self._plans[self._row[request_id]]
+        assert plan is not None
+        return plan
+
+    def add(self, request_id: str, plan: PromptPlan) -> None:
+        """Remember the plan of a request that has none yet."""
+        if not self._free:
+            size = len(self._plans)
+            grown = PlanArrays.empty(2 * size)
+            grown.first_image[:size] = self._arrays.first_image
+            grown.num_prompt[:size] = self._arrays.num_prompt
+            grown.removed[:, :size] = self._arrays.removed
+            self._arrays = grown
+            self._plans += [None] * size
+            self._free = list(range(size, 2 * size))
+        row = self._free.pop()
+        self._row[request_id] = row
+        self._plans[row] = plan
+        self._arrays.put(row, plan)
+
+    def discard(self, request_id: str) -> None:
+        """Forget a request, planned or not."""
+        row = self._row.pop(request_id, None)
+        if row is not None:
+            self._plans[row] = None
+            self._free.append(row)
+
+    def layout(
+        self,
+        request_ids: Sequence[str],
+        num_computed: npt.ArrayLike,
+        num_scheduled: npt.ArrayLike,
+    ) -> StepLayout | None:
+        """`step_layout` of a batch, or None if no request of it has a plan."""
+        find = self._row.get
+        found = list(map(find, request_ids, repeat(self._NO_PLAN)))
+        if not any(found):
+            return None
+        rows = np.array(found, dtype=np.int64)
+        return _step_layout(
+            num_computed,
+            num_scheduled,
+            self._arrays.take(rows),
+            lambda row: self._plans[rows[row]],
+        )
+
+
+def step_layout(
+    num_computed: npt.ArrayLike,
+    num_scheduled: npt.ArrayLike,
+    plans: Sequence[PromptPlan | None],
+) -> StepLayout:
+    """Lay out one step of a continuous batch.
+
+    Args:
+        num_computed: [num_reqs] tokens computed before this step.
+        num_scheduled: [num_reqs] tokens of this step.
+        plans: [num_reqs] None for requests that run unpruned.
+
+    Raises:
+        ValueError: a chunk of a pruned prompt ends inside its one-step part.
+    """
+    arrays = PlanArrays.empty(len(plans))
+    for row, plan in enumerate(plans):
+        if plan is not None:
+            arrays.put(row, plan)
+    return _step_layout(num_computed, num_scheduled, arrays, plans.__getitem__)
+
+
+def _step_layout(
+    num_computed: npt.ArrayLike,
+    num_scheduled: npt.ArrayLike,
+    plans: PlanArrays,
+    plan_of_row: Callable[[int], PromptPlan | None],
+) -> StepLayout:
+    start = np.asarray(num_computed, dtype=np.int64)
+    end = start + np.asarray(num_scheduled, dtype=np.int64)
+    reached = end > plans.first_image
+    past = reached & (start >= plans.num_prompt)
+    pruned = np.flatnonzero(reached & ~past)
+    split = pruned[
+        (start[pruned] > plans.first_image[pruned]) | (end[pruned] < plans.num_prompt[pruned])
+    ]
+    if len(split):
+        row = split[0]
+        raise ValueError(
+            f"a chunk [{start[row]}, {end[row]}) splits the one-step part "
+            f"[{plans.first_image[row]}, {plans.num_prompt[row]}) of a pruned prompt"
+        )
+    starts = start - plans.removed * past
+    ends = end - plans.removed * reached
+    lengths = ends - starts
+    query_start_loc = np.zeros((NUM_STAGES, len(start) + 1), dtype=np.int32)
+    np.cumsum(lengths, axis=1, out=query_start_loc[:, 1:])
+    # In C order, whatever NumPy made of the above: kernels read a stage's row by its address.
+    seq_lens = ends.astype(np.int32, order="C")
+    stages = tuple(
+        StageGeometry(query_start_loc=query_start_loc[stage], seq_lens=seq_lens[stage])
+        for stage in range(NUM_STAGES)
+    )
+    cuts = None
+    if len(pruned):
+        chosen = [(row, plan) for row in pruned.tolist() if (plan := plan_of_row(row)) is not None]
+        cuts = (_first_cut(chosen, start, stages), _second_cut(chosen, start, stages))
+    return StepLayout(stages=stages, cuts=cuts)  # type: ignore[arg-type]
+
+
+def _first_cut(
+    pruned: Sequence[tuple[int, PromptPlan]],
+    start: IntArray,
+    stages: Sequence[StageGeometry],
+) -> Cut:
+    """Text rows vote, each for the images before it."""
+    requests, image_tokens, protected = [], [], []
+    offset = 0
+    for row, plan in pruned:
+        computed = int(start[row])
+        tokens = _rows(stages[0], row)
+        positions = np.concatenate([_positions(image) for image in plan.images])
+        image_tokens.append(positions - computed + tokens.start)
+        rows, votes = _text_votes(plan, positions)
+        requests.append(
+            PrunedRequest(
+                request=row,
+                tokens=tokens,
+                num_cached=computed,
+                image_tokens=slice(offset, offset + len(positions)),
+                rows=rows - computed,
+                votes=votes,
+                seed=plan.seed,
+            )
+        )
+        offset += len(positions)
+        if plan.images[-1].last == plan.num_prompt_tokens - 1:
+            protected.append(offset - 1)
+    return _cut(pruned, 0, requests, np.concatenate(image_tokens), protected, stages)
+
+
+def _second_cut(
+    pruned: Sequence[tuple[int, PromptPlan]],
+    start: IntArray,
+    stages: Sequence[StageGeometry],
+) -> Cut:
+    """The surviving rows of each image vote for that image."""
+    requests, protected = [], []
+    offset = 0
+    for row, plan in pruned:
+        votes, begin = [], 0
+        for _, count, _ in plan.counts:
+            own = slice(begin, begin + count)
+            votes.append(ImageVote(rows=own, tokens=own))
+            begin += count
+        requests.append(
+            PrunedRequest(
+                request=row,
+                tokens=_rows(stages[1], row),
+                num_cached=int(start[row]),
+                image_tokens=slice(offset, offset + begin),
+                rows=None,
+                votes=tuple(votes),
+                seed=plan.seed,
+            )
+        )
+        offset += begin
+        if plan.images[-1].last == plan.num_prompt_tokens - 1:
+            protected.append(offset - 1)
+    return _cut(pruned, 1, requests, None, protected, stages)
+
+
+def _cut(
+    pruned: Sequence[tuple[int, PromptPlan]],
+    index: int,
+    requests: Sequence[PrunedRequest],
+    image_tokens: IntArray | None,
+    protected: Sequence[int],
+    stages: Sequence[StageGeometry],
+) -> Cut:
+    counts = np.array([count for _, plan in pruned for count in plan.counts], dtype=np.int64)
+    entering, keep = counts[:, index], counts[:, index + 1]
+    first = np.cumsum(entering) - entering
+    column = np.arange(entering.max())
+    padded = np.where(column < entering[:, None], first[:, None] + column, entering.sum())
+    return Cut(
+        requests=tuple(requests),
+        image_tokens=image_tokens,
+        padded=padded,
+        keep=keep,
+        protected=np.array(protected, dtype=np.int64),
+        num_tokens=stages[index + 1].num_tokens,
+    )
+
+
+def _rows(geometry: StageGeometry, row: int) -> slice:
+    return slice(int(geometry.query_start_loc[row]), int(geometry.query_start_loc[row + 1]))
+
+
+def _positions(image: ImageTokens) -> IntArray:
+    return np.concatenate([np.arange(*run, dtype=np.int64) for run in image.runs])
+
+
+def _text_votes(
+    plan: PromptPlan, image_positions: IntArray
+) -> tuple[IntArray, tuple[ImageVote, ...]]:
+    """Voting rows (prompt positions) and, per image, which of them vote for it."""
+    last_row = plan.num_prompt_tokens - 1
+    text = np.ones(plan.num_prompt_tokens, dtype=bool)
+    text[image_positions] = False
+    text[: plan.images[0].last] = False
+    rows = np.flatnonzero(text)
+    votes, begin = [], 0
+    no_text_after = not len(rows) or plan.images[-1].last > rows[-1]
+    if no_text_after:  # the prompt's last row votes for those images
+        rows = np.append(rows, last_row)
+    num_text = len(rows) - int(no_text_after)
+    for image in plan.images:
+        first_after = int(np.searchsorted(rows[:num_text], image.last))
+        voters = slice(first_after, num_text)
+        if first_after == num_text:
+            voters = slice(num_text, num_text + 1)
+        votes.append(ImageVote(rows=voters, tokens=slice(begin, begin + image.count)))
+        begin += image.count
+    return rows, tuple(votes)

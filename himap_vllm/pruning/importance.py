@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Importance of image tokens: attention probability received from voting rows.
+
+HiMAP (CVPR 2025), Eq. 8 at the first cut and Eq. 9, as its text and code have it, at the second:
+the column sum of the head-averaged softmax over the rows that vote. Only those rows are computed;
+the attention kernel stays as it is.
+
+This is the plain torch form, which a CPU runs and `himap_vllm.kernels.importance` is
+tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from himap_vllm.plan.step import Cut, PrunedRequest
+
+# Bounds the probabilities held at once: heads * rows * keys, in float32.
+_MAX_PROBABILITIES = 32 * 1024 * 1024
+
+
+def importance(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cached: torch.Tensor,
+    scale: float,
+    cut: Cut,
+    image_tokens: torch.Tensor,
+) -> torch.Tensor:
+    """Score every image token of the step.
+
+    A loop over the pruned prompts of the step: on a CPU there is no launch to save, and padding
+    them to one batch costs more than it saves.
+
+    Args:
+        query: [num_tokens, num_heads, head_size] of the layer before the cut, rotary applied.
+        key: [num_tokens, num_kv_heads, head_size], likewise.
+        cached: [num cached keys, num_kv_heads, head_size] keys that the prompts' earlier chunks
+            left in the KV cache, prompts one after the other.
+        scale: softmax scale.
+        cut: the prompts to score.
+        image_tokens: [num flat images] their rows in `query` and `key`.
+
+    Returns:
+        [num flat images] float32, summed over the heads given. Every cut of a prompt compares
+        sums over the same number of heads, so the mean's constant factor is left out.
+    """
+    scores = query.new_empty(cut.num_image_tokens, dtype=torch.float32)
+    cached_of = cached.split([request.num_cached for request in cut.requests])
+    for request, before in zip(cut.requests, cached_of, strict=True):
+        keys = torch.cat([before, key[request.tokens]])
+        columns = image_tokens[request.image_tokens] - request.tokens.start
+        rows = columns if request.rows is None else torch.from_numpy(request.rows)
+        scores[request.image_tokens] = _received(
+            query[request.tokens], keys, scale, rows, columns, request
+        )
+    return scores
+
+
+def _received(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    request: PrunedRequest,
+) -> torch.Tensor:
+    """Column sums of one prompt; rows and columns are relative to its rows in this step."""
+    num_keys, num_kv_heads, head_size = keys.shape
+    grouped = query.view(len(query), num_kv_heads, -1, head_size)
+    num_heads = query.shape[1]
+    transposed = keys.float().permute(1, 2, 0).unsqueeze(1)  # [kv_heads, 1, head_size, keys]
+    position = torch.arange(num_keys, device=keys.device)
+    columns = columns + request.num_cached
+    received = torch.zeros(len(columns), dtype=torch.float32, device=keys.device)
+    step = max(1, _MAX_PROBABILITIES // (num_heads * num_keys))
+    for begin in range(0, len(rows), step):
+        chunk = rows[begin : begin + step]
+        logits = grouped[chunk].permute(1, 2, 0, 3).float() * scale @ transposed
+        logits.masked_fill_(position > (chunk + request.num_cached)[:, None], float("-inf"))
+        attention = logits.softmax(-1).sum((0, 1))[:, columns]  # [rows, image tokens]
+        for vote in request.votes:
+            own = slice(max(0, vote.rows.start - begin), max(0, vote.rows.stop - begin))
+            received[vote.tokens] += attention[own, vote.tokens].sum(0)
+    return received

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine in the gateway's process: starts, puts its handlers into the app, is watched."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from argparse import Namespace
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.logger import init_logger
+from vllm.outputs import RequestOutput
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.gc_utils import freeze_gc_heap
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from himap_vllm.config import engine_settings
+from himap_vllm.frontend import admission
+
+from .lifecycle import GatewayServer, Lifecycle, Phase
+from .metrics import GatewayMetrics
+from .prompts import PromptObserver, placeholder_tokens
+from .pruning import PruningPolicy
+from .record import current
+from .settings import GatewaySettings
+
+logger = init_logger("vllm.himap.server")
+
+_PROGRESS_SECONDS = 5.0
+
+
+class _ObservedLLM(AsyncLLM):
+    """vLLM's engine client; what it yields for a request is also taken down in its record."""
+
+    async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
+        """As `AsyncLLM.generate`."""
+        outputs = super().generate(*args, **kwargs)
+        record = current.get(None)
+        # Closed at once when the client goes away, which is what aborts the request.
+        async with aclosing(outputs):
+            async for output in outputs if record is None else record.watch(outputs):
+                yield output
+
+
+async def run_engine(
+    app: FastAPI,
+    args: Namespace,
+    settings: GatewaySettings,
+    lifecycle: Lifecycle,
+    metrics: GatewayMetrics,
+    server: GatewayServer,
+) -> None:
+    """Load the model, serve, and watch until cancelled; a failure ends the server."""
+    engine: Any = None
+    progress = asyncio.create_task(_tell_progress(str(args.model)))
+    try:
+        # In a thread: the probes answer meanwhile.
+        engine = await asyncio.to_thread(_start, args)
+        config = engine.vllm_config
+        pruning = engine_settings(config.additional_config)
+        assert pruning is not None
+        metrics.describe(pruning)
+        app.state.pruning = PruningPolicy(pruning)
+        app.state.media.placeholders = placeholder_tokens(engine)
+        admission.observers.append(
+            PromptObserver(config, pruning, settings.max_prompt_tokens).observe
+        )
+        await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
+        app.openapi()  # takes seconds, once: not while requests wait
+        freeze_gc_heap()  # as vLLM's server does: what is there now stays, and need not be searched
+        lifecycle.phase = Phase.READY
+        progress.cancel()
+        logger.info("ready: %s", args.model)
+        while not engine.errored:
+            await asyncio.sleep(0.5)
+        if lifecycle.phase is Phase.DRAINING and not lifecycle.in_flight:
+            return  # told to stop together with this process, and done
+        logger.error("the engine is dead: %s", engine.dead_error)
+        server.fail()
+    except asyncio.CancelledError:
+        raise
+    except Exception:
+        logger.exception("the engine did not start")
+        server.fail()
+    finally:
+        progress.cancel()
+        if engine is not None:
+            engine.shutdown(timeout=0)
+
+
+async def _tell_progress(model: str) -> None:
+    started = time.monotonic()
+    while True:
+        await asyncio.sleep(_PROGRESS_SECONDS)
+        logger.info("loading %s: %.0f s", model, time.monotonic() - started)
+
+
+def _start(args: Namespace) -> AsyncLLM:
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+        UsageContext.OPENAI_API_SERVER
+    )
+    return _ObservedLLM.from_vllm_config(
+        config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=args.enable_log_requests,
+        disable_log_stats=args.disable_log_stats,
+    )

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of one request: filled in as it passes, read by metrics, the log and the answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.outputs import RequestOutput
+
+from himap_vllm.plan.savings import PromptSavings
+
+from .security.keys import Key
+
+current: ContextVar[RequestRecord] = ContextVar("himap_request")
+"""The request that this task, or the one that started it, works for."""
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request to `/v1`. Times in seconds, `None` where it never came to that.
+
+    Attributes:
+        request_id: what the client sent as `X-Request-Id`, or what was made for it.
+        route: the path as the app declares it; "" if there is none. Bounded: it is a label.
+        key: whose API key it was.
+        status: HTTP status; 499 if the client went away before its answer was complete. Of a stream
+            that failed after its 200, the status in the error that ended it.
+        reason: why the gateway refused it, as a word.
+        received: when the last byte of the body was there, after the arrival.
+        overhead: from the last byte of the request to vLLM's handler, fetching images apart.
+        fetching: spent on fetching images.
+        queued: longest wait of one of its prompts for the scheduler.
+        time_to_first_token: from the request's arrival to the first prompt's first token.
+        time_per_output_token: mean of the tokens after the first, over its prompts.
+        savings: of each prompt with images.
+        failed_at_once: the engine failed one of its prompts with its first output.
+    """
+
+    request_id: str
+    method: str
+    route: str = ""
+    key: Key | None = None
+    status: int = 0
+    reason: str | None = None
+    received: float = 0.0
+    overhead: float | None = None
+    fetching: float = 0.0
+    images: int = 0
+    stream: bool = False
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    queued: float | None = None
+    time_to_first_token: float | None = None
+    duration: float = 0.0
+    savings: list[PromptSavings] = field(default_factory=list)
+    failed_at_once: bool = False
+    started: float = field(default_factory=time.perf_counter)
+    _decoding: float = 0.0
+    _decoded: int = 0
+
+    @property
+    def elapsed(self) -> float:
+        """Since the request's arrival."""
+        return time.perf_counter() - self.started
+
+    @property
+    def pruned(self) -> bool:
+        """Whether any of its prompts was."""
+        return any(prompt.kept_deep < prompt.image_tokens for prompt in self.savings)
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """See the class."""
+        return self._decoding / self._decoded if self._decoded else None
+
+    def hand_over(self) -> None:
+        """The gateway has done its part; vLLM's handler is next."""
+        self.overhead = self.elapsed - self.received - self.fetching
+
+    def start_over(self) -> None:
+        """Forget what the engine made of it."""
+        self.failed_at_once = False
+        self.prompt_tokens = self.completion_tokens = 0
+        self.time_to_first_token = self.queued = None
+        self.savings.clear()
+
+    def usage(self) -> dict[str, Any] | None:
+        """`usage.himap`: all its prompts together; None if it had no images."""
+        return sum(self.savings[1:], self.savings[0]).as_usage() if self.savings else None
+
+    async def watch(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
+        """Pass on what the engine yields for one prompt, and take down tokens and times."""
+        last: RequestOutput | None = None
+        tokens = 0
+        try:
+            async for output in outputs:
+                if last is None:
+                    self._first_output(output)
+                # Deltas in a stream, everything in the end otherwise.
+                tokens += sum(len(completion.token_ids) for completion in output.outputs)
+                last = output
+                yield output
+        finally:  # a client that goes away ends it early
+            if last is not None:
+                self.completion_tokens += tokens
+                stats: Any = last.metrics
+                if stats is not None:  # None: --disable-log-stats
+                    self._decoding += stats.last_token_ts - stats.first_token_ts
+                    self._decoded += max(0, stats.num_generation_tokens - 1)
+
+    def _first_output(self, output: RequestOutput) -> None:
+        self.failed_at_once |= any(
+            completion.finish_reason == "error" for completion in output.outputs
+        )
+        stats: Any = output.metrics
+        if stats is None:
+            return
+        # Not streamed, the first output is the whole answer.
+        first = self.elapsed - (stats.last_token_ts - stats.first_token_ts)
+        self.time_to_first_token = min(self.time_to_first_token or first, first)
+        self.queued = max(self.queued or 0.0, stats.scheduled_ts - stats.queued_ts)

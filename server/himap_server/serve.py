@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`himap serve [MODEL] [any vllm serve flag]`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import uvicorn
+import uvloop
+import yaml
+from vllm.config.logging import LoggingConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import (
+    FrontendArgs,
+    make_arg_parser,
+    validate_parsed_serve_args,
+)
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args, init_logger
+from vllm.platforms import current_platform
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from himap_vllm.config import ADDITIONAL_CONFIG_KEY, EngineSettings, HiMAPError
+
+from .app import build_app
+from .bundled import ShippedModel, shipped_model
+from .engine import run_engine
+from .gate import Gate
+from .http import BoundedHttp
+from .lifecycle import GatewayServer, Lifecycle, Phase
+from .metrics import GatewayMetrics
+from .record import RequestRecord
+from .request_log import log_request
+from .security.keys import KeyFileError, KeyRing
+from .settings import GatewaySettings, SettingsError, add_flags, load, setting_names, split_file
+
+logger = init_logger("vllm.himap.server")
+
+_DEFAULT_CPU_KV_BYTES = 4 << 30
+_MAX_N_SEQUENCES = "128"
+
+# Flags of vLLM's HTTP server that mean something here: read by its handlers, or by this module. The
+# others are refused, not ignored.
+_SERVED = frozenset({
+    "chat_template", "chat_template_content_format", "default_chat_template_kwargs",
+    "enable_auto_tool_choice", "enable_force_include_usage", "enable_log_deltas",
+    "enable_log_outputs", "enable_per_request_metrics", "enable_prompt_tokens_details",
+    "exclude_tools_when_tool_choice_none", "host", "log_error_stack", "lora_modules", "max_log_len",
+    "port", "response_role", "return_tokens_as_token_ids", "tool_call_parser",
+    "tool_parser_plugin", "tool_server", "tool_strict_level", "trust_request_chat_template",
+    "trust_request_mm_kwargs", "uvicorn_log_level",
+})  # fmt: skip
+_NOT_SERVED = (
+    {field.name for field in fields(FrontendArgs)} - _SERVED
+    | {"headless", "grpc", "api_server_count", "allowed_media_domains", "allowed_local_media_path"}
+)  # fmt: skip
+
+# Likewise. The store of the Responses API never forgets, and tells anyone who knows an id.
+_NOT_SERVED_ENVIRONMENT = {
+    "VLLM_API_KEY": "use --api-keys-file",
+    "VLLM_ENABLE_RESPONSES_API_STORE": "himap serve stores no responses",
+    "VLLM_SERVER_DEV_MODE": "himap serve has none of its routes",
+    "VLLM_MAX_IMAGE_PIXELS": "use --max-image-pixels",
+}
+
+# What these say at INFO and WARNING can hold what clients sent.
+_TALKATIVE = ("vllm.renderers", "vllm.entrypoints", "vllm.tool_parsers", "vllm.reasoning")
+
+
+def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
+    """Flags of `vllm serve` with the engine's settings in them, and the gateway's settings.
+
+    Raises:
+        SystemExit: as argparse does.
+    """
+    parser = FlexibleArgumentParser(
+        prog="himap serve", description="Serve a vision-language model with HiMAP pruning."
+    )
+    add_flags(parser)
+    parser = make_arg_parser(parser)
+    try:
+        argv, file = _take_file(parser, argv)
+        args = parser.parse_args(argv)
+        given = {name: getattr(args, name) for name in setting_names()}
+        settings, engine = load(given, file)
+        shipped = None
+        if args.model_tag is None and args.model == parser.get_default("model"):
+            shipped = shipped_model()
+            engine = {**shipped.engine, **engine}
+        EngineSettings.parse(engine)
+    except (SettingsError, HiMAPError, ImportError) as error:
+        parser.error(str(error))
+    for name in sorted(_NOT_SERVED):
+        if getattr(args, name, None) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is not supported by himap serve")
+    for name, instead in _NOT_SERVED_ENVIRONMENT.items():
+        if os.environ.get(name, "0") not in ("", "0"):
+            parser.error(f"{name} is not supported: {instead}")
+    # Second locks behind media.py: vLLM fetches from no host but this, and checks pixels.
+    args.allowed_media_domains = ["media.invalid"]
+    os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(settings.max_image_pixels)
+    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", _MAX_N_SEQUENCES)
+    # The engine core gets a signal to the whole process group, too; it must not drop requests.
+    args.shutdown_timeout = args.shutdown_timeout or math.ceil(settings.grace_seconds)
+    if shipped is not None:
+        _serve_shipped(args, shipped)
+    elif args.model_tag is not None:
+        args.model = args.model_tag
+    validate_parsed_serve_args(args)
+    args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: engine}
+    return args, settings
+
+
+def _serve_shipped(args: Namespace, shipped: ShippedModel) -> None:
+    args.model = str(shipped.path)
+    args.served_model_name = args.served_model_name or [shipped.name]
+
+
+def _take_file(parser: FlexibleArgumentParser, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """`--config FILE`: its flags of vLLM into `argv`, before those given there; the rest apart."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    found, rest = finder.parse_known_args(argv)
+    if found.config is None:
+        return argv, {}
+    ours, vllms = split_file(found.config)
+    model = [str(vllms.pop("model"))] if "model" in vllms else []
+    if rest and not rest[0].startswith("-"):
+        model, rest = rest[:1], rest[1:]
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as rewritten:
+        yaml.safe_dump(vllms, rewritten)
+        rewritten.flush()
+        flags = parser.load_config_file(rewritten.name)
+    return [*model, *flags, *rest], ours
+
+
+def _choose_cpu_memory(args: Namespace) -> None:
+    """On CPU vLLM asks for 92 % of the memory and refuses to start without; ask for less."""
+    chosen = (
+        args.kv_cache_memory_bytes is not None
+        or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+        or args.gpu_memory_utilization != AsyncEngineArgs.gpu_memory_utilization
+    )
+    if current_platform.is_cpu() and not chosen:
+        args.kv_cache_memory_bytes = min(
+            _DEFAULT_CPU_KV_BYTES, psutil.virtual_memory().available // 4
+        )
+        logger.info("KV cache: %d MiB (--kv-cache-memory-bytes)", args.kv_cache_memory_bytes >> 20)
+
+
+def _import_plugins(args: Namespace) -> None:
+    """`--tool-parser-plugin` and `--reasoning-parser-plugin`, as vLLM's own server does."""
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+
+
+def _configure_logging(args: Namespace) -> None:
+    """JSON lines, unless the operator chose otherwise (`--logging-config`), from all processes."""
+    if not hasattr(args, "logging_config"):
+        args.logging_config = replace(LoggingConfig(), formatter="json")
+    configure_logging_from_args(args)
+    if logging.getLogger("vllm").level > logging.DEBUG:
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("uvicorn", "uvicorn.error"):
+        log = logging.getLogger(name)
+        log.handlers = logging.getLogger("vllm").handlers if name == "uvicorn" else []
+        log.propagate = name != "uvicorn"
+
+
+async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None) -> int:
+    """Run until stopped; returns the process's exit status."""
+    lifecycle = Lifecycle(settings.grace_seconds)
+    app = build_app(args, settings, lifecycle)
+    metrics = GatewayMetrics((args.served_model_name or [args.model])[0], lifecycle)
+
+    def report(record: RequestRecord) -> None:
+        metrics.observe(record)
+        log_request(record)
+
+    gate = Gate(
+        app,
+        lifecycle,
+        keys=keys,
+        max_body_bytes=settings.max_body_bytes,
+        request_timeout=settings.request_timeout,
+        report=report,
+    )
+    config = uvicorn.Config(
+        gate,
+        host=args.host or "0.0.0.0",
+        port=args.port,
+        http=BoundedHttp,
+        log_config=None,
+        log_level=args.uvicorn_log_level,
+        access_log=False,  # server/himap_server/request_log.py
+        timeout_graceful_shutdown=2,  # the grace time is over by then
+        lifespan="off",
+    )
+    server = GatewayServer(config, lifecycle)
+    app.state.server = server
+    listener = config.bind_socket()  # first: a port in use must not wait for the model
+    engine = asyncio.create_task(run_engine(app, args, settings, lifecycle, metrics, server))
+    await server.serve(sockets=[listener])
+    if lifecycle.phase is Phase.LOADING:
+        # Stopped while loading. The thread that loads can't be cancelled, and leaving would wait
+        # for it.
+        for child in psutil.Process().children(recursive=True):
+            child.terminate()
+        os._exit(0)
+    engine.cancel()
+    await asyncio.gather(engine, app.state.media.close(), return_exceptions=True)
+    return int(lifecycle.phase is Phase.FAILED)
+
+
+def main(argv: list[str]) -> int:
+    """Command line; returns the exit status."""
+    cli_env_setup()
+    args, settings = parse_arguments(argv)
+    _import_plugins(args)
+    _configure_logging(args)
+    _choose_cpu_memory(args)
+    try:
+        keys = None if settings.api_keys_file is None else KeyRing(settings.api_keys_file)
+    except KeyFileError as error:
+        print(f"himap serve: api-keys-file: {error}", file=sys.stderr)
+        return 2
+    return uvloop.run(serve(args, settings, keys))

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every criterion against the independent implementation, and where they must differ."""
+
+from __future__ import annotations
+
+import pytest
+
+from himap_vllm.criteria import CRITERIA
+from tests.conftest import IMAGE_TOKENS, Case, Engine, World, assert_equals_oracle
+from tests.engine import test_families
+from tests.engine.test_oracle import PICTURES, PROMPTS
+from tests.families import TINY
+
+# HiMAP itself: tests/engine/test_oracle.py.
+OTHERS = [name for name in CRITERIA if name != "himap"]
+RATIOS = ((0.5, 0.75), (0.25, 0.5), (0.9, 0.0), (0.0, 0.0))
+LONG_TEXT = "Words enough to be computed before the picture, in steps of their own. " * 2
+
+
+def cases() -> list[Case]:
+    """Every prompt at two ratio pairs, two chunked prompts, and one without a picture."""
+    made = []
+    for i, (prompt, num_images) in enumerate(PROMPTS.values()):
+        for j in range(2):
+            images = tuple(PICTURES[(i + j + k) % len(PICTURES)] for k in range(num_images))
+            made.append(Case(prompt, images, RATIOS[(i + j) % len(RATIOS)], max_tokens=3))
+    for prompt in (f"{LONG_TEXT}<image> What?", f"{LONG_TEXT}A <image> and B <image>"):
+        made.append(Case(prompt, PICTURES[: prompt.count("<image>")], (0.5, 0.75), max_tokens=3))
+    return [*made, Case("No picture here.", (), RATIOS[0], max_tokens=3)]
+
+
+CASES = cases()
+
+
+def equals_oracle(
+    world: World, engine: Engine, shape: str, mixed: list[Case], criterion: str
+) -> None:
+    """Run the cases as one batch."""
+    compared = 0
+    for case, output in zip(mixed, engine.generate(mixed), strict=True):
+        expected = world.oracle(shape, case, criterion)
+        if min(expected.margin, expected.score_margin) < 1e-5:
+            continue  # a tie within rounding: either answer is right
+        assert_equals_oracle(world, engine, shape, case, output, criterion)
+        compared += 1
+    assert compared >= 0.8 * len(mixed)
+
+
+@pytest.mark.parametrize("criterion", OTHERS)
+def test_one_mixed_batch_equals_the_oracle(world: World, criterion: str) -> None:
+    engine = world.engine(
+        "gqa12", himap={"criterion": criterion}, max_num_batched_tokens=160, max_model_len=512
+    )
+    equals_oracle(world, engine, "gqa12", CASES, criterion)
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "idefics3"])
+def test_other_families(world: World, name: str) -> None:
+    """Deepstack and M-RoPE; structure tokens inside an image."""
+    mixed = test_families.cases(TINY[name].image)[::3]
+    equals_oracle(world, world.engine(name, himap={"criterion": "mixed"}), name, mixed, "mixed")
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_counts_are_the_same_and_repeat(world: World, criterion: str) -> None:
+    """Kept counts don't depend on the criterion; the same prompt loses the same tokens again."""
+    settings = {} if criterion == "himap" else {"criterion": criterion}
+    engine = world.engine("gqa12", himap=settings, max_num_batched_tokens=160, max_model_len=512)
+    case = Case("A: <image> B: <image>", PICTURES[:2], (0.5, 0.75), max_tokens=1)
+    before = engine.stats
+    kept = [engine.trace(engine.generate([case])[0].request_id) for _ in range(2)]
+    assert kept[0] == kept[1]
+    assert [len(image) for image in kept[0]["shallow"]] == [IMAGE_TOKENS // 2] * 2
+    assert [len(image) for image in kept[0]["deep"]] == [5] * 2
+    prompt_ends = len("A: ") + IMAGE_TOKENS + len(" B: ") + IMAGE_TOKENS  # after <s>
+    assert kept[0]["deep"][1][-1] == prompt_ends
+    assert engine.stats["steps"] == before["steps"] + 2
+
+
+def test_criteria_choose_differently(world: World) -> None:
+    case = Case("USER: <image>\nWhat is this? ASSISTANT:", PICTURES[:1], (0.5, 0.75), max_tokens=1)
+    chosen = {}
+    for criterion in CRITERIA:
+        settings = {} if criterion == "himap" else {"criterion": criterion}
+        engine = world.engine(
+            "gqa12", himap=settings, max_num_batched_tokens=160, max_model_len=512
+        )
+        chosen[criterion] = tuple(engine.trace(engine.generate([case])[0].request_id)["deep"][0])
+    assert len(set(chosen.values())) == len(CRITERIA)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad settings become clear errors that name the field and the allowed range."""
+
+from typing import Any
+
+import pytest
+
+from himap_vllm.config import EngineSettings, HiMAPError, engine_settings, requested_ratios
+from himap_vllm.plan.prompt import Ratios
+
+
+@pytest.mark.parametrize(
+    ("raw", "parameter", "message"),
+    [
+        ({"shallow_ratio": -0.1}, "shallow_ratio", r"in \[0, 1\), got -0.1"),
+        ({"shallow_ratio": 1}, "shallow_ratio", r"in \[0, 1\), got 1"),
+        ({"deep_ratio": float("nan")}, "deep_ratio", r"in \[0, 1\), got nan"),
+        ({"deep_ratio": float("inf")}, "deep_ratio", r"in \[0, 1\), got inf"),
+        ({"deep_ratio": "0.5"}, "deep_ratio", "must be a number in .* got str"),
+        ({"deep_ratio": True}, "deep_ratio", "must be a number in .* got bool"),
+        ({"deep_ratio": None}, "deep_ratio", "must be a number in .* got NoneType"),
+        ({"max_deep_ratio": 0.5}, "deep_ratio", r"in \[0, 0.5\], got 0.75"),
+        ({"max_deep_ratio": 1.0}, "max_deep_ratio", r"in \[0, 1\), got 1"),
+        ({"ratio": 0.5}, "ratio", "unknown himap setting 'ratio'; known: shallow_layer"),
+        ({"shallow_layer": 0}, "shallow_layer", "integer >= 1, got 0"),
+        ({"shallow_layer": 2.0}, "shallow_layer", "integer >= 1, got 2.0"),
+        ({"deep_layer": True}, "deep_layer", "integer >= 2, got True"),
+        ({"shallow_layer": 8, "deep_layer": 8}, "deep_layer", r"shallow_layer \(8\), got 8"),
+        ({"deep_layer": 1}, "deep_layer", "integer >= 2, got 1"),
+        ({"trace_requests": -1}, "trace_requests", "integer >= 0"),
+        ({"criterion": "best"}, "criterion", "one of himap, fastv, .*, got 'best'"),
+        ({"criterion": []}, "criterion", r"one of himap, .*, got \[\]"),
+        ([], "himap", "must be an object, got list"),
+    ],
+)
+def test_bad_engine_settings(raw: Any, parameter: str, message: str) -> None:
+    with pytest.raises(HiMAPError, match=message) as error:
+        EngineSettings.parse(raw)
+    assert error.value.parameter == parameter
+
+
+def test_second_cut_lies_inside_the_decoder() -> None:
+    EngineSettings().check_depth(9)
+    with pytest.raises(HiMAPError, match="below the decoder's 8 layers, got 8"):
+        EngineSettings().check_depth(8)
+
+
+def test_first_cut_lies_behind_the_deepstack() -> None:
+    EngineSettings(shallow_layer=3).check_depth(36, first_cut=3)
+    with pytest.raises(HiMAPError, match="at least 3 for this model, got 2") as error:
+        EngineSettings().check_depth(36, first_cut=3)
+    assert error.value.parameter == "shallow_layer"
+
+
+@pytest.mark.parametrize(
+    ("raw", "num_layers", "first_cut", "cuts"),
+    [
+        ({}, 32, 1, (2, 8)),  # the paper's
+        ({}, 28, 1, (2, 7)),  # Qwen2.5-VL-7B
+        ({}, 36, 3, (3, 9)),  # Qwen3-VL-8B, three levels of deepstack
+        ({}, 24, 1, (2, 6)),
+        ({}, 80, 1, (5, 20)),
+        ({}, 4, 1, (1, 2)),
+        ({"shallow_layer": 9}, 32, 1, (9, 10)),
+        ({"deep_layer": 2}, 32, 1, (1, 2)),
+        ({"shallow_layer": 4, "deep_layer": 6}, 32, 1, (4, 6)),
+    ],
+)
+def test_cuts_by_depth(
+    raw: dict[str, int], num_layers: int, first_cut: int, cuts: tuple[int, int]
+) -> None:
+    settings = EngineSettings.parse(raw, num_layers, first_cut)
+    assert (settings.shallow_layer, settings.deep_layer) == cuts
+    settings.check_depth(num_layers, first_cut)
+
+
+@pytest.mark.parametrize("additional_config", [None, {}, {"other": 1}, {"himap": None}])
+def test_off_unless_asked_for(additional_config: Any) -> None:
+    assert engine_settings(additional_config) is None
+
+
+def test_request_overrides_defaults_field_by_field() -> None:
+    settings = EngineSettings.parse({"shallow_ratio": 0.25})
+    assert requested_ratios(settings, None) == (Ratios(0.25, 0.75), False)
+    assert requested_ratios(settings, {"other": "x"}) == (Ratios(0.25, 0.75), False)
+    assert requested_ratios(settings, {"himap_deep_ratio": 0.5}) == (Ratios(0.25, 0.5), True)
+    off = {"himap_shallow_ratio": 0, "himap_deep_ratio": 0}
+    assert requested_ratios(settings, off) == (Ratios(0.0, 0.0), False)
+
+
+@pytest.mark.parametrize(
+    ("args", "parameter", "message"),
+    [
+        ({"himap_shallow_ratio": 1.0}, "himap_shallow_ratio", r"in \[0, 1\), got 1.0"),
+        ({"himap_deep_ratio": -1}, "himap_deep_ratio", r"in \[0, 0.8\], got -1"),
+        ({"himap_deep_ratio": 0.81}, "himap_deep_ratio", r"in \[0, 0.8\], got 0.81"),
+        ({"himap_deep_ratio": float("nan")}, "himap_deep_ratio", "got nan"),
+        ({"himap_deep_ratio": "0.5"}, "himap_deep_ratio", "must be a number in .* got str"),
+        ({"himap_deep_ratio": [0.5]}, "himap_deep_ratio", "must be a number in .* got list"),
+        ({"himap_ratio": 0.5}, "himap_ratio", "unknown parameter 'himap_ratio'"),
+        ({"himap_bypass": "x"}, "himap_bypass", "unknown parameter 'himap_bypass'"),
+    ],
+)
+def test_bad_requests(args: dict[str, Any], parameter: str, message: str) -> None:
+    settings = EngineSettings.parse({"max_deep_ratio": 0.8})
+    with pytest.raises(HiMAPError, match=message) as error:
+        requested_ratios(settings, args)
+    assert error.value.parameter == parameter

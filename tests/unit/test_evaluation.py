@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics, scores, data formats and reports of `himap eval` and `himap sweep`: no model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from himap_eval.client import UNPRUNED, Answer, Ratios
+from himap_eval.formats import read
+from himap_eval.items import DataError, Item, sample
+from himap_eval.pareto import (
+    Cell,
+    EngineChoice,
+    pareto_front,
+    ratios_for,
+    recommended,
+    reduction,
+)
+from himap_eval.results import Result, summarize
+from himap_eval.scoring import METRICS
+from himap_eval.stats import retention
+from himap_eval.sweep_report import Findings, write_grid, write_report
+
+from tests.checkpoints import sample_images
+
+
+def test_retention_by_hand() -> None:
+    """Two groups: drawn are AA, AB or BA, BB, with ratios 1/2, 3/4 and 1."""
+    found = retention([1, 0, 1, 1], [1, 1, 1, 1], ["A", "A", "B", "B"])
+    assert (found.value, found.low, found.high) == (0.75, 0.5, 1.0)
+
+
+def test_pairs_stay_together() -> None:
+    """Questions that are wrong either way add no uncertainty."""
+    scores = [1, 0] * 50
+    found = retention(scores, scores, [str(i) for i in range(100)])
+    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
+
+
+def test_groups_are_drawn_whole() -> None:
+    """Ten copies of every question, in its group, tell nothing new."""
+    pruned, unpruned = [1, 0, 1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 1, 1, 0]
+    groups = list("ABCDEFGH")
+    once = retention(pruned, unpruned, groups)
+    copied = retention(pruned * 10, unpruned * 10, groups * 10)
+    assert once.low < 1 < once.high
+    assert copied == once
+    alone = retention(pruned * 10, unpruned * 10, [str(i) for i in range(80)])
+    assert alone.high - alone.low < (once.high - once.low) / 2
+
+
+def test_an_interval_as_wide_as_theory_has_it() -> None:
+    """900 of 1000 unpruned answers stay right: a binomial share."""
+    found = retention([1] * 900 + [0] * 100, [1] * 1000, [str(i) for i in range(1000)])
+    half = 1.96 * math.sqrt(0.9 * 0.1 / 1000)
+    assert found.value == 0.9
+    assert found.low == pytest.approx(0.9 - half, abs=0.002)
+    assert found.high == pytest.approx(0.9 + half, abs=0.002)
+
+
+def test_nothing_right_unpruned() -> None:
+    assert math.isnan(retention([0, 1], [0, 0], ["A", "B"]).value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "accepted", "score"),
+    [
+        ("exact", " Two  red CIRCLES. ", ["two red circles"], 1),
+        ("exact", "two", ["three", "2"], 0),
+        ("yes_no", "Yes, there is no doubt.", ["yes"], 1),
+        ("yes_no", "There is nothing.", ["no"], 0),
+        ("yes_no", "No", ["Yes"], 0),
+        ("choice", "B", ["B"], 1),
+        ("choice", "(B) the second", ["B"], 1),
+        ("choice", "The answer is B.", ["B"], 1),
+        ("choice", "Because of it", ["B"], 0),
+        ("vqa", "The Dakota.", ["dakota"] * 4 + ["digital"] * 6, 1),
+        ("vqa", "Dakota", ["dakota"] * 2 + ["digital"] * 8, (2 * (1 / 3) + 8 * (2 / 3)) / 10),
+        ("vqa", "two", ["2"] * 10, 1),
+        ("vqa", "3.5", ["3.5"] * 10, 1),
+        ("vqa", "", ["dakota"] * 10, 0),
+    ],
+)
+def test_scores(metric: str, answer: str, accepted: list[str], score: float) -> None:
+    assert METRICS[metric](answer, accepted) == pytest.approx(score)
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sample_images(1)[0].save(path)
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    lines = [
+        {"image": "a.png", "question": "What?", "answers": "this"},
+        {"image": "data:image/png;base64,AA==", "question": "How many?", "answers": ["2", "two"],
+         "kind": "count", "group": "g", "metric": "vqa"},
+    ]  # fmt: skip
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, lines)))
+    picture(tmp_path / "a.png")
+    first, second = read("jsonl", file, None)
+    assert first == Item(tmp_path / "a.png", "What?", ("this",), "all", "a.png")
+    assert first.image_url().startswith("data:image/png;base64,iVBOR")
+    assert second == Item(
+        "data:image/png;base64,AA==", "How many?", ("2", "two"), "count", "g", "vqa"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "Expecting"),
+        ("[]", "indices"),
+        ('{"image": "a.png", "answers": "x"}', "'question' is missing"),
+        ('{"image": "a.png", "question": "?", "answers": []}', "at least one"),
+        ('{"image": "a.png", "question": "?", "answers": [1]}', "at least one"),
+        ('{"image": "a.png", "question": "?", "answers": "x", "metric": "best"}', "one of exact"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(f'{{"image": "a.png", "question": "?", "answers": "x"}}\n{line}\n')
+    with pytest.raises(DataError, match=f"questions.jsonl:2: .*{reason}"):
+        read("jsonl", file, None)
+
+
+def test_pope(tmp_path: Path) -> None:
+    line = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
+            "text": "Is there a snowboard in the image?", "label": "yes"}  # fmt: skip
+    for name in ("random", "adversarial"):
+        (tmp_path / f"coco_pope_{name}.json").write_text(json.dumps(line) + "\n")
+    first, second = read("pope", tmp_path, tmp_path / "val2014")
+    assert (first.kind, second.kind) == ("adversarial", "random")
+    assert second.image == tmp_path / "val2014" / "COCO_val2014_000000310196.jpg"
+    assert second.question.startswith("Is there a snowboard in the image?\nAnswer")
+    assert (second.answers, second.metric) == (("yes",), "yes_no")
+    assert first.group == second.group
+
+
+def test_scienceqa(tmp_path: Path) -> None:
+    problem = {"question": "Which is north?", "choices": ["Maine", "Ohio"], "answer": 1,
+               "hint": "Look at the map.", "image": "image.png", "subject": "social science",
+               "split": "test"}  # fmt: skip
+    problems = {"1": problem, "2": {**problem, "image": None}, "3": {**problem, "split": "train"}}
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"test": ["1", "2"], "train": ["3"]}))
+    picture(tmp_path / "images" / "test" / "1" / "image.png")
+    (item,) = read("scienceqa", tmp_path / "problems.json", tmp_path / "images")
+    assert item.question == (
+        "Look at the map.\nWhich is north?\nA. Maine\nB. Ohio\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    assert (item.answers, item.kind, item.metric) == (("B",), "social science", "choice")
+    assert item.image == tmp_path / "images" / "test" / "1" / "image.png"
+
+
+def test_textvqa(tmp_path: Path) -> None:
+    question = {"question_id": 34602, "question": "what is the brand of this camera?",
+                "image_id": "003a8ae2ef43b901", "answers": ["dakota"] * 10}  # fmt: skip
+    file = tmp_path / "TextVQA_0.5.1_val.json"
+    file.write_text(json.dumps({"dataset_type": "val", "data": [question]}))
+    (item,) = read("textvqa", file, tmp_path / "train_images")
+    assert item.image == tmp_path / "train_images" / "003a8ae2ef43b901.jpg"
+    assert (len(item.answers), item.metric, item.group) == (10, "vqa", "003a8ae2ef43b901")
+
+
+def test_mme(tmp_path: Path) -> None:
+    text = (
+        "Is there a dog? Please answer yes or no.\tYes\nIs it red? Please answer yes or no.\tNo\n"
+    )
+    picture(tmp_path / "existence" / "1.jpg")
+    (tmp_path / "existence" / "1.txt").write_text(text)
+    picture(tmp_path / "posters" / "images" / "2.png")
+    (tmp_path / "posters" / "questions_answers_YN").mkdir()
+    (tmp_path / "posters" / "questions_answers_YN" / "2.txt").write_text(text)
+    items = read("mme", tmp_path, None)
+    assert [item.kind for item in items] == ["existence"] * 2 + ["posters"] * 2
+    assert [item.answers for item in items] == [("Yes",), ("No",)] * 2
+    assert items[3].image == tmp_path / "posters" / "images" / "2.png"
+    assert items[0].group == items[1].group != items[2].group
+    (tmp_path / "existence" / "1.jpg").unlink()
+    with pytest.raises(DataError, match=r"1\.txt has no image"):
+        read("mme", tmp_path, None)
+
+
+@pytest.mark.parametrize("data_format", ["jsonl", "pope", "scienceqa", "textvqa", "mme"])
+def test_other_files_are_refused(tmp_path: Path, data_format: str) -> None:
+    file = tmp_path / "file.json"
+    file.write_text('{"data": [{}]}')
+    with pytest.raises(DataError):
+        read(data_format, file, None)
+    with pytest.raises(DataError):
+        read(data_format, tmp_path / "none", None)
+
+
+def test_a_sample_has_whole_groups() -> None:
+    items = [Item("data:", str(i), ("x",), "all", str(i // 4)) for i in range(40)]
+    chosen = sample(items, 12)
+    assert len(chosen) == 12
+    assert len({item.group for item in chosen}) == 3
+    assert sample(items, 12) == chosen
+    assert sample(items, None) == sample(items, 40) == items
+
+
+def usage(left: float) -> dict[str, Any]:
+    """Of a prompt of 20 tokens, 10 of them an image's, in 10 layers."""
+    return {"image_tokens": 10, "kept_shallow": 5, "kept_deep": 2, "kv_tokens_unpruned": 200,
+            "kv_tokens": 100 + round(100 * left), "prefill_flops_ratio": left}  # fmt: skip
+
+
+def result(scores: list[int], left: float, ratios: Ratios = UNPRUNED) -> Result:
+    """Of answers that are right where `scores` says so, against all right."""
+    items = [Item("data:", "?", ("yes",), "all", str(i)) for i in range(len(scores))]
+    answers = [Answer("yes" if right else "no", 1, 2, 20, usage(left)) for right in scores]
+    return summarize(items, ratios, answers, [Answer("yes")] * len(scores))
+
+
+def test_savings_from_usage() -> None:
+    found = result([1, 1, 0, 1], 0.31)
+    assert found.savings is not None
+    assert found.accuracy == found.agreement == 0.75
+    assert found.savings.image_token_layers == pytest.approx(0.31)
+    assert found.savings.kv_tokens == pytest.approx(131 / 200)
+    assert found.savings.kept == "5, 2 of 10"
+    assert (found.ttft, found.latency) == (1, 2)
+
+
+def cell(
+    criterion: str, layers: tuple[int, int], scores: list[int], left: float, target: float = 0.5
+) -> Cell:
+    engine = EngineChoice(criterion, *layers)
+    numbers = [float(score) for score in scores]
+    return Cell(engine, result(scores, left, Ratios(0.5, 0.75)), numbers, target)
+
+
+def test_pareto_front_and_recommendation() -> None:
+    cheap = cell("himap", (1, 2), [1] * 60 + [0] * 40, 0.2)
+    beaten = cell("himap", (1, 4), [1] * 50 + [0] * 50, 0.3)
+    good = cell("himap", (2, 4), [1] * 98 + [0] * 2, 0.4)
+    costly = cell("himap", (4, 8), [1] * 99 + [0], 0.7)
+    cells = [costly, beaten, good, cheap]
+    assert pareto_front(cells) == [cheap, good, costly]
+    assert recommended(cells, 0.98) is good
+    assert recommended(cells, 0.985) is costly
+    assert recommended(cells, 1.0) is None
+
+
+def test_ratios_that_reach_a_reduction() -> None:
+    assert reduction(0.5, (2, 8), 32) == pytest.approx((6 * 0.5 + 24 * 0.875) / 32)
+    assert ratios_for(reduction(0.5, (2, 8), 32), (2, 8), 32) == Ratios(0.5, 0.75)
+    for target in (0.5, 0.67, 0.78, 0.89):
+        found = ratios_for(target, (1, 4), 16)
+        assert found is not None
+        assert reduction(found.shallow, (1, 4), 16) == pytest.approx(target, abs=1e-3)
+        assert found.deep == pytest.approx(1 - (1 - found.shallow) ** 2, abs=1e-3)
+    assert ratios_for(0.67, (6, 8), 16) is None
+
+
+@pytest.mark.parametrize("retain", [0.5, 0.9])
+def test_report(tmp_path: Path, retain: float) -> None:
+    """One criterion beats chance, the other doesn't; the report says so."""
+    chance = [1, 0] * 100
+    cells = [
+        cell("random", (1, 2), chance, 0.5),
+        cell("himap", (1, 2), [1, 1, 1, 0] * 50, 0.5),
+        cell("fastv", (1, 2), [*chance[:-2], 0, 1], 0.5),
+    ]
+    findings = Findings(
+        about={"model": "m", "data": "d", "num_questions": 200, "num_groups": 200},
+        reference=result([1] * 200, 1.0),
+        cells=cells,
+        groups=[str(i) for i in range(200)],
+        retain=retain,
+    )
+    write_report(tmp_path, findings, draw=True)
+    text = (tmp_path / "report.md").read_text()
+    row = (
+        r"\| 50.0 % \| \(0.5, 0.75\) \| 50.0 % \(43.\d to 5\d.\d\) \| 75.0 % \(69.\d to 8\d.\d\) \|"
+    )
+    assert re.search(row, text)
+    assert "himap: better in 1, no different in 0, worse in 0" in text
+    assert "fastv: better in 0, no different in 1, worse in 0" in text
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    values = json.loads((tmp_path / "report.json").read_text())
+    assert [value["criterion"] for value in values["cells"]] == ["random", "himap", "fastv"]
+    if retain == 0.5:
+        settings = json.loads((tmp_path / "recommended.json").read_text())
+        assert settings["shallow_layer"] == 1
+        assert settings["deep_ratio"] == 0.75
+    else:
+        assert "No setting keeps 90 % of the accuracy; the most is 75.0 %" in text
+        assert not (tmp_path / "recommended.json").exists()
+
+
+def test_grid(tmp_path: Path) -> None:
+    cells = [cell("himap", (1, 2), [1] * 99 + [0], 0.5), cell("himap", (1, 3), [0, 1] * 50, 0.6)]
+    findings = Findings(
+        about={"model": "m", "data": "d", "num_questions": 100, "num_groups": 100},
+        reference=result([1] * 100, 1.0),
+        cells=cells,
+        groups=[str(i) for i in range(100)],
+        retain=0.98,
+    )
+    shown = write_grid(tmp_path, findings, draw=True)
+    front = shown.split("Pareto front")[1]
+    assert "| himap | 1, 2 | 0.5, 0.75 | 99.0 % | 99.0 % (9" in front
+    assert "| himap | 1, 3 |" not in front
+    assert "**Recommended** (fewest prefill FLOPs that keep 98 %): himap, K = (1, 2)" in shown
+    assert "| himap | 1, 3 |" in (tmp_path / "sweep.md").read_text()

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step layouts against a token-by-token simulation, and selection against plain sorting."""
+
+import numpy as np
+import pytest
+import torch
+
+from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios, make_plan
+from himap_vllm.plan.step import PlanTable, step_layout
+from himap_vllm.pruning.selection import SurvivorCounts, compact, surviving_rows
+
+
+def plan_with(
+    num_tokens: int, *images: tuple[tuple[int, int], ...], ratios: tuple[float, float] = (0.5, 0.5)
+) -> PromptPlan:
+    plan = make_plan(num_tokens, [ImageTokens(runs) for runs in images], Ratios(*ratios))
+    assert plan is not None
+    return plan
+
+
+def test_geometry_of_a_mixed_step() -> None:
+    """Unpruned prefill, pruned prefill, decode of a pruned prompt, text before an image."""
+    plan = plan_with(20, ((4, 14),), ratios=(0.5, 0.75))  # 10 -> 5 -> 2
+    layout = step_layout([3, 0, 25, 0], [2, 20, 1, 4], [None, plan, plan, plan])
+    first, middle, last = layout.stages
+    assert first.query_start_loc.tolist() == [0, 2, 22, 23, 27]
+    assert middle.query_start_loc.tolist() == [0, 2, 17, 18, 22]
+    assert last.query_start_loc.tolist() == [0, 2, 14, 15, 19]
+    assert first.seq_lens.tolist() == [5, 20, 26, 4]
+    assert middle.seq_lens.tolist() == [5, 15, 21, 4]
+    assert last.seq_lens.tolist() == [5, 12, 18, 4]
+    assert last.positions.tolist() == [3, 4, *range(12), 17, 0, 1, 2, 3]
+    assert layout.cuts is not None
+    assert [request.request for request in layout.cuts[0].requests] == [1]
+
+
+def test_step_without_a_pruned_prompt_has_no_cuts() -> None:
+    plan = plan_with(20, ((4, 14),))
+    assert step_layout([20], [1], [plan]).cuts is None
+    assert step_layout([0], [4], [plan]).cuts is None
+
+
+def test_a_plan_table_lays_out_what_its_plans_do() -> None:
+    """Whatever came and went before; and a kernel can read its arrays by their addresses."""
+    plans = {
+        f"request {n}": plan_with(n, ((2, n - 3),), ratios=(0.5, n / 100)) for n in range(10, 40)
+    }
+    table = PlanTable()
+    assert table.layout(["unknown"], [0], [5]) is None
+    for name, plan in plans.items():
+        table.add(name, plan)
+    for name in list(plans)[::2]:
+        table.discard(name)
+    table.discard("unknown")
+    assert len(table) == 15
+    table.add("request 10", plans["request 10"])
+    names = ["request 11", "unknown", "request 21", "request 10", "request 33", "request 12"]
+    num_computed, num_new = [0, 4, 30, 0, 2, 0], [11, 9, 1, 15, 31, 12]
+    chosen = [plans.get(name) for name in names]
+    chosen[-1] = None  # discarded
+    expected = step_layout(num_computed, num_new, chosen)
+    layout = table.layout(names, num_computed, num_new)
+    assert layout is not None
+    assert layout.cuts is not None
+    assert expected.cuts is not None
+    for stage, wanted in zip(layout.stages, expected.stages, strict=True):
+        for name in ("query_start_loc", "seq_lens", "positions"):
+            array = getattr(stage, name)
+            assert array.tolist() == getattr(wanted, name).tolist()
+            assert array.flags.c_contiguous
+    requests = [request.request for request in layout.cuts[0].requests]
+    assert requests == [request.request for request in expected.cuts[0].requests] == [0, 3, 4]
+    assert table["request 33"] is plans["request 33"]
+
+
+@pytest.mark.parametrize(("num_computed", "num_new"), [(0, 19), (0, 5), (5, 15), (4, 15), (19, 1)])
+def test_a_split_prompt_is_an_error(num_computed: int, num_new: int) -> None:
+    with pytest.raises(ValueError, match="splits the one-step part"):
+        step_layout([num_computed], [num_new], [plan_with(20, ((4, 14),))])
+
+
+def votes_of(plan: PromptPlan, num_computed: int, num_new: int) -> list[list[int]]:
+    """Prompt positions that vote for each image at the first cut."""
+    cuts = step_layout([num_computed], [num_new], [plan]).cuts
+    assert cuts is not None
+    (request,) = cuts[0].requests
+    assert request.rows is not None
+    return [(request.rows[vote.rows] + num_computed).tolist() for vote in request.votes]
+
+
+def test_text_rows_vote_for_the_images_before_them() -> None:
+    plan = plan_with(20, ((2, 6),), ((8, 12),))
+    after_second = list(range(12, 20))
+    assert votes_of(plan, 0, 20) == [[6, 7, *after_second], after_second]
+    assert votes_of(plan, 2, 18) == [[6, 7, *after_second], after_second]
+    # Generated tokens of a recomputed request don't vote.
+    assert votes_of(plan, 0, 25) == votes_of(plan, 0, 20)
+
+
+def test_image_without_text_after_it_is_voted_on_by_the_last_row() -> None:
+    assert votes_of(plan_with(10, ((4, 10),)), 0, 10) == [[9]]
+    trailing = plan_with(14, ((1, 5),), ((7, 10),), ((10, 14),))
+    assert votes_of(trailing, 0, 14) == [[5, 6], [13], [13]]
+
+
+def test_structure_tokens_between_runs_are_text() -> None:
+    plan = plan_with(12, ((2, 4), (5, 7)), ((8, 10),))
+    assert votes_of(plan, 0, 12) == [[7, 10, 11], [10, 11]]
+    cuts = step_layout([0], [12], [plan]).cuts
+    assert cuts is not None
+    assert cuts[0].image_tokens is not None
+    assert cuts[0].image_tokens.tolist() == [2, 3, 5, 6, 8, 9]
+
+
+def test_selection_equals_sorting_each_image() -> None:
+    rng = np.random.default_rng(0)
+    plans = [
+        plan_with(30, ((2, 12),), ((15, 22),), ratios=(0.4, 0.5)),
+        None,
+        plan_with(25, ((0, 4), (5, 9)), ratios=(0.9, 0.0)),
+    ]
+    layout = step_layout([0, 7, 0], [30, 3, 25], plans)
+    assert layout.cuts is not None
+    cut = layout.cuts[0]
+    assert cut.image_tokens is not None
+    image_tokens = torch.from_numpy(cut.image_tokens)
+    for _ in range(20):
+        # Few distinct values: most decisions are ties.
+        scores = rng.integers(0, 4, cut.num_image_tokens).astype(np.float32)
+        rows = surviving_rows(torch.from_numpy(scores), image_tokens, 58, SurvivorCounts.of(cut))
+        expected = set(range(58)) - set(cut.image_tokens.tolist())
+        for indices, keep in zip(cut.padded, cut.keep, strict=True):
+            own = [int(i) for i in indices if i < cut.num_image_tokens]
+            best = sorted(own, key=lambda i: (-scores[i], i))[: int(keep)]
+            expected |= {int(cut.image_tokens[i]) for i in best}
+        assert rows.tolist() == sorted(expected)
+
+
+def test_the_last_row_of_a_prompt_survives() -> None:
+    layout = step_layout([0], [10], [plan_with(10, ((4, 10),))])
+    assert layout.cuts is not None
+    cut = layout.cuts[0]
+    assert cut.image_tokens is not None
+    scores = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    rows = surviving_rows(scores, torch.from_numpy(cut.image_tokens), 10, SurvivorCounts.of(cut))
+    assert rows.tolist() == [0, 1, 2, 3, 4, 5, 9]
+
+
+def test_compact_is_nonzero() -> None:
+    mask = torch.tensor([False, True, True, False, True])
+    assert compact(mask, 3).tolist() == [1, 2, 4]
+    assert compact(torch.zeros(3, dtype=torch.bool), 0).tolist() == []
