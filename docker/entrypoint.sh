@@ -2,8 +2,8 @@
 # docker run IMAGE [MODEL] [flags of himap serve]
 # docker run IMAGE himap key NAME
 #
-# MODEL and SERVE_FLAGS in the environment do the same; arguments win. Without a model the one that
-# ships with the project is served. Ends by exec: signals reach the gateway itself.
+# MODEL and SERVE_FLAGS in the environment do the same; arguments win. Without a model the bundled
+# one is served. Ends by exec: signals reach the gateway itself.
 set -eu
 
 if [ "${1-}" = himap ]; then

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the model that ships: `python -m training.train --out runs/demo`.
+"""Trains the bundled model: `python -m training.train --out runs/demo`.
 
 Two stages. First the vision tower learns what each patch shows (colour, shape and digit of its
 object, and its cell); then everything learns to answer, the first task staying on as an auxiliary

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small model that ships: what its world looks like, what is asked about it, and where it lies.
+"""The small bundled model: what its world looks like, what is asked about it, and where it lies.
 
 `scenes` draws pictures, `questions` asks about them and knows the answers, `heldout` is the part of
 that world that training never sees. `training/` makes the model of it.

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     """Command line; returns the exit status."""
     parser = ArgumentParser(
         prog="himap demo",
-        description="Ask the model that ships about example scenes, pruned and not.",
+        description="Ask the bundled model about example scenes, pruned and not.",
     )
     parser.add_argument("--url", help="a running server, up to /v1, instead of starting one")
     parser.add_argument("--scenes", type=positive, default=3, help="default: 3")
@@ -43,11 +43,11 @@ def _run(args: Namespace) -> int:
     if args.url:
         return _show(args, args.url)
     # Like the engine: not needed with --url.
-    from himap_server.bundled import shipped_model
+    from himap_server.bundled import bundled_model
 
     print(
-        "Starting `himap serve` with the model that ships; this takes about a minute.\n"
-        f"Its settings: {json.dumps(shipped_model().engine)}",
+        "Starting `himap serve` with the bundled model; this takes about a minute.\n"
+        f"Its settings: {json.dumps(bundled_model().engine)}",
         flush=True,
     )
     with (

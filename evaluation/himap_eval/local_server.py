@@ -34,7 +34,7 @@ def serving(model: str | None, flags: Sequence[str], log: Path) -> Iterator[str]
     """Run `himap serve` on a free port of this machine; yields the URL of its API.
 
     Args:
-        model: None: the one that ships.
+        model: None: the bundled one.
         flags: more of its flags.
         log: where its output goes.
 

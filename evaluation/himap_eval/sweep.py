@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         usage="%(prog)s [MODEL] [options] [-- flags of himap serve]",
         description="Retention against cost over K1, K2, R1, R2 and criteria.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the one that ships")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the bundled one")
     parser.add_argument(
         "--report", action="store_true",
         help="instead of a grid: all criteria at each of --reductions",
@@ -173,10 +173,10 @@ def _num_layers(model: str | None) -> int:
     from transformers import AutoConfig
 
     if model is None:
-        from himap_server.bundled import shipped_model
+        from himap_server.bundled import bundled_model
 
         try:
-            model = str(shipped_model().path)
+            model = str(bundled_model().path)
         except ImportError as error:
             raise CommandError(str(error)) from error
     try:
@@ -224,7 +224,7 @@ def _about(args: Namespace, items: Sequence[Item]) -> dict[str, Any]:
         image = str(item.image)
         questions.update(json.dumps([item.question, item.answers, image]).encode())
     return {
-        "model": args.model or "the model that ships",
+        "model": args.model or "the bundled model",
         "data": data_name(args),
         "num_questions": len(items),
         "num_groups": len({item.group for item in items}),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that ships with the project: what `himap serve` serves without a MODEL."""
+"""The bundled model: what `himap serve` serves without a MODEL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SETTINGS = "himap.json"
 
 
 @dataclass(frozen=True, slots=True)
-class ShippedModel:
+class BundledModel:
     """A checkpoint and the engine settings recommended for it.
 
     Attributes:
@@ -26,7 +26,7 @@ class ShippedModel:
     engine: dict[str, Any]
 
 
-def shipped_model() -> ShippedModel:
+def bundled_model() -> BundledModel:
     """The model of `himap_demo`, with the settings of its `himap.json`.
 
     Without that file the engine's defaults hold.
@@ -37,8 +37,8 @@ def shipped_model() -> ShippedModel:
     try:
         from himap_demo import MODEL_PATH
     except ImportError as error:
-        raise ImportError(f"name a MODEL: the one that ships is not installed ({error})") from error
+        raise ImportError(f"name a MODEL: the bundled one is not installed ({error})") from error
     path = Path(MODEL_PATH)
     file = path / _SETTINGS
     settings = json.loads(file.read_text()) if file.exists() else {}
-    return ShippedModel(path, "himap-demo", settings)
+    return BundledModel(path, "himap-demo", settings)

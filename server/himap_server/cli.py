@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 _USAGE = """\
 usage: himap serve [MODEL] [any vllm serve flag]   the model behind an OpenAI API; without MODEL,
-                                                  the small one that ships with the project
+                                                  the small bundled one
        himap demo                                 ask it about pictures, pruned and not
        himap eval                                 accuracy of a served model, pruned and not
        himap sweep [MODEL]                        where to prune, and how much

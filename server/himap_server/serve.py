@@ -35,12 +35,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from himap_vllm.config import ADDITIONAL_CONFIG_KEY, EngineSettings, HiMAPError
 
 from .app import build_app
-from .bundled import ShippedModel, shipped_model
+from .bundled import BundledModel, bundled_model
 from .engine import run_engine
-from .gate import Gate
 from .http import BoundedHttp
 from .lifecycle import GatewayServer, Lifecycle, Phase
 from .metrics import GatewayMetrics
+from .middleware import RequestMiddleware
 from .record import RequestRecord
 from .request_log import log_request
 from .security.keys import KeyFileError, KeyRing
@@ -95,10 +95,10 @@ def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
         args = parser.parse_args(argv)
         given = {name: getattr(args, name) for name in setting_names()}
         settings, engine = load(given, file)
-        shipped = None
+        bundled = None
         if args.model_tag is None and args.model == parser.get_default("model"):
-            shipped = shipped_model()
-            engine = {**shipped.engine, **engine}
+            bundled = bundled_model()
+            engine = {**bundled.engine, **engine}
         EngineSettings.parse(engine)
     except (SettingsError, HiMAPError, ImportError) as error:
         parser.error(str(error))
@@ -114,8 +114,8 @@ def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", _MAX_N_SEQUENCES)
     # The engine core gets a signal to the whole process group, too; it must not drop requests.
     args.shutdown_timeout = args.shutdown_timeout or math.ceil(settings.grace_seconds)
-    if shipped is not None:
-        _serve_shipped(args, shipped)
+    if bundled is not None:
+        _serve_bundled(args, bundled)
     elif args.model_tag is not None:
         args.model = args.model_tag
     validate_parsed_serve_args(args)
@@ -123,9 +123,9 @@ def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
     return args, settings
 
 
-def _serve_shipped(args: Namespace, shipped: ShippedModel) -> None:
-    args.model = str(shipped.path)
-    args.served_model_name = args.served_model_name or [shipped.name]
+def _serve_bundled(args: Namespace, bundled: BundledModel) -> None:
+    args.model = str(bundled.path)
+    args.served_model_name = args.served_model_name or [bundled.name]
 
 
 def _take_file(parser: FlexibleArgumentParser, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -192,7 +192,7 @@ async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None
         metrics.observe(record)
         log_request(record)
 
-    gate = Gate(
+    middleware = RequestMiddleware(
         app,
         lifecycle,
         keys=keys,
@@ -201,7 +201,7 @@ async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None
         report=report,
     )
     config = uvicorn.Config(
-        gate,
+        middleware,
         host=args.host or "0.0.0.0",
         port=args.port,
         http=BoundedHttp,

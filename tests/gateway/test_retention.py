@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that ships keeps what is published: pruned as recommended, through `himap eval`."""
+"""The bundled model keeps what is published: pruned as recommended, through `himap eval`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.gateway.support import HIMAP
 from tests.gateway.test_evaluation import himap
 from tests.servers import running
 
-PUBLISHED = Path(__file__).parents[2] / "bench" / "results" / "quality-shipped-model.json"
+PUBLISHED = Path(__file__).parents[2] / "bench" / "results" / "quality-bundled-model.json"
 LARGEST_DROP = 0.03
 # The first of the published scenes: fewer, hence another retention, but always the same one.
 FIRST_SCENE, NUM_SCENES = 20_000, 150

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A gateway under load, and the real Prometheus that scrapes it with the shipped configuration."""
+"""A gateway under load, and the real Prometheus that scrapes it as deploy/ configures it."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _stream(server: Server, path: str, body: dict[str, Any], headers: dict[str, 
 
 
 def quick_configuration(target: str, own: str) -> dict[str, Any]:
-    """The shipped configuration with this target, every second, and no Alertmanager."""
+    """The configuration of deploy/ with this target, every second, and no Alertmanager."""
     config: dict[str, Any] = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     config["global"] = dict.fromkeys(
         ("scrape_interval", "scrape_timeout", "evaluation_interval"), "1s"

@@ -155,8 +155,8 @@ def test_grafana_is_told_of_prometheus_and_of_the_dashboards() -> None:
         "datasources"
     ]
     assert source["type"] == "prometheus"
-    shipped = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    deployed = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
     # $__rate_interval is four times this.
-    assert source["jsonData"]["timeInterval"] == shipped["global"]["scrape_interval"]
+    assert source["jsonData"]["timeInterval"] == deployed["global"]["scrape_interval"]
     (provider,) = yaml.safe_load((folder / "dashboards" / "himap.yml").read_text())["providers"]
     assert provider["type"] == "file"

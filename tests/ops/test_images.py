@@ -264,7 +264,7 @@ def test_the_entry_point_runs_unprivileged_on_a_read_only_system(tmp_path: Path)
 
 
 def question(server: Server) -> str:
-    """What the model that ships says of the picture in README.md."""
+    """What the bundled model says of the picture in README.md."""
     with Image.open(ROOT / "examples" / "scene.png") as image:
         message = picture_message(image, "What color is the star?")
     body = {"model": "himap-demo", "messages": [message], "max_tokens": 8, "temperature": 0}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate around apps that misbehave: what the client gets, and what is written down."""
+"""The request middleware around apps that misbehave: answers to the client, and the record."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from himap_server.gate import Gate
 from himap_server.lifecycle import Lifecycle, Phase
+from himap_server.middleware import RequestMiddleware
 from himap_server.record import RequestRecord
 from himap_server.security.keys import KeyRing, make_key
 
@@ -21,7 +21,7 @@ EVENTS = {**START, "headers": [(b"content-type", b"text/event-stream")]}
 
 
 class Client:
-    """Sends one request through a gate around `app`."""
+    """Sends one request through a middleware around `app`."""
 
     def __init__(self, app: App, timeout: float = 5.0, body: bytes = b"{}") -> None:
         self.sent: list[Any] = []
@@ -31,7 +31,7 @@ class Client:
         self._messages = [{"type": "http.request", "body": body, "more_body": False}]
         self.lifecycle = Lifecycle(1.0)
         self.lifecycle.phase = Phase.READY
-        self.gate = Gate(
+        self.middleware = RequestMiddleware(
             app,
             self.lifecycle,
             keys=None,
@@ -55,7 +55,7 @@ class Client:
         """Run the request to its end; nothing may be left of it."""
         headers = [(b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": headers}
-        await self.gate(scope, self.receive, self.send)
+        await self.middleware(scope, self.receive, self.send)
         assert self.lifecycle.in_flight == 0
         await asyncio.sleep(0)  # a cancelled task ends with the loop's next turn
         assert len(asyncio.all_tasks()) == 1
@@ -147,7 +147,7 @@ def test_a_client_that_goes_away(app: App) -> None:
 
 
 def test_a_client_that_stops_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("himap_server.gate._LAST_WORDS_SECONDS", 0.1)
+    monkeypatch.setattr("himap_server.middleware._LAST_WORDS_SECONDS", 0.1)
 
     async def run() -> None:
         client = Client(stuck, timeout=0.1)
@@ -160,7 +160,7 @@ def test_a_client_that_stops_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_body_that_is_declared_too_large_and_never_comes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("himap_server.gate._LAST_WORDS_SECONDS", 0.1)
+    monkeypatch.setattr("himap_server.middleware._LAST_WORDS_SECONDS", 0.1)
 
     async def run() -> None:
         client = Client(answers, body=b"x" * 101)
@@ -204,7 +204,7 @@ def test_a_keys_place_is_free_when_its_answer_ends(tmp_path: Path, start: Any, e
 
     lifecycle = Lifecycle(1.0)
     lifecycle.phase = Phase.READY
-    gate = Gate(
+    middleware = RequestMiddleware(
         app, lifecycle,
         keys=KeyRing(file), max_body_bytes=100, request_timeout=5.0, report=lambda _: None,
     )  # fmt: skip
@@ -229,7 +229,7 @@ def test_a_keys_place_is_free_when_its_answer_ends(tmp_path: Path, start: Any, e
             if deeper:
                 again.append((message.get("body", b""), await ask(False)))
 
-        await gate(scope, receive, send)
+        await middleware(scope, receive, send)
         return status
 
     assert asyncio.run(ask(True)) == 200

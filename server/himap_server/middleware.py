@@ -40,7 +40,7 @@ _LAST_EVENTS = tuple(
 )
 
 
-class Gate:
+class RequestMiddleware:
     """ASGI middleware around the app.
 
     Takes `X-Request-Id` or makes one, and echoes it. The engine gets an id of its own for every
@@ -74,7 +74,7 @@ class Gate:
         pairs = scope["headers"]
         too_large = len(pairs) > _MAX_HEADERS or sum(map(len, chain(*pairs))) > _MAX_HEADER_BYTES
         request_id = _request_id(headers)
-        answer = _Answer(send, request_id)
+        answer = ResponseTracker(send, request_id)
         if not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, answer)
             return
@@ -85,7 +85,7 @@ class Gate:
         try:
             if too_large:
                 raise GatewayError(431, "the headers are too large", reason="headers")
-            await self._pass(inner, headers, receive, answer, record)
+            await self._admit(inner, headers, receive, answer, record)
         except _ClientGoneError:
             record.status = record.status or _CLIENT_WENT_AWAY
         except GatewayError as error:
@@ -101,12 +101,12 @@ class Gate:
             record.duration = record.elapsed
             self._report(record)
 
-    async def _pass(
+    async def _admit(
         self,
         scope: Scope,
         headers: Headers,
         receive: Receive,
-        answer: _Answer,
+        answer: ResponseTracker,
         record: RequestRecord,
     ) -> None:
         if (reason := self._lifecycle.refusal()) is not None:
@@ -185,7 +185,7 @@ async def _receive_body(receive: Receive) -> tuple[bytes, bool]:
     return message.get("body", b""), message.get("more_body", False)
 
 
-class _Answer:
+class ResponseTracker:
     """`send` that adds the request's id, and remembers how far the answer got.
 
     A client that has read the end of its answer may send its next request at once: what that one
@@ -220,7 +220,9 @@ def _is_last(event: bytes) -> bool:
     return event.endswith(_DONE) or event.startswith(_LAST_EVENTS)
 
 
-async def _run(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, answer: _Answer) -> None:
+async def _run(
+    app: ASGIApp, scope: Scope, body: bytes, receive: Receive, answer: ResponseTracker
+) -> None:
     """Run the app until it has answered, or the client has gone.
 
     Takes the place of vLLM's `with_cancellation`, which does not end the handler when it is itself
@@ -262,7 +264,9 @@ async def _run(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, answer
     running.result()
 
 
-async def _refuse(error: GatewayError, scope: Scope, receive: Receive, answer: _Answer) -> None:
+async def _refuse(
+    error: GatewayError, scope: Scope, receive: Receive, answer: ResponseTracker
+) -> None:
     if not answer.status:
         await error_response(error)(scope, receive, answer)
     elif answer.is_stream and not answer.complete:
