@@ -66,7 +66,7 @@ def main() -> None:
             },
             **vectors,
             **indices,
-            lines_ptr="*fp32",
+            partials_ptr="*fp32",
             scale="fp32",
         )
     for num_dims in (1, 3):  # 3 with M-RoPE

@@ -57,16 +57,16 @@ class Probe:
 
         from himap_vllm.kernels.gather import gather_rows
         from himap_vllm.plan.prompt import ImageTokens, make_plan
-        from himap_vllm.plan.step import step_layout
-        from himap_vllm.pruning.step import ActiveStep
+        from himap_vllm.plan.step import plan_step
+        from himap_vllm.pruning.step import PruningStep
 
         length = shape.image_tokens + text_tokens
         images = [ImageTokens(((1, 1 + shape.image_tokens),))]
         plan = make_plan(length, images, cuts.ratios)
-        layout = step_layout([0] * prompts, [length] * prompts, [plan] * prompts)
+        step_plan = plan_step([0] * prompts, [length] * prompts, [plan] * prompts)
         heads, size = shape.num_heads, shape.hidden_size // shape.num_heads
         inputs = []
-        for stage in layout.stages[:2]:
+        for stage in step_plan.stages[:2]:
             fused = torch.randn(
                 stage.num_tokens, 3 * shape.hidden_size, device=self._device, dtype=self._dtype
             )
@@ -77,7 +77,7 @@ class Probe:
             inputs.append((query, key, hidden))
         positions = torch.arange(length, device=self._device).repeat(prompts)
 
-        def cut_twice(step: ActiveStep) -> None:
+        def cut_twice(step: PruningStep) -> None:
             moved = positions
             for index, (query, key, hidden) in enumerate(inputs):
                 scores = step.score(index, query, key, size**-0.5, lambda *_, none=key[:0]: none)
@@ -87,11 +87,11 @@ class Probe:
         device, launch = [], []
         for _ in range(25):
             began = time.perf_counter()
-            step = ActiveStep(layout, self._device)
+            step = PruningStep(step_plan, self._device)
             built = time.perf_counter() - began
             self._wait()
 
-            def timed(step: ActiveStep = step, built: float = built) -> None:
+            def timed(step: PruningStep = step, built: float = built) -> None:
                 began = time.perf_counter()
                 cut_twice(step)
                 launch.append(built + time.perf_counter() - began)

@@ -22,7 +22,7 @@ class Candidates:
         index: 0: the first cut, 1: the second.
         device: where scores are wanted.
         attention: [num flat images] float32, received from the rows that vote. None: the criterion
-            has no `votes`.
+            has no `select_voters`.
         states: [num flat images, hidden_size] float32, the residual stream. None: the criterion
             does not read it.
     """
@@ -49,16 +49,16 @@ class Criterion:
 
     Attributes:
         name: in `additional_config["himap"]["criterion"]`.
-        scores: [num flat images] float32; within each image the highest stay, and of equal ones
+        score: [num flat images] float32; within each image the highest stay, and of equal ones
             the first. Without waiting for the device.
-        votes: whose attention is summed up, given the cuts with HiMAP's voters; None: no attention
-            is computed.
-        reads_states: whether `scores` wants hidden states.
-        seeded: whether `scores` wants `PrunedRequest.seed`.
+        select_voters: whose attention is summed up: the cuts with these voters, given the cuts with
+            HiMAP's. None: no attention is computed.
+        needs_hidden_states: whether `score` wants hidden states.
+        seeded: whether `score` wants `PrunedRequest.seed`.
     """
 
     name: str
-    scores: Callable[[Candidates], torch.Tensor]
-    votes: Callable[[Cuts], Cuts] | None = None
-    reads_states: bool = False
+    score: Callable[[Candidates], torch.Tensor]
+    select_voters: Callable[[Cuts], Cuts] | None = None
+    needs_hidden_states: bool = False
     seeded: bool = False

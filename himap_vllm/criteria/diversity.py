@@ -49,7 +49,7 @@ def farthest_first(
     return scores
 
 
-def _scores(candidates: Candidates) -> torch.Tensor:
+def _score(candidates: Candidates) -> torch.Tensor:
     assert candidates.states is not None
     return torch.cat(
         [
@@ -59,4 +59,4 @@ def _scores(candidates: Candidates) -> torch.Tensor:
     )
 
 
-DIVERSITY = Criterion(name="diversity", scores=_scores, reads_states=True)
+DIVERSITY = Criterion(name="diversity", score=_score, needs_hidden_states=True)

@@ -50,9 +50,9 @@ def _with_voters(request: PrunedRequest, rows: IntArray) -> PrunedRequest:
     return replace(request, rows=rows, votes=votes)
 
 
-def _scores(candidates: Candidates) -> torch.Tensor:
+def _score(candidates: Candidates) -> torch.Tensor:
     assert candidates.attention is not None
     return candidates.attention
 
 
-FASTV = Criterion(name="fastv", scores=_scores, votes=last_text_row)
+FASTV = Criterion(name="fastv", score=_score, select_voters=last_text_row)

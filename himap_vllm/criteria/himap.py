@@ -11,9 +11,9 @@ import torch
 from himap_vllm.criteria.criterion import Candidates, Criterion
 
 
-def _scores(candidates: Candidates) -> torch.Tensor:
+def _score(candidates: Candidates) -> torch.Tensor:
     assert candidates.attention is not None
     return candidates.attention
 
 
-HIMAP = Criterion(name="himap", scores=_scores, votes=lambda cuts: cuts)
+HIMAP = Criterion(name="himap", score=_score, select_voters=lambda cuts: cuts)

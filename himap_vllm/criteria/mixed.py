@@ -14,7 +14,7 @@ from himap_vllm.criteria.diversity import distances, farthest_first
 from himap_vllm.criteria.fastv import last_text_row
 
 
-def _scores(candidates: Candidates) -> torch.Tensor:
+def _score(candidates: Candidates) -> torch.Tensor:
     assert candidates.attention is not None
     assert candidates.states is not None
     scores = []
@@ -28,4 +28,4 @@ def _scores(candidates: Candidates) -> torch.Tensor:
     return torch.cat(scores)
 
 
-MIXED = Criterion(name="mixed", scores=_scores, votes=last_text_row, reads_states=True)
+MIXED = Criterion(name="mixed", score=_score, select_voters=last_text_row, needs_hidden_states=True)

@@ -22,7 +22,7 @@ def prompt_seed(token_ids: Sequence[int]) -> int:
     return zlib.crc32(np.asarray(token_ids, dtype="<i8").tobytes())
 
 
-def _scores(candidates: Candidates) -> torch.Tensor:
+def _score(candidates: Candidates) -> torch.Tensor:
     ranks = np.empty(candidates.cut.num_image_tokens, dtype=np.int64)
     for request in candidates.cut.requests:
         own = request.image_tokens
@@ -32,4 +32,4 @@ def _scores(candidates: Candidates) -> torch.Tensor:
     return scores.float()
 
 
-RANDOM = Criterion(name="random", scores=_scores, seeded=True)
+RANDOM = Criterion(name="random", score=_score, seeded=True)

@@ -10,7 +10,7 @@ from himap_vllm.criteria.criterion import Candidates, Criterion
 from himap_vllm.kernels.upload import upload
 
 
-def _scores(candidates: Candidates) -> torch.Tensor:
+def _score(candidates: Candidates) -> torch.Tensor:
     chosen = np.zeros(candidates.cut.num_image_tokens, dtype=np.int64)
     for tokens, keep in candidates.images:
         num_tokens = tokens.stop - tokens.start
@@ -19,4 +19,4 @@ def _scores(candidates: Candidates) -> torch.Tensor:
     return scores.float()
 
 
-UNIFORM = Criterion(name="uniform", scores=_scores)
+UNIFORM = Criterion(name="uniform", score=_score)

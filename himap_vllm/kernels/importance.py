@@ -7,8 +7,8 @@ token, what the rows give it. Probabilities of rows that don't vote are never co
 written out.
 
 Tiles of an image must be added up. Atomic additions would add in another order each time and let
-rounding decide close calls differently from run to run, so each program writes its own line and
-one reduction adds them in a fixed order.
+rounding decide close calls differently from run to run, so each program writes a partial sum of
+its own, and one reduction adds them in a fixed order.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class VoteTiles:
         tiles: [num_tiles, 8] int64; the fields are named where the kernel reads them.
         rows: [num rows] int64, voting rows in the step; None: the image tokens' own rows, which
             are known on the device only.
-        num_lines: most tiles that any image has.
+        num_partials: most tiles that any image has.
     """
 
     tiles: IntArray
     rows: IntArray | None
-    num_lines: int
+    num_partials: int
 
     @classmethod
     def of(cls, cut: Cut) -> VoteTiles:
         """The tiles of a cut. Host arithmetic: a loop over images, without device operations."""
         tiles: list[tuple[int, ...]] = []
         rows: list[IntArray] = []
-        num_rows = num_cached = num_lines = 0
+        num_rows = num_cached = num_partials = 0
         for request in cut.requests:
             if request.rows is None:
                 first_row = request.image_tokens.start
@@ -56,7 +56,7 @@ class VoteTiles:
                 rows.append(request.rows + request.tokens.start)
             for vote in request.votes:
                 begins = range(vote.rows.start, vote.rows.stop, BLOCK_ROWS)
-                num_lines = max(num_lines, len(begins))
+                num_partials = max(num_partials, len(begins))
                 tiles += [
                     (
                         first_row + begin,
@@ -66,15 +66,15 @@ class VoteTiles:
                         request.tokens.start,
                         num_cached,
                         request.num_cached,
-                        line,
+                        partial,
                     )
-                    for line, begin in enumerate(begins)
+                    for partial, begin in enumerate(begins)
                 ]
             num_cached += request.num_cached
         return cls(
             tiles=np.array(tiles, dtype=np.int64),
             rows=np.concatenate(rows) if rows else None,
-            num_lines=num_lines,
+            num_partials=num_partials,
         )
 
 
@@ -88,7 +88,7 @@ def _accumulate(logits, maximum, total):
 
 
 # A specialisation for strides that differ from step to step would be compiled in mid-service.
-@triton.jit(do_not_specialize=["line_stride", "line_head_stride"])
+@triton.jit(do_not_specialize=["partial_stride", "partial_head_stride"])
 def _vote_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
     key_ptr,  # [num_tokens, num_kv_heads, head_size]
@@ -96,7 +96,7 @@ def _vote_kernel(
     rows_ptr,  # [num rows]
     image_tokens_ptr,  # [num flat images]
     tiles_ptr,  # [num_tiles, NUM_FIELDS]
-    lines_ptr,  # [num_lines, num_heads, num flat images]
+    partials_ptr,  # [num_partials, num_heads, num flat images]
     scale,
     query_stride,
     query_head_stride,
@@ -104,8 +104,8 @@ def _vote_kernel(
     key_head_stride,
     cached_stride,
     cached_head_stride,
-    line_stride,
-    line_head_stride,
+    partial_stride,
+    partial_head_stride,
     NUM_FIELDS: tl.constexpr,
     HEADS_PER_KEY: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -122,7 +122,7 @@ def _vote_kernel(
     first_token = tl.load(tile_ptr + 4)  # of the prompt, in the step
     first_cached = tl.load(tile_ptr + 5)
     num_cached = tl.load(tile_ptr + 6)
-    line = tl.load(tile_ptr + 7)
+    partial = tl.load(tile_ptr + 7)
 
     channel = tl.arange(0, BLOCK_HEAD)
     in_head = channel < HEAD_SIZE
@@ -167,7 +167,7 @@ def _vote_kernel(
         maximum, total = _accumulate(logits, maximum, total)
     log_total = maximum + tl.log(total)
 
-    lines_ptr += line * line_stride + head * line_head_stride + first_column
+    partials_ptr += partial * partial_stride + head * partial_head_stride + first_column
     for begin in range(0, num_columns, BLOCK_KEYS):
         inside = begin + column < num_columns
         other = tl.load(
@@ -181,7 +181,7 @@ def _vote_kernel(
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         given = tl.exp(logits - log_total[:, None])
         given = tl.where(votes[:, None] & (other[None, :] <= token[:, None]), given, 0.0)
-        tl.store(lines_ptr + begin + column, tl.sum(given, 0), mask=inside)
+        tl.store(partials_ptr + begin + column, tl.sum(given, 0), mask=inside)
 
 
 def importance(
@@ -191,7 +191,7 @@ def importance(
     scale: float,
     tiles: torch.Tensor,
     rows: torch.Tensor,
-    num_lines: int,
+    num_partials: int,
     image_tokens: torch.Tensor,
 ) -> torch.Tensor:
     """As `himap_vllm.pruning.importance.importance`, in one launch and one reduction.
@@ -203,16 +203,16 @@ def importance(
         scale: softmax scale.
         tiles: [num_tiles, 8] `VoteTiles.tiles` on the device.
         rows: [num rows] `VoteTiles.rows` on the device, or `image_tokens` where that is None.
-        num_lines: `VoteTiles.num_lines`.
+        num_partials: `VoteTiles.num_partials`.
         image_tokens: [num flat images] rows of the image tokens in the step.
 
     Returns:
         [num flat images] float32, summed over the heads given.
     """
     num_heads, head_size = query.shape[1:]
-    # Zeros: an image with fewer tiles than another leaves lines unwritten.
-    lines = torch.zeros(
-        num_lines, num_heads, len(image_tokens), dtype=torch.float32, device=query.device
+    # Zeros: an image with fewer tiles than another leaves partials unwritten.
+    partials = torch.zeros(
+        num_partials, num_heads, len(image_tokens), dtype=torch.float32, device=query.device
     )
     assert query.stride(2) == key.stride(2) == cached.stride(2) == 1
     _vote_kernel[(len(tiles), num_heads)](
@@ -222,7 +222,7 @@ def importance(
         rows,
         image_tokens,
         tiles,
-        lines,
+        partials,
         scale,
         query.stride(0),
         query.stride(1),
@@ -230,8 +230,8 @@ def importance(
         key.stride(1),
         cached.stride(0),
         cached.stride(1),
-        lines.stride(0),
-        lines.stride(1),
+        partials.stride(0),
+        partials.stride(1),
         NUM_FIELDS=_TILE_FIELDS,
         HEADS_PER_KEY=num_heads // key.shape[1],
         HEAD_SIZE=head_size,
@@ -239,4 +239,4 @@ def importance(
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_KEYS=BLOCK_KEYS,
     )
-    return lines.sum((0, 1))
+    return partials.sum((0, 1))

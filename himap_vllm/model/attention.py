@@ -34,10 +34,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.model.cached_keys import key_reader
 from himap_vllm.pruning.stage_metadata import shallow_copy
-from himap_vllm.pruning.step import PruningState
+from himap_vllm.pruning.step import PruningContext
 
 
-def install_stage(attention: Attention, stage: int, state: PruningState) -> None:
+def install_stage(attention: Attention, stage: int, state: PruningContext) -> None:
     """Make `attention` a layer of `stage`: its KV cache spec and its metadata builder.
 
     Raises:
@@ -61,7 +61,7 @@ def install_stage(attention: Attention, stage: int, state: PruningState) -> None
     attention.himap_state = state
 
 
-def install_votes(attention: Attention, cut: int, state: PruningState) -> None:
+def install_votes(attention: Attention, cut: int, state: PruningContext) -> None:
     """Score the image tokens for `cut` whenever `attention` runs in a step that prunes.
 
     Raises:
@@ -118,7 +118,7 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         ) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-            self._himap_state: PruningState = layer.himap_state
+            self._himap_state: PruningContext = layer.himap_state
 
         def build(
             self,

@@ -40,8 +40,8 @@ from vllm.forward_context import (
 from vllm.sequence import IntermediateTensors
 
 from himap_vllm.kernels.gather import gather_rows
-from himap_vllm.model.graph_inputs import Rows, SegmentInputs
-from himap_vllm.pruning.step import ActiveStep, PruningState
+from himap_vllm.model.graph_inputs import GraphInputs, Rows
+from himap_vllm.pruning.step import PruningContext, PruningStep
 
 _DYNAMIC = {"positions": -1, "hidden_states": 0}
 
@@ -111,10 +111,10 @@ class _SegmentedDecoder(nn.Module):
 
     # Plain tuples and objects, not registered: the layers stay where the checkpoint has them.
     himap_segments: tuple[FirstSegment, MiddleSegment, LastSegment]
-    himap_state: PruningState
+    himap_state: PruningContext
     himap_later_layers: tuple[tuple[str, ...], tuple[str, ...]]
     # Of the segments behind each cut. Two, as a segment may return what it was passed.
-    himap_inputs: tuple[SegmentInputs, SegmentInputs]
+    himap_inputs: tuple[GraphInputs, GraphInputs]
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # vLLM's `support_torch_compile` puts the compiled whole into `__call__`; not used here.
@@ -153,7 +153,7 @@ class _SegmentedDecoder(nn.Module):
 
     def _forward_pruning(
         self,
-        step: ActiveStep,
+        step: PruningStep,
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor,
         deepstack_input_embeds: IntermediateTensors | None,
@@ -174,7 +174,7 @@ class _SegmentedDecoder(nn.Module):
 
     def _gather(
         self,
-        step: ActiveStep,
+        step: PruningStep,
         stage: int,
         rows: torch.Tensor,
         positions: torch.Tensor,
@@ -188,7 +188,7 @@ class _SegmentedDecoder(nn.Module):
         return gather_rows(rows, positions, hidden_states, residual, out)
 
     @contextmanager
-    def _stage(self, step: ActiveStep, stage: int) -> Iterator[None]:
+    def _stage(self, step: PruningStep, stage: int) -> Iterator[None]:
         """vLLM's forward context for the tokens that a later stage has.
 
         Slot mappings (of its layers) are cut to length: the kernels that write the KV cache take
@@ -196,14 +196,14 @@ class _SegmentedDecoder(nn.Module):
         batch descriptor (`CUDAGraphWrapper`): the one under which `ModelCudaGraphManager` captures
         without LoRA. Goes when vLLM chooses graphs for a part of a model.
         """
-        geometry = step.layout.stages[stage]
+        batch = step.plan.stages[stage]
         if self.himap_state.enter_stage is not None:
-            self.himap_state.enter_stage(geometry)
+            self.himap_state.enter_stage(batch)
         context = get_forward_context()
         slots = context.slot_mapping
         assert isinstance(slots, dict), "dual batch overlap is refused at start-up"
         captured = step.captured[stage]
-        num_tokens = geometry.num_tokens if captured is None else captured
+        num_tokens = batch.num_tokens if captured is None else captured
         layers = self.himap_later_layers[stage - 1]
         later = replace(
             context,
@@ -220,7 +220,7 @@ class _SegmentedDecoder(nn.Module):
 def install_segments(
     decoder: Any,
     attention_layers: Sequence[str],
-    state: PruningState,
+    state: PruningContext,
     vllm_config: VllmConfig,
 ) -> None:
     """Make a loaded decoder run in three segments.
@@ -253,4 +253,4 @@ def install_segments(
         tuple(attention_layers[deep:]),
     )
     device = next(decoder.parameters()).device
-    decoder.himap_inputs = SegmentInputs(vllm_config, device), SegmentInputs(vllm_config, device)
+    decoder.himap_inputs = GraphInputs(vllm_config, device), GraphInputs(vllm_config, device)

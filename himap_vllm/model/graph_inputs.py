@@ -17,7 +17,7 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """
 
 
-class SegmentInputs:
+class GraphInputs:
     """Room for as many tokens as the largest graph has."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:

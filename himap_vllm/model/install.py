@@ -14,10 +14,10 @@ from himap_vllm.model.attention import install_stage, install_votes
 from himap_vllm.model.decoder import install_segments
 from himap_vllm.model.families import FAMILIES
 from himap_vllm.pruning.live_requests import Recorder
-from himap_vllm.pruning.step import Heads, PruningState
+from himap_vllm.pruning.step import Heads, PruningContext
 
 
-def install(model: nn.Module, vllm_config: VllmConfig) -> PruningState:
+def install(model: nn.Module, vllm_config: VllmConfig) -> PruningContext:
     """Install stages, votes and segments; returns the state they share with the runner."""
     settings = engine_settings(vllm_config.additional_config)
     assert settings is not None, "installed only with himap settings"
@@ -26,8 +26,8 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> PruningState:
     attentions = [_attention_of(layer) for layer in decoder.layers]
     first = attentions[0]
     heads = Heads(first.num_heads, first.num_kv_heads, first.head_size)
-    state = PruningState(settings, heads, Recorder(settings))
-    votes = state.criterion.votes is not None
+    state = PruningContext(settings, heads, Recorder(settings))
+    votes = state.criterion.select_voters is not None
     for index, attention in enumerate(attentions):
         stage = int(index >= settings.shallow_layer) + int(index >= settings.deep_layer)
         install_stage(attention, stage, state)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,7 @@ Int32Array = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
-class StageGeometry:
+class StageBatch:
     """The step as the layers of one stage see it.
 
     Attributes:
@@ -116,10 +115,10 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class StepLayout:
-    """One step: geometry per stage, and the cuts if a prompt is pruned in it."""
+class StepPlan:
+    """One step: its batch per stage, and the cuts if a prompt is pruned in it."""
 
-    stages: tuple[StageGeometry, StageGeometry, StageGeometry]
+    stages: tuple[StageBatch, StageBatch, StageBatch]
     cuts: tuple[Cut, Cut] | None
 
 
@@ -157,78 +156,12 @@ class PlanArrays:
         return PlanArrays(self.first_image[rows], self.num_prompt[rows], self.removed[:, rows])
 
 
-class PlanTable:
-    """The plans of live requests.
-
-    Kept as arrays, so that laying out a step costs the same few array operations for one planned
-    request as for hundreds: all but the steps that prune are decode steps.
-    """
-
-    _NO_PLAN = 0  # the first row
-
-    def __init__(self) -> None:
-        self._row: dict[str, int] = {}
-        self._plans: list[PromptPlan | None] = [None]
-        self._free: list[int] = []
-        self._arrays = PlanArrays.empty(1)
-
-    def __len__(self) -> int:
-        return len(self._row)
-
-    def __getitem__(self, request_id: str) -> PromptPlan:
-        plan = self._plans[self._row[request_id]]
-        assert plan is not None
-        return plan
-
-    def add(self, request_id: str, plan: PromptPlan) -> None:
-        """Remember the plan of a request that has none yet."""
-        if not self._free:
-            size = len(self._plans)
-            grown = PlanArrays.empty(2 * size)
-            grown.first_image[:size] = self._arrays.first_image
-            grown.num_prompt[:size] = self._arrays.num_prompt
-            grown.removed[:, :size] = self._arrays.removed
-            self._arrays = grown
-            self._plans += [None] * size
-            self._free = list(range(size, 2 * size))
-        row = self._free.pop()
-        self._row[request_id] = row
-        self._plans[row] = plan
-        self._arrays.put(row, plan)
-
-    def discard(self, request_id: str) -> None:
-        """Forget a request, planned or not."""
-        row = self._row.pop(request_id, None)
-        if row is not None:
-            self._plans[row] = None
-            self._free.append(row)
-
-    def layout(
-        self,
-        request_ids: Sequence[str],
-        num_computed: npt.ArrayLike,
-        num_scheduled: npt.ArrayLike,
-    ) -> StepLayout | None:
-        """`step_layout` of a batch, or None if no request of it has a plan."""
-        find = self._row.get
-        found = list(map(find, request_ids, repeat(self._NO_PLAN)))
-        if not any(found):
-            return None
-        rows = np.array(found, dtype=np.int64)
-        return _step_layout(
-            num_computed,
-            num_scheduled,
-            self._arrays.take(rows),
-            lambda row: self._plans[rows[row]],
-        )
-
-
-def step_layout(
+def plan_step(
     num_computed: npt.ArrayLike,
     num_scheduled: npt.ArrayLike,
     plans: Sequence[PromptPlan | None],
-) -> StepLayout:
-    """Lay out one step of a continuous batch.
+) -> StepPlan:
+    """Plan one step of a continuous batch.
 
     Args:
         num_computed: [num_reqs] tokens computed before this step.
@@ -242,15 +175,16 @@ def step_layout(
     for row, plan in enumerate(plans):
         if plan is not None:
             arrays.put(row, plan)
-    return _step_layout(num_computed, num_scheduled, arrays, plans.__getitem__)
+    return plan_batch(num_computed, num_scheduled, arrays, plans.__getitem__)
 
 
-def _step_layout(
+def plan_batch(
     num_computed: npt.ArrayLike,
     num_scheduled: npt.ArrayLike,
     plans: PlanArrays,
     plan_of_row: Callable[[int], PromptPlan | None],
-) -> StepLayout:
+) -> StepPlan:
+    """As `plan_step`, which see, of requests whose plans are rows of arrays already."""
     start = np.asarray(num_computed, dtype=np.int64)
     end = start + np.asarray(num_scheduled, dtype=np.int64)
     reached = end > plans.first_image
@@ -273,20 +207,20 @@ def _step_layout(
     # In C order, whatever NumPy made of the above: kernels read a stage's row by its address.
     seq_lens = ends.astype(np.int32, order="C")
     stages = tuple(
-        StageGeometry(query_start_loc=query_start_loc[stage], seq_lens=seq_lens[stage])
+        StageBatch(query_start_loc=query_start_loc[stage], seq_lens=seq_lens[stage])
         for stage in range(NUM_STAGES)
     )
     cuts = None
     if len(pruned):
         chosen = [(row, plan) for row in pruned.tolist() if (plan := plan_of_row(row)) is not None]
         cuts = (_first_cut(chosen, start, stages), _second_cut(chosen, start, stages))
-    return StepLayout(stages=stages, cuts=cuts)  # type: ignore[arg-type]
+    return StepPlan(stages=stages, cuts=cuts)  # type: ignore[arg-type]
 
 
 def _first_cut(
     pruned: Sequence[tuple[int, PromptPlan]],
     start: IntArray,
-    stages: Sequence[StageGeometry],
+    stages: Sequence[StageBatch],
 ) -> Cut:
     """Text rows vote, each for the images before it."""
     requests, image_tokens, protected = [], [], []
@@ -317,7 +251,7 @@ def _first_cut(
 def _second_cut(
     pruned: Sequence[tuple[int, PromptPlan]],
     start: IntArray,
-    stages: Sequence[StageGeometry],
+    stages: Sequence[StageBatch],
 ) -> Cut:
     """The surviving rows of each image vote for that image."""
     requests, protected = [], []
@@ -351,7 +285,7 @@ def _cut(
     requests: Sequence[PrunedRequest],
     image_tokens: IntArray | None,
     protected: Sequence[int],
-    stages: Sequence[StageGeometry],
+    stages: Sequence[StageBatch],
 ) -> Cut:
     counts = np.array([count for _, plan in pruned for count in plan.counts], dtype=np.int64)
     entering, keep = counts[:, index], counts[:, index + 1]
@@ -368,8 +302,8 @@ def _cut(
     )
 
 
-def _rows(geometry: StageGeometry, row: int) -> slice:
-    return slice(int(geometry.query_start_loc[row]), int(geometry.query_start_loc[row + 1]))
+def _rows(batch: StageBatch, row: int) -> slice:
+    return slice(int(batch.query_start_loc[row]), int(batch.query_start_loc[row + 1]))
 
 
 def _positions(image: ImageTokens) -> IntArray:

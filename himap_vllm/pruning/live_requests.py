@@ -16,11 +16,11 @@ from himap_vllm.criteria import CRITERIA
 from himap_vllm.criteria.random import prompt_seed
 from himap_vllm.plan.prompt import PromptPlan
 from himap_vllm.plan.requests import plan_of, stage_layers
-from himap_vllm.plan.step import PlanTable
+from himap_vllm.plan.table import ActivePlans
 from himap_vllm.pruning.stats import PruningStats
 
 if TYPE_CHECKING:
-    from himap_vllm.pruning.step import ActiveStep
+    from himap_vllm.pruning.step import PruningStep
 
 Trace = dict[str, list[list[int]]]
 
@@ -37,7 +37,7 @@ class Recorder:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.stats = PruningStats()
-        self.plans = PlanTable()
+        self.plans = ActivePlans()
         self.traces: OrderedDict[str, Trace] = OrderedDict()
         self._settings = settings
         self._counted: set[str] = set()  # live requests that are in `stats.requests`
@@ -103,21 +103,21 @@ class Recorder:
         stats.image_tokens_kept_deep += deep
         stats.count_blocks(blocks, self._group_stages, self._bytes_per_block)
 
-    def see_step_end(self, step: ActiveStep, request_ids: Sequence[str]) -> None:
+    def see_step_end(self, step: PruningStep, request_ids: Sequence[str]) -> None:
         """Count a step that pruned, after its forward pass; `request_ids` in batch order."""
-        assert step.layout.cuts is not None
+        assert step.plan.cuts is not None
         self.stats.count_step(step.seconds)
         if self._settings.trace_requests:
-            for pruned in step.layout.cuts[0].requests:
+            for pruned in step.plan.cuts[0].requests:
                 self._trace(request_ids[pruned.request], step, pruned.request)
 
-    def _trace(self, request_id: str, step: ActiveStep, row: int) -> None:
+    def _trace(self, request_id: str, step: PruningStep, row: int) -> None:
         """Remember where the surviving image tokens of one prompt stood in it."""
         plan = self.plans[request_id]
         first, second = step.rows
-        geometry = step.layout.stages[0]
-        begin = geometry.query_start_loc[row]
-        offset = int(geometry.seq_lens[row] - geometry.query_start_loc[row + 1])
+        batch = step.plan.stages[0]
+        begin = batch.query_start_loc[row]
+        offset = int(batch.seq_lens[row] - batch.query_start_loc[row + 1])
         trace: Trace = {}
         with gpu_sync_allowed():
             kept = {"shallow": first.tolist(), "deep": first[second].tolist()}

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from himap_vllm.plan.step import StageGeometry
+from himap_vllm.plan.step import StageBatch
 
 T = TypeVar("T")
 
@@ -48,27 +48,27 @@ class StageView:
     queries: QueryRows | None = None
 
     @classmethod
-    def of(cls, geometry: StageGeometry, device: torch.device, prunes: bool) -> StageView:
+    def of(cls, batch: StageBatch, device: torch.device, prunes: bool) -> StageView:
         """A view with tensors of its own, of a step that prunes or does not."""
-        seq_lens = torch.from_numpy(geometry.seq_lens)
+        seq_lens = torch.from_numpy(batch.seq_lens)
         queries = None
         if prunes:
-            query_start_loc = torch.from_numpy(geometry.query_start_loc)
+            query_start_loc = torch.from_numpy(batch.query_start_loc)
             queries = QueryRows(
                 query_start_loc=query_start_loc.to(device),
                 query_start_loc_cpu=query_start_loc,
-                num_tokens=geometry.num_tokens,
-                max_query_len=geometry.max_query_len,
+                num_tokens=batch.num_tokens,
+                max_query_len=batch.max_query_len,
             )
         return cls(
             seq_lens=seq_lens.to(device),
             seq_lens_cpu=seq_lens,
-            max_seq_len=geometry.max_seq_len,
+            max_seq_len=batch.max_seq_len,
             queries=queries,
         )
 
     def apply(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """A copy of `common` with this view's geometry."""
+        """A copy of `common` with this view's batch."""
         common = shallow_copy(common)
         common.seq_lens = self.seq_lens[: common.num_reqs]
         if self.seq_lens_cpu is not None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state that a step's two cuts share, from scoring to the last gather.
 
-One `PruningState` per model instance connects the model runner, which lays out the step, the
+One `PruningContext` per model instance connects the model runner, which lays out the step, the
 attention layers before the cuts, which score, and the decoder, which gathers.
 """
 
@@ -25,7 +25,7 @@ from himap_vllm.kernels.importance import VoteTiles
 from himap_vllm.kernels.importance import importance as importance_in_one_launch
 from himap_vllm.kernels.upload import upload
 from himap_vllm.plan.prompt import NUM_STAGES
-from himap_vllm.plan.step import Cut, IntArray, StageGeometry, StepLayout
+from himap_vllm.plan.step import Cut, IntArray, StageBatch, StepPlan
 from himap_vllm.pruning.importance import importance
 from himap_vllm.pruning.live_requests import Recorder
 from himap_vllm.pruning.selection import SurvivorCounts, compact, surviving_rows
@@ -41,7 +41,7 @@ class _DeviceCut:
     def __init__(self, cut: Cut) -> None:
         self.cut = cut
         self._tiles = VoteTiles.of(cut)
-        self.num_lines = self._tiles.num_lines
+        self.num_partials = self._tiles.num_partials
         self.counts: SurvivorCounts
         self.tiles: torch.Tensor
         self.rows: torch.Tensor | None
@@ -64,14 +64,14 @@ class _DeviceCut:
         self.rows = None if self._tiles.rows is None else rows
 
 
-class ActiveStep:
+class PruningStep:
     """One step that prunes a prompt.
 
     Everything that the cuts need from the host goes to the device here, in one copy; from then on
     no operation waits for the device, and none is repeated per prompt.
 
     Attributes:
-        layout: geometry and cuts.
+        plan: batch and cuts.
         captured: [NUM_STAGES] tokens of the captured graphs that a later stage replays, its own and
             padding; None: it runs without graphs.
         rows: what went on at each cut so far: rows of the step before it, ascending.
@@ -80,17 +80,17 @@ class ActiveStep:
 
     def __init__(
         self,
-        layout: StepLayout,
+        plan: StepPlan,
         device: torch.device,
         criterion: Criterion = HIMAP,
         captured: Sequence[int | None] = (None,) * NUM_STAGES,
     ) -> None:
-        assert layout.cuts is not None
-        cuts = layout.cuts if criterion.votes is None else criterion.votes(layout.cuts)
+        assert plan.cuts is not None
+        cuts = plan.cuts if criterion.select_voters is None else criterion.select_voters(plan.cuts)
         first = cuts[0]
         assert first.image_tokens is not None
         began = time.perf_counter()
-        self.layout = layout
+        self.plan = plan
         self.captured = captured
         self.rows: list[torch.Tensor] = []
         self._scores: torch.Tensor | None = None
@@ -128,7 +128,7 @@ class ActiveStep:
         if HAS_TRITON:
             rows = self._image_tokens if cut.rows is None else cut.rows
             scores = importance_in_one_launch(
-                query, key, cached, scale, cut.tiles, rows, cut.num_lines, self._image_tokens
+                query, key, cached, scale, cut.tiles, rows, cut.num_partials, self._image_tokens
             )
         else:
             scores = importance(query, key, cached, scale, cut.cut, self._image_tokens)
@@ -147,10 +147,10 @@ class ActiveStep:
             stream: [num_tokens, hidden_size] each; their sum is the residual stream at the cut.
         """
         began = time.perf_counter()
-        num_tokens = self.layout.stages[index].num_tokens
+        num_tokens = self.plan.stages[index].num_tokens
         cut = self._cuts[index]
-        scores = self._criterion.scores(self._candidates(index, stream))
-        if self._criterion.reads_states:
+        scores = self._criterion.score(self._candidates(index, stream))
+        if self._criterion.needs_hidden_states:
             # States may differ in rounding from rank to rank; all must choose the same tokens.
             scores = get_tp_group().broadcast(scores)
         rows = surviving_rows(scores, self._image_tokens, num_tokens, cut.counts)
@@ -164,10 +164,10 @@ class ActiveStep:
 
     def _candidates(self, index: int, stream: Sequence[torch.Tensor]) -> Candidates:
         criterion = self._criterion
-        if criterion.votes is not None:
+        if criterion.select_voters is not None:
             assert self._scores is not None, "the layer before the cut has not run"
         states = None
-        if criterion.reads_states:
+        if criterion.needs_hidden_states:
             own = [part.index_select(0, self._image_tokens).float() for part in stream]
             states = torch.stack(own).sum(0)
         return Candidates(
@@ -189,7 +189,7 @@ class Heads:
 
 
 @dataclass
-class PruningState:
+class PruningContext:
     """Per model instance.
 
     Attributes:
@@ -197,7 +197,7 @@ class PruningState:
         heads: of the decoder's attention, on this rank.
         recorder: plans of live requests, counters, traces.
         step: the running step, if it prunes a prompt.
-        enter_stage: called with the geometry of each later stage of a step that prunes, before its
+        enter_stage: called with the batch of each later stage of a step that prunes, before its
             layers run. None without LoRA.
         views: [NUM_STAGES] the running step as each stage sees it. None, for one stage or for all:
             as vLLM does, which is so in the first stage, and where no request has a plan.
@@ -206,8 +206,8 @@ class PruningState:
     settings: EngineSettings
     heads: Heads
     recorder: Recorder
-    step: ActiveStep | None = None
-    enter_stage: Callable[[StageGeometry], None] | None = None
+    step: PruningStep | None = None
+    enter_stage: Callable[[StageBatch], None] | None = None
     views: Sequence[StageView | None] | None = None
 
     @property

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 
-from himap_vllm.plan.step import StageGeometry
-from himap_vllm.pruning.step import PruningState
+from himap_vllm.plan.step import StageBatch
+from himap_vllm.pruning.step import PruningContext
 
 if TYPE_CHECKING:
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin as _Base
@@ -29,7 +29,7 @@ else:  # vLLM's runner is next in the method resolution order
 class AdapterMixin(_Base):
     """For the model runners: keeps the adapters of the latest step."""
 
-    himap: PruningState
+    himap: PruningContext
     himap_adapters: tuple[int, ...]
 
     def _set_active_loras(
@@ -46,7 +46,7 @@ class AdapterMixin(_Base):
             self.himap_adapters = prompt_lora_mapping
             self.himap.enter_stage = self._himap_map_rows
 
-    def _himap_map_rows(self, stage: StageGeometry) -> None:
+    def _himap_map_rows(self, stage: StageBatch) -> None:
         """Map the rows of a later stage of the latest step."""
         adapters = self.himap_adapters  # [num_reqs]: one row is sampled per request
         rows = np.repeat(adapters, np.diff(stage.query_start_loc))

@@ -21,19 +21,19 @@ from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
 from himap_vllm.plan.prompt import NUM_STAGES
-from himap_vllm.plan.step import StepLayout
+from himap_vllm.plan.step import StepPlan
 
 
 class StageBlockTables(MultiGroupBlockTable):
     """vLLM's, for groups in the order of their stages.
 
     Attributes:
-        himap_layout: of the step that is prepared; None if every stage sees the same tokens.
+        himap_step_plan: of the step that is prepared; None if every stage sees the same tokens.
         himap_slots: [num_groups, max_num_tokens] int64, the slots of the step's tokens.
         himap_blocks: [num_groups, max_num_reqs, max_num_blocks] int32, the block tables.
     """
 
-    himap_layout: StepLayout | None
+    himap_step_plan: StepPlan | None
     himap_slots: torch.Tensor
     himap_blocks: torch.Tensor
     _himap_tables: npt.NDArray[np.int32]  # himap_blocks
@@ -54,15 +54,15 @@ class StageBlockTables(MultiGroupBlockTable):
         self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> None:
         """As `MultiGroupBlockTable.compute_slot_mapping`, but each stage has its own tokens."""
-        layout = self.himap_layout
-        if layout is not None and layout.cuts is not None:
-            for groups, stage in zip(self._himap_groups, layout.stages, strict=True):
+        plan = self.himap_step_plan
+        if plan is not None and plan.cuts is not None:
+            for groups, stage in zip(self._himap_groups, plan.stages, strict=True):
                 self._look_up(groups, _rows(stage.query_start_loc), stage.positions)
             return
         # The same tokens everywhere, at positions that differ by what a request has lost.
         rows, where = _rows(query_start_loc[: num_reqs + 1].numpy()), positions.numpy()
-        if layout is not None:
-            lengths = np.stack([stage.seq_lens for stage in layout.stages])
+        if plan is not None:
+            lengths = np.stack([stage.seq_lens for stage in plan.stages])
             where = where - (lengths[0] - lengths)[self._himap_stages][:, rows]
         self._look_up(slice(None), rows, where)
 
@@ -93,7 +93,7 @@ def adopt(tables: MultiGroupBlockTable, stages: Sequence[int]) -> None:
     slots = _stacked([group.slot_mapping for group in groups])
     blocks = _stacked([group.block_table for group in groups])
     tables.__class__ = StageBlockTables
-    tables.himap_layout = None
+    tables.himap_step_plan = None
     tables.himap_slots = slots
     tables.himap_blocks = blocks
     tables._himap_tables = blocks.numpy()

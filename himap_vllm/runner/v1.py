@@ -23,9 +23,9 @@ from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, PAD_SLOT_ID
 
 from himap_vllm.model.install import install
 from himap_vllm.plan.prompt import NUM_STAGES
-from himap_vllm.plan.step import PlanTable
+from himap_vllm.plan.table import ActivePlans
 from himap_vllm.pruning.stage_metadata import StageView
-from himap_vllm.pruning.step import ActiveStep, PruningState
+from himap_vllm.pruning.step import PruningContext, PruningStep
 from himap_vllm.runner import block_tables
 from himap_vllm.runner.adapters import AdapterMixin
 from himap_vllm.runner.block_tables import StageBlockTables
@@ -41,12 +41,12 @@ class PruningRunnerMixin(AdapterMixin, _Base):
 
     kv_cache_config: Any
     attn_groups: Any
-    himap: PruningState
+    himap: PruningContext
     himap_leaders: list[int]
     himap_leading: tuple[Any, list[Any]]  # their KV cache configuration and attention groups
 
     @property
-    def himap_plans(self) -> PlanTable:
+    def himap_plans(self) -> ActivePlans:
         """The plans of live requests."""
         return self.himap.recorder.plans
 
@@ -69,16 +69,16 @@ class PruningRunnerMixin(AdapterMixin, _Base):
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         batch = self.input_batch
-        layout = self.himap_plans.layout(
+        plan = self.himap_plans.plan_step(
             batch.req_ids, batch.num_computed_tokens_cpu[: batch.num_reqs], num_scheduled_tokens
         )
-        batch.block_table.himap_layout = layout
-        if layout is not None:
-            prunes = layout.cuts is not None
-            later = (StageView.of(stage, self.device, prunes) for stage in layout.stages[1:])
+        batch.block_table.himap_step_plan = plan
+        if plan is not None:
+            prunes = plan.cuts is not None
+            later = (StageView.of(stage, self.device, prunes) for stage in plan.stages[1:])
             self.himap.views = [None, *later]
             if prunes:
-                self.himap.step = ActiveStep(layout, self.device, self.himap.criterion)
+                self.himap.step = PruningStep(plan, self.device, self.himap.criterion)
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
 
     def _get_slot_mappings(
@@ -93,7 +93,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
         slots[:, num_tokens_unpadded:num_tokens_padded] = PAD_SLOT_ID
         by_group = list(slots[:, :num_tokens_padded].unbind())
         if self.himap.step is not None:
-            stages = self.himap.step.layout.stages
+            stages = self.himap.step.plan.stages
             for index, stage in enumerate(self.himap.recorder.group_stages):
                 if stage > 0:
                     by_group[index] = slots[index, : stages[stage].num_tokens]
@@ -146,11 +146,11 @@ class PruningRunnerMixin(AdapterMixin, _Base):
         finally:
             self.himap.step = self.himap.views = None
 
-    def _account(self, step: ActiveStep) -> None:
+    def _account(self, step: PruningStep) -> None:
         recorder = self.himap.recorder
         request_ids = self.input_batch.req_ids
-        assert step.layout.cuts is not None
-        for pruned in step.layout.cuts[0].requests:
+        assert step.plan.cuts is not None
+        for pruned in step.plan.cuts[0].requests:
             request_id = request_ids[pruned.request]
             blocks = [len(blocks) for blocks in self.requests[request_id].block_ids]
             recorder.see_pruned(request_id, self.himap_plans[request_id], blocks)

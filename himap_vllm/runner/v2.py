@@ -33,9 +33,9 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from himap_vllm.kernels.stage_slots import write_stage_slots
 from himap_vllm.model.install import install
 from himap_vllm.plan.prompt import NUM_STAGES
-from himap_vllm.plan.step import StepLayout
+from himap_vllm.plan.step import StepPlan
 from himap_vllm.pruning.stage_metadata import QueryRows, StageView
-from himap_vllm.pruning.step import ActiveStep, PruningState
+from himap_vllm.pruning.step import PruningContext, PruningStep
 from himap_vllm.runner.adapters import AdapterMixin
 from himap_vllm.runner.warmup import NUM_TOKENS, warm_up
 
@@ -48,7 +48,7 @@ else:  # the class of the adopted runner is next in the method resolution order
 class PruningRunnerMixin(AdapterMixin, _Base):
     """Put in front of the runner's own class by `adopt`."""
 
-    himap: PruningState
+    himap: PruningContext
 
     def load_model(self, load_dummy_weights: bool = False, *args: Any, **kwargs: Any) -> None:
         if load_dummy_weights:
@@ -82,10 +82,10 @@ class _LaterStages:
         self.seq_lens = self._tensor[:, :max_num_reqs]
         self.query_start_loc = self._tensor[:, self._half :]
 
-    def copy(self, layout: StepLayout) -> None:
+    def copy(self, plan: StepPlan) -> None:
         """From the host, without waiting; requests that only pad the batch get length 0."""
         packed = np.zeros(self._tensor.shape, dtype=np.int32)
-        for row, stage in zip(packed, layout.stages[1:], strict=True):
+        for row, stage in zip(packed, plan.stages[1:], strict=True):
             num_reqs = len(stage.seq_lens)
             row[:num_reqs] = stage.seq_lens
             row[self._half :][: num_reqs + 1] = stage.query_start_loc
@@ -103,7 +103,7 @@ class PruningModelState(DefaultModelState):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.himap: PruningState = self.model.himap_state
+        self.himap: PruningContext = self.model.himap_state
         self._later = _LaterStages(self.max_num_reqs, self.device)
         self._request_ids: list[str] = []
 
@@ -185,18 +185,18 @@ class PruningModelState(DefaultModelState):
         """Lay out a step; dummy batches have no plans."""
         state = self.himap
         state.step = state.views = None
-        layout = state.recorder.plans.layout(
+        plan = state.recorder.plans.plan_step(
             input_batch.req_ids,
             input_batch.num_computed_tokens_np,
             input_batch.num_scheduled_tokens,
         )
         later = self._later
-        if layout is None:
+        if plan is None:
             if full_graph:
                 later.copy_first_stage(input_batch.seq_lens)
                 state.views = [None, *map(StageView, later.seq_lens)]
             return
-        later.copy(layout)
+        later.copy(plan)
         write_stage_slots(
             self._later_groups,
             later.query_start_loc,
@@ -207,22 +207,22 @@ class PruningModelState(DefaultModelState):
             self._block_tables.block_sizes_tensor,
             slot_mappings,
         )
-        prunes = layout.cuts is not None
+        prunes = plan.cuts is not None
         assert not (prunes and full_graph), "a step that prunes can't replay a full graph"
-        state.views = [None, *(self._view(layout, stage) for stage in range(1, NUM_STAGES))]
+        state.views = [None, *(self._view(plan, stage) for stage in range(1, NUM_STAGES))]
         if prunes:
-            captured = self._captured(layout, input_batch.num_reqs)
-            state.step = ActiveStep(layout, self.device, state.criterion, captured)
+            captured = self._captured(plan, input_batch.num_reqs)
+            state.step = PruningStep(plan, self.device, state.criterion, captured)
             self._request_ids = input_batch.req_ids
-            self._count(layout, input_batch)
+            self._count(plan, input_batch)
 
-    def _captured(self, layout: StepLayout, num_reqs: int) -> list[int | None]:
+    def _captured(self, plan: StepPlan, num_reqs: int) -> list[int | None]:
         """Sizes of the piecewise graphs that vLLM would choose for steps as large as the stages."""
         if self.himap.enter_stage is not None:  # LoRA's kernels read another mapping per stage
             return [None] * NUM_STAGES
         dispatch = self._runner.cudagraph_manager.dispatch
         captured: list[int | None] = [None]  # the first stage's is chosen by vLLM itself
-        for stage in layout.stages[1:]:
+        for stage in plan.stages[1:]:
             graph = dispatch(
                 num_reqs, stage.num_tokens, uniform_token_count=None, num_active_loras=0
             )
@@ -230,27 +230,27 @@ class PruningModelState(DefaultModelState):
             captured.append(graph.num_tokens if piecewise else None)
         return captured
 
-    def _view(self, layout: StepLayout, stage: int) -> StageView:
-        geometry = layout.stages[stage]
+    def _view(self, plan: StepPlan, stage: int) -> StageView:
+        batch = plan.stages[stage]
         queries = None
-        if layout.cuts is not None:
-            num_reqs = len(geometry.seq_lens)
+        if plan.cuts is not None:
+            num_reqs = len(batch.seq_lens)
             queries = QueryRows(
                 query_start_loc=self._later.query_start_loc[stage - 1, : num_reqs + 1],
-                query_start_loc_cpu=torch.from_numpy(geometry.query_start_loc),
-                num_tokens=geometry.num_tokens,
-                max_query_len=geometry.max_query_len,
+                query_start_loc_cpu=torch.from_numpy(batch.query_start_loc),
+                num_tokens=batch.num_tokens,
+                max_query_len=batch.max_query_len,
             )
         return StageView(
             seq_lens=self._later.seq_lens[stage - 1],
-            max_seq_len=geometry.max_seq_len,
+            max_seq_len=batch.max_seq_len,
             queries=queries,
         )
 
-    def _count(self, layout: StepLayout, input_batch: Any) -> None:
+    def _count(self, plan: StepPlan, input_batch: Any) -> None:
         recorder = self.himap.recorder
-        assert layout.cuts is not None
-        for pruned in layout.cuts[0].requests:
+        assert plan.cuts is not None
+        for pruned in plan.cuts[0].requests:
             request_id = input_batch.req_ids[pruned.request]
             index = input_batch.idx_mapping_np[pruned.request]
             recorder.see_pruned(

@@ -7,14 +7,14 @@ import torch
 
 from himap_vllm.kernels.gather import gather_rows
 from himap_vllm.plan.prompt import ImageTokens, Ratios, make_plan
-from himap_vllm.plan.step import step_layout
-from himap_vllm.pruning.step import ActiveStep, PruningState
+from himap_vllm.plan.step import plan_step
+from himap_vllm.pruning.step import PruningContext, PruningStep
 
 NUM_TOKENS = 64  # of the made-up prompt
 
 
 def warm_up(
-    state: PruningState, dtype: torch.dtype, hidden_size: int, prompt_positions: torch.Tensor
+    state: PruningContext, dtype: torch.dtype, hidden_size: int, prompt_positions: torch.Tensor
 ) -> None:
     """Score and gather at both cuts of a made-up prompt, with and without cached keys.
 
@@ -31,11 +31,11 @@ def warm_up(
     device = prompt_positions.device
     plan = make_plan(NUM_TOKENS, [ImageTokens(((16, 48),))], Ratios(0.5, 0.5))
     for num_computed in (0, 16):
-        layout = step_layout([num_computed], [NUM_TOKENS - num_computed], [plan])
-        step = ActiveStep(layout, device, state.criterion)
+        step_plan = plan_step([num_computed], [NUM_TOKENS - num_computed], [plan])
+        step = PruningStep(step_plan, device, state.criterion)
         positions = prompt_positions
         for cut in range(2):
-            num_tokens = step.layout.stages[cut].num_tokens
+            num_tokens = step.plan.stages[cut].num_tokens
             widths = [
                 count * heads.head_size
                 for count in (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)

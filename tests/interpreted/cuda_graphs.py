@@ -293,7 +293,7 @@ class Played:
                 for stage, size in enumerate(self.step.captured):
                     if size is not None:
                         self.stages[stage] += 1
-                        self.padded_stages += size > self.step.layout.stages[stage].num_tokens
+                        self.padded_stages += size > self.step.plan.stages[stage].num_tokens
             return metadata
 
         manager.run_fullgraph, state.prepare_attn = running, preparing
@@ -320,7 +320,7 @@ class Played:
                 _stage: int = stage,
             ) -> None:
                 if self.step is not None:
-                    num_tokens = self.step.layout.stages[_stage].num_tokens
+                    num_tokens = self.step.plan.stages[_stage].num_tokens
                     size, mode = self.step.captured[_stage], CUDAGraphMode.PIECEWISE
                     if _stage == 0:
                         mode, size = self.chosen[-1]

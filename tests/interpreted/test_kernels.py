@@ -15,7 +15,7 @@ from himap_vllm.kernels.importance import BLOCK_ROWS, VoteTiles, importance
 from himap_vllm.kernels.stage_slots import PAD_SLOT, write_stage_slots
 from himap_vllm.kernels.upload import upload
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios, make_plan
-from himap_vllm.plan.step import Cut, step_layout
+from himap_vllm.plan.step import Cut, plan_step
 from himap_vllm.pruning.importance import importance as reference
 
 _SEEDS = itertools.count(torch.seed() % 2**31)
@@ -62,7 +62,7 @@ SCHEDULED = (1, 60, 197, 12, 36, 64)
 
 
 def cut_of(index: int) -> Cut:
-    cuts = step_layout(COMPUTED, SCHEDULED, PLANS).cuts
+    cuts = plan_step(COMPUTED, SCHEDULED, PLANS).cuts
     assert cuts is not None
     return cuts[index]
 
@@ -103,8 +103,8 @@ def test_importance(
     dtype: torch.dtype,
 ) -> None:
     cut = cut_of(index)
-    layout = step_layout(COMPUTED, SCHEDULED, PLANS)
-    num_tokens = layout.stages[index].num_tokens
+    step = plan_step(COMPUTED, SCHEDULED, PLANS)
+    num_tokens = step.stages[index].num_tokens
     padding = 5  # rows of a captured size
 
     def values(*shape: int) -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_importance(
     else:
         image_tokens = torch.from_numpy(cut.image_tokens)
     tiles = VoteTiles.of(cut)
-    assert tiles.num_lines > 1
+    assert tiles.num_partials > 1
     assert {int(n) for n in tiles.tiles[:, 1]} - {BLOCK_ROWS}  # full and partly full tiles
     scores = importance(
         query,
@@ -133,7 +133,7 @@ def test_importance(
         head_size**-0.5,
         torch.from_numpy(tiles.tiles),
         image_tokens if tiles.rows is None else torch.from_numpy(tiles.rows),
-        tiles.num_lines,
+        tiles.num_partials,
         image_tokens,
     )
     expected = reference(query, key, cached, head_size**-0.5, cut, image_tokens)
@@ -176,7 +176,7 @@ def test_gather(random: torch.Generator, width: int) -> None:
 
 
 def test_stage_slots(random: torch.Generator) -> None:
-    layout = step_layout(COMPUTED, SCHEDULED, PLANS)
+    step = plan_step(COMPUTED, SCHEDULED, PLANS)
     stages = [0, 2, 1, 1, 2]
     block_sizes = [16, 16, 16, 32, 8]
     num_reqs, padded = len(PLANS), sum(SCHEDULED) + 9
@@ -187,7 +187,7 @@ def test_stage_slots(random: torch.Generator) -> None:
     later = [(group, stage - 1) for group, stage in enumerate(stages) if stage]
 
     def side_by_side(name: str) -> torch.Tensor:
-        rows = [torch.from_numpy(getattr(stage, name)) for stage in layout.stages[1:]]
+        rows = [torch.from_numpy(getattr(stage, name)) for stage in step.stages[1:]]
         return torch.nn.functional.pad(torch.stack(rows), (0, 3), value=2**30)
 
     write_stage_slots(
@@ -204,11 +204,11 @@ def test_stage_slots(random: torch.Generator) -> None:
     for group, stage in enumerate(stages):
         if not stage:
             continue
-        geometry = layout.stages[stage]
-        request = np.repeat(np.arange(num_reqs), np.diff(geometry.query_start_loc))
-        block, offset = np.divmod(geometry.positions, block_sizes[group])
+        batch = step.stages[stage]
+        request = np.repeat(np.arange(num_reqs), np.diff(batch.query_start_loc))
+        block, offset = np.divmod(batch.positions, block_sizes[group])
         expected: Any = tables[group].numpy()[request, block] * block_sizes[group] + offset
         assert slots[group].tolist() == [
             *expected.tolist(),
-            *[PAD_SLOT] * (padded - geometry.num_tokens),
+            *[PAD_SLOT] * (padded - batch.num_tokens),
         ]

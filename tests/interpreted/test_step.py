@@ -74,7 +74,7 @@ def pruning_step(engine: Engine, monkeypatch: pytest.MonkeyPatch, cases: list[Ca
             patch.setattr(module, name, Launches(getattr(module, name), name, launches))
         seen: list[Any] = []
         for name in ("score", "cut"):
-            method = getattr(pruning.ActiveStep, name)
+            method = getattr(pruning.PruningStep, name)
 
             def recorded(*args: Any, _method: Any = method) -> Any:
                 with Operations() as operations:
@@ -82,7 +82,7 @@ def pruning_step(engine: Engine, monkeypatch: pytest.MonkeyPatch, cases: list[Ca
                 seen.extend(operations.seen)
                 return result
 
-            patch.setattr(pruning.ActiveStep, name, recorded)
+            patch.setattr(pruning.PruningStep, name, recorded)
         before = engine.stats["steps"]
         outputs = engine.generate([*cases])
         assert engine.stats["steps"] == before + 1

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step layouts against a token-by-token simulation, and selection against plain sorting."""
+"""Step plans against a token-by-token simulation, and selection against plain sorting."""
 
 import numpy as np
 import pytest
 import torch
 
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios, make_plan
-from himap_vllm.plan.step import PlanTable, step_layout
+from himap_vllm.plan.step import plan_step
+from himap_vllm.plan.table import ActivePlans
 from himap_vllm.pruning.selection import SurvivorCounts, compact, surviving_rows
 
 
@@ -18,11 +19,11 @@ def plan_with(
     return plan
 
 
-def test_geometry_of_a_mixed_step() -> None:
+def test_batch_of_a_mixed_step() -> None:
     """Unpruned prefill, pruned prefill, decode of a pruned prompt, text before an image."""
     plan = plan_with(20, ((4, 14),), ratios=(0.5, 0.75))  # 10 -> 5 -> 2
-    layout = step_layout([3, 0, 25, 0], [2, 20, 1, 4], [None, plan, plan, plan])
-    first, middle, last = layout.stages
+    step = plan_step([3, 0, 25, 0], [2, 20, 1, 4], [None, plan, plan, plan])
+    first, middle, last = step.stages
     assert first.query_start_loc.tolist() == [0, 2, 22, 23, 27]
     assert middle.query_start_loc.tolist() == [0, 2, 17, 18, 22]
     assert last.query_start_loc.tolist() == [0, 2, 14, 15, 19]
@@ -30,14 +31,14 @@ def test_geometry_of_a_mixed_step() -> None:
     assert middle.seq_lens.tolist() == [5, 15, 21, 4]
     assert last.seq_lens.tolist() == [5, 12, 18, 4]
     assert last.positions.tolist() == [3, 4, *range(12), 17, 0, 1, 2, 3]
-    assert layout.cuts is not None
-    assert [request.request for request in layout.cuts[0].requests] == [1]
+    assert step.cuts is not None
+    assert [request.request for request in step.cuts[0].requests] == [1]
 
 
 def test_step_without_a_pruned_prompt_has_no_cuts() -> None:
     plan = plan_with(20, ((4, 14),))
-    assert step_layout([20], [1], [plan]).cuts is None
-    assert step_layout([0], [4], [plan]).cuts is None
+    assert plan_step([20], [1], [plan]).cuts is None
+    assert plan_step([0], [4], [plan]).cuts is None
 
 
 def test_a_plan_table_lays_out_what_its_plans_do() -> None:
@@ -45,8 +46,8 @@ def test_a_plan_table_lays_out_what_its_plans_do() -> None:
     plans = {
         f"request {n}": plan_with(n, ((2, n - 3),), ratios=(0.5, n / 100)) for n in range(10, 40)
     }
-    table = PlanTable()
-    assert table.layout(["unknown"], [0], [5]) is None
+    table = ActivePlans()
+    assert table.plan_step(["unknown"], [0], [5]) is None
     for name, plan in plans.items():
         table.add(name, plan)
     for name in list(plans)[::2]:
@@ -58,17 +59,17 @@ def test_a_plan_table_lays_out_what_its_plans_do() -> None:
     num_computed, num_new = [0, 4, 30, 0, 2, 0], [11, 9, 1, 15, 31, 12]
     chosen = [plans.get(name) for name in names]
     chosen[-1] = None  # discarded
-    expected = step_layout(num_computed, num_new, chosen)
-    layout = table.layout(names, num_computed, num_new)
-    assert layout is not None
-    assert layout.cuts is not None
+    expected = plan_step(num_computed, num_new, chosen)
+    step = table.plan_step(names, num_computed, num_new)
+    assert step is not None
+    assert step.cuts is not None
     assert expected.cuts is not None
-    for stage, wanted in zip(layout.stages, expected.stages, strict=True):
+    for stage, wanted in zip(step.stages, expected.stages, strict=True):
         for name in ("query_start_loc", "seq_lens", "positions"):
             array = getattr(stage, name)
             assert array.tolist() == getattr(wanted, name).tolist()
             assert array.flags.c_contiguous
-    requests = [request.request for request in layout.cuts[0].requests]
+    requests = [request.request for request in step.cuts[0].requests]
     assert requests == [request.request for request in expected.cuts[0].requests] == [0, 3, 4]
     assert table["request 33"] is plans["request 33"]
 
@@ -76,12 +77,12 @@ def test_a_plan_table_lays_out_what_its_plans_do() -> None:
 @pytest.mark.parametrize(("num_computed", "num_new"), [(0, 19), (0, 5), (5, 15), (4, 15), (19, 1)])
 def test_a_split_prompt_is_an_error(num_computed: int, num_new: int) -> None:
     with pytest.raises(ValueError, match="splits the one-step part"):
-        step_layout([num_computed], [num_new], [plan_with(20, ((4, 14),))])
+        plan_step([num_computed], [num_new], [plan_with(20, ((4, 14),))])
 
 
 def votes_of(plan: PromptPlan, num_computed: int, num_new: int) -> list[list[int]]:
     """Prompt positions that vote for each image at the first cut."""
-    cuts = step_layout([num_computed], [num_new], [plan]).cuts
+    cuts = plan_step([num_computed], [num_new], [plan]).cuts
     assert cuts is not None
     (request,) = cuts[0].requests
     assert request.rows is not None
@@ -106,7 +107,7 @@ def test_image_without_text_after_it_is_voted_on_by_the_last_row() -> None:
 def test_structure_tokens_between_runs_are_text() -> None:
     plan = plan_with(12, ((2, 4), (5, 7)), ((8, 10),))
     assert votes_of(plan, 0, 12) == [[7, 10, 11], [10, 11]]
-    cuts = step_layout([0], [12], [plan]).cuts
+    cuts = plan_step([0], [12], [plan]).cuts
     assert cuts is not None
     assert cuts[0].image_tokens is not None
     assert cuts[0].image_tokens.tolist() == [2, 3, 5, 6, 8, 9]
@@ -119,9 +120,9 @@ def test_selection_equals_sorting_each_image() -> None:
         None,
         plan_with(25, ((0, 4), (5, 9)), ratios=(0.9, 0.0)),
     ]
-    layout = step_layout([0, 7, 0], [30, 3, 25], plans)
-    assert layout.cuts is not None
-    cut = layout.cuts[0]
+    step = plan_step([0, 7, 0], [30, 3, 25], plans)
+    assert step.cuts is not None
+    cut = step.cuts[0]
     assert cut.image_tokens is not None
     image_tokens = torch.from_numpy(cut.image_tokens)
     for _ in range(20):
@@ -137,9 +138,9 @@ def test_selection_equals_sorting_each_image() -> None:
 
 
 def test_the_last_row_of_a_prompt_survives() -> None:
-    layout = step_layout([0], [10], [plan_with(10, ((4, 10),))])
-    assert layout.cuts is not None
-    cut = layout.cuts[0]
+    step = plan_step([0], [10], [plan_with(10, ((4, 10),))])
+    assert step.cuts is not None
+    cut = step.cuts[0]
     assert cut.image_tokens is not None
     scores = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
     rows = surviving_rows(scores, torch.from_numpy(cut.image_tokens), 10, SurvivorCounts.of(cut))
