@@ -4,4 +4,4 @@
 Kept free of imports on purpose: `bootstrap` is loaded from here at interpreter start-up.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
