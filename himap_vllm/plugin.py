@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point `vllm.general_plugins`: runs in every vLLM process, possibly more than once.
 
-Two methods of vLLM are wrapped; both do what they always did unless `additional_config` has
-`himap`:
+On a processor with AMX it asks for the permission that vLLM's kernels need (`processor.py`), for
+engines that don't prune as well. Two methods of vLLM are wrapped; both do what they always did
+unless `additional_config` has `himap`:
 
-* `VllmConfig.__post_init__`. The plugin must check and choose (scheduler, worker) when the
-  configuration is complete, for every architecture, unsupported ones included. vLLM's per-model
-  hook, `MODELS_CONFIG_MAP`, runs before async scheduling and worker are settled, and only for
-  architectures registered in advance. Can go when plugins get a configuration hook.
-* `InputProcessor.process_inputs`. The only place in the API process that sees a request's
-  parameters and the positions of its images together, before it goes to the engine core. vLLM's
-  own request hook, `LogitsProcessor.validate_params`, sees no prompt and would put a logits
-  processor into every sampling step. Can go when plugins get a request hook.
+* `vllm.config.VllmConfig.__post_init__` (wrapped): the plugin must check and choose (scheduler,
+  worker) when the configuration is complete, for every architecture, unsupported ones included.
+  vLLM's per-model hook, `MODELS_CONFIG_MAP`, runs before async scheduling and worker are settled,
+  and only for architectures registered in advance. Remove when: plugins get a configuration hook.
+* `vllm.v1.engine.input_processor.InputProcessor.process_inputs` (wrapped): the only place in the
+  API process that sees a request's parameters and the positions of its images together, before it
+  goes to the engine core. vLLM's own request hook, `LogitsProcessor.validate_params`, sees no
+  prompt and would put a logits processor into every sampling step. Remove when: plugins get a
+  request hook.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def register() -> None:
     pruning is refused.
     """
     from himap_vllm.frontend.support import is_supported_vllm
+    from himap_vllm.processor import allow_amx
 
+    allow_amx()
     _wrap_config()
     if is_supported_vllm():
         _wrap_admission()

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a process must ask of Linux before vLLM's CPU kernels run in it.
+
+Linux gives AMX tile registers only to processes that asked (`arch_prctl(ARCH_REQ_XCOMP_PERM)`); in
+others the first tile instruction ends the process with SIGILL. The permission holds for all threads
+of the process and for what it forks, not for what it starts anew.
+
+* `torch.cpu._init_amx` (called): vLLM's AMX attention kernel, which runs for every bfloat16 model
+  on a processor with AMX, does not ask. It lives only if oneDNN was used before, which asks when a
+  matrix product first takes its own AMX kernel; a first prompt of up to 4 tokens does not come to
+  that, and kills the worker. This concerns every engine, so it is asked for wherever the plugin is
+  installed, pruning or not. Remove when: vLLM asks before its first AMX kernel.
+* `torch.cpu._is_amx_tile_supported` (called): what vLLM chooses its AMX kernels by. It reads the
+  processor, not the permission, so that a kernel without the permission is foreseeable.
+  Remove when: vLLM chooses its kernels by the permission.
+"""
+
+from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger("vllm.himap.processor")
+
+
+def allow_amx() -> bool:
+    """Ask Linux for this process's AMX permission; whether AMX can be used. Repeatable.
+
+    Does nothing on a processor without AMX.
+    """
+    import torch  # here: the plugin is loaded into processes where vLLM has imported it already
+
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    ask = getattr(torch.cpu, "_init_amx", None)
+    if supported is None or ask is None or not supported():
+        return False
+    if ask():
+        return True
+    logger.error(
+        "the processor has AMX, but the operating system does not let this process use it: vLLM's "
+        "bfloat16 attention will end with SIGILL; use --dtype float32 or a host that allows AMX"
+    )
+    return False
