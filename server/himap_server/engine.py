@@ -28,6 +28,7 @@ from .prompts import PromptObserver, placeholder_tokens
 from .pruning import PruningPolicy
 from .record import current
 from .settings import GatewaySettings
+from .shared_memory import SharedMemoryError, check_shared_memory
 
 logger = init_logger("vllm.himap.server")
 
@@ -84,6 +85,9 @@ async def run_engine(
         server.fail()
     except asyncio.CancelledError:
         raise
+    except SharedMemoryError as error:
+        logger.error("the engine did not start: %s", error)
+        server.fail()
     except Exception:
         logger.exception("the engine did not start")
         server.fail()
@@ -104,6 +108,7 @@ def _start(args: Namespace) -> AsyncLLM:
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
         UsageContext.OPENAI_API_SERVER
     )
+    check_shared_memory(config)
     return _ObservedLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,

@@ -263,6 +263,25 @@ def test_the_entry_point_runs_unprivileged_on_a_read_only_system(tmp_path: Path)
             process.wait()
 
 
+def test_a_small_dev_shm_is_refused_with_the_flag_that_mends_it(tmp_path: Path) -> None:
+    """What `docker run` without `--shm-size` gives: 64 MB."""
+    script = 'mount --make-rprivate / && mount -t tmpfs -o size=64m none /dev/shm && exec "$@"'
+    entrypoint = str(ROOT / "docker" / "entrypoint.sh")
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-euc", script, "sh", entrypoint, "--port", "0"],
+        env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1
+    (line,) = (line for line in done.stdout.splitlines() if "--shm-size" in line)
+    assert json.loads(line)["message"].startswith(
+        "the engine did not start: /dev/shm has 64 MiB free, the engine's queues need 400 MiB"
+    )
+
+
 def question(server: Server) -> str:
     """What the bundled model says of the picture in README.md."""
     with Image.open(ROOT / "examples" / "scene.png") as image:
