@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from himap_vllm.plan.cuts import stage_layers
 from himap_vllm.plan.prompt import NUM_STAGES, Ratios, kept
 
 
@@ -19,11 +20,7 @@ class Cuts:
 
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         """[NUM_STAGES] decoder layers of each stage."""
-        return (
-            self.shallow_layer,
-            self.deep_layer - self.shallow_layer,
-            num_layers - self.deep_layer,
-        )
+        return stage_layers(self.shallow_layer, self.deep_layer, num_layers)
 
     def stage_tokens(self, num_tokens: float, image_tokens: int) -> tuple[float, ...]:
         """[NUM_STAGES] tokens left of `num_tokens` (text and one image) in each stage."""

@@ -2,7 +2,7 @@
 """Settings of the engine (`additional_config["himap"]`) and of a request (`extra_args`).
 
 Both are checked here, without vLLM: a bad value must become a clear error at start-up or for the
-one request, and never reach the engine core, whose death it would be.
+one request, so that it cannot crash the engine core.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from himap_vllm.criteria import CRITERIA
+from himap_vllm.plan.cuts import default_cuts
 from himap_vllm.plan.prompt import Ratios
 
 ADDITIONAL_CONFIG_KEY = "himap"
 SHALLOW_ARG = "himap_shallow_ratio"
 DEEP_ARG = "himap_deep_ratio"
-ADMISSION_ARG = "himap_admission"  # set by admission, refused from clients
-PRUNED = "pruned"
 _ARG_PREFIX = "himap"
 
 
@@ -150,17 +149,6 @@ class EngineSettings:
                 f"deep_layer must be below the decoder's {num_layers} layers, "
                 f"got {self.deep_layer}; set shallow_layer and deep_layer for this model",
             )
-
-
-def default_cuts(num_layers: int, first_cut: int = 1) -> tuple[int, int]:
-    """K1 and K2 of a decoder of `num_layers` layers: where the paper's 2 and 8 lie in 32.
-
-    Args:
-        num_layers: of the decoder.
-        first_cut: least K1 of the model.
-    """
-    shallow = max(first_cut, round(num_layers / 16))
-    return shallow, max(shallow + 1, round(num_layers / 4))
 
 
 def is_requested(additional_config: Any) -> bool:

@@ -69,13 +69,13 @@ def _wrap_admission() -> None:
         request = original(self, *args, **kwargs)
         from vllm.exceptions import VLLMValidationError
 
-        from himap_vllm.config import HiMAPError, engine_settings
-        from himap_vllm.frontend.admission import admit
+        from himap_vllm.config import HiMAPError
+        from himap_vllm.frontend.admission import admission_of
 
-        settings = engine_settings(self.vllm_config.additional_config)
-        if settings is not None:
+        admission = admission_of(self)
+        if admission is not None:
             try:
-                admit(request, settings, self.vllm_config)
+                admission.admit(request)
             except HiMAPError as error:
                 raise VLLMValidationError(str(error), parameter=error.parameter) from error
         return request

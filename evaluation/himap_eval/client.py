@@ -12,21 +12,12 @@ from typing import Any
 import openai
 from tqdm import tqdm
 
+from himap_vllm.plan.prompt import Ratios
+
 from .errors import CommandError
 from .items import Item
 
 _RETRIES = 8  # by the client, with growing pauses: 429, 5xx, connections
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Ratios:
-    """Share of image tokens dropped at the first cut, and of the rest at the second."""
-
-    shallow: float
-    deep: float
-
-    def __str__(self) -> str:
-        return f"({self.shallow:g}, {self.deep:g})"
 
 
 UNPRUNED = Ratios(0.0, 0.0)

@@ -10,7 +10,9 @@ import textwrap
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from .client import UNPRUNED, Endpoint, Ratios, ask_all, first_model
+from himap_vllm.plan.prompt import Ratios
+
+from .client import UNPRUNED, Endpoint, ask_all, first_model
 from .errors import CommandError
 from .items import held_out
 from .local_server import serving

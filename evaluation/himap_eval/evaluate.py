@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .client import UNPRUNED, Answer, Endpoint, Ratios, ask_all, first_model
+from himap_vllm.plan.prompt import Ratios
+
+from .client import UNPRUNED, Answer, Endpoint, ask_all, first_model
 from .errors import CommandError
 from .items import Item
 from .options import (

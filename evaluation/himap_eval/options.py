@@ -8,7 +8,9 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from .client import Ratios
+from himap_vllm.config import check_ratio
+from himap_vllm.plan.prompt import Ratios
+
 from .errors import CommandError
 from .formats import FORMATS, read
 from .items import DataError, Item, check_images, held_out, sample
@@ -18,12 +20,9 @@ from .plot import PlotError, check_matplotlib
 def ratio(text: str) -> float:
     """A ratio in [0, 1), for argparse."""
     try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise ArgumentTypeError(f"{text!r} is no ratio in [0, 1)")
-    return value
+        return check_ratio("ratio", float(text))
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is no ratio in [0, 1)") from error
 
 
 def ratio_pair(text: str) -> Ratios:

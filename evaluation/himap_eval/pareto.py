@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from himap_vllm.config import default_cuts
+from himap_vllm.plan.cuts import default_cuts
+from himap_vllm.plan.prompt import Ratios
 
-from .client import Ratios
 from .results import Result
 
 _LARGEST_RATIO = 0.99

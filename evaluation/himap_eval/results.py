@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .client import Answer, Ratios
+from himap_vllm.plan.prompt import Ratios
+
+from .client import Answer
 from .items import Item
 from .scoring import METRICS, normalized
 from .stats import Retention, retention

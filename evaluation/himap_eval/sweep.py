@@ -18,7 +18,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from .client import UNPRUNED, Answer, Endpoint, Ratios, ask_all, first_model
+from himap_vllm.plan.prompt import Ratios
+
+from .client import UNPRUNED, Answer, Endpoint, ask_all, first_model
 from .errors import CommandError
 from .items import Item
 from .local_server import engine_flags, serving

@@ -1,107 +1,129 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decides, in the API process, what becomes of a request; the rest of the engine only obeys.
 
-Admission resolves the ratios (request, or the server's default) and writes them into the
-request's own copy of its sampling parameters, where scheduler and worker read them. A request that
-can't have what it asked for is refused here; one that asked for nothing runs unpruned and is
-counted as bypassed.
+Admission resolves the ratios (the request's, or the server's default) and stamps the request with
+its decision. It refuses a request that can't have the pruning that it asked for. A request that did
+not ask runs unpruned instead, and is counted as bypassed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from himap_vllm.config import (
-    ADMISSION_ARG,
     DEEP_ARG,
-    PRUNED,
     SHALLOW_ARG,
     EngineSettings,
     HiMAPError,
+    engine_settings,
     requested_ratios,
 )
 from himap_vllm.plan.prompt import PromptPlan, make_plan
-from himap_vllm.plan.requests import image_tokens, step_limit
+from himap_vllm.plan.requests import Decision, image_tokens, stamp, step_limit
 
-Observer = Callable[[EngineCoreRequest, PromptPlan | None], None]
-observers: list[Observer] = []
-"""Called with every admitted request and its plan (None: unpruned), on the thread that admits."""
+SecondStep = Callable[[EngineCoreRequest, PromptPlan | None], None]
+"""Called with an admitted request and its plan (None: unpruned); raises to refuse the request."""
+
+_UNPRUNED = f"set {SHALLOW_ARG} and {DEEP_ARG} to 0"
 
 
-def admit(request: EngineCoreRequest, settings: EngineSettings, vllm_config: VllmConfig) -> None:
-    """Write the decision into `request.sampling_params.extra_args`.
+class _Obstacle(NamedTuple):
+    """Why a prompt can't be pruned: the reason for counters, the parameter, the message."""
 
-    Raises:
-        HiMAPError: a bad parameter, or pruning asked for that can't be done.
+    reason: str
+    parameter: str
+    message: str
+
+
+class Admission:
+    """One engine's admission.
+
+    Attributes:
+        second_step: what else admits requests, on the same thread; None: nothing.
     """
-    params = request.sampling_params
-    if params is None:
-        return
-    ratios, asked = requested_ratios(settings, params.extra_args)
-    # A copy: the caller may use its parameters again.
-    args = {
-        key: value
-        for key, value in (params.extra_args or {}).items()
-        if key not in (SHALLOW_ARG, DEEP_ARG)
-    }
-    images = image_tokens(request.mm_features)
-    num_tokens = len(request.prompt_token_ids or ())
-    plan = make_plan(num_tokens, images, ratios)
-    if plan is not None or (_has_video(request) and any((ratios.shallow, ratios.deep))):
-        obstacle = _obstacle(plan, request, vllm_config)
-        if obstacle is None:
-            args[ADMISSION_ARG] = PRUNED
-            args[SHALLOW_ARG], args[DEEP_ARG] = ratios.shallow, ratios.deep
-        elif asked:
-            raise HiMAPError(obstacle[1], obstacle[2])
-        else:
-            args[ADMISSION_ARG] = f"bypassed_{obstacle[0]}"
-            plan = None
-    params.extra_args = args or None
-    for observer in observers:
-        observer(request, plan)
+
+    def __init__(self, settings: EngineSettings, vllm_config: VllmConfig) -> None:
+        self.second_step: SecondStep | None = None
+        self._settings = settings
+        self._limit_name, self._step_limit = step_limit(vllm_config.scheduler_config)
+
+    def admit(self, request: EngineCoreRequest) -> None:
+        """Stamp a request with what becomes of it.
+
+        Raises:
+            HiMAPError: a bad parameter, or pruning asked for that can't be done.
+        """
+        params = request.sampling_params
+        if params is None:
+            return
+        ratios, asked = requested_ratios(self._settings, params.extra_args)
+        plan = make_plan(
+            len(request.prompt_token_ids or ()), image_tokens(request.mm_features), ratios
+        )
+        decision = Decision()
+        if plan is not None or (_has_video(request) and any((ratios.shallow, ratios.deep))):
+            obstacle = self._obstacle(plan, request, params)
+            if obstacle is None:
+                decision = Decision("pruned", ratios)
+            elif asked:
+                raise HiMAPError(obstacle.parameter, obstacle.message)
+            else:
+                decision = Decision(f"bypassed_{obstacle.reason}")
+                plan = None
+        stamp(params, decision)
+        if self.second_step is not None:
+            self.second_step(request, plan)
+
+    def _obstacle(
+        self, plan: PromptPlan | None, request: EngineCoreRequest, params: SamplingParams
+    ) -> _Obstacle | None:
+        if plan is None or _has_video(request):
+            return _Obstacle(
+                "video", SHALLOW_ARG, f"prompts with video are not pruned; {_UNPRUNED}"
+            )
+        if params.prompt_logprobs is not None:
+            return _Obstacle(
+                "prompt_logprobs",
+                "prompt_logprobs",
+                "prompt_logprobs can't be combined with pruning: dropped image tokens have no "
+                f"final hidden state; {_UNPRUNED}",
+            )
+        if request.resumable:
+            return _Obstacle(
+                "streaming_input",
+                SHALLOW_ARG,
+                "a streaming-input session can't be pruned: its prompt is not complete; "
+                f"{_UNPRUNED}",
+            )
+        if plan.one_step_tokens > self._step_limit:
+            return _Obstacle(
+                "too_long",
+                SHALLOW_ARG,
+                f"this prompt has {plan.one_step_tokens} tokens from its first image to its end; "
+                f"pruning computes them in one step, and a step has at most {self._step_limit}. "
+                f"Raise --{self._limit_name.replace('_', '-')}, or {_UNPRUNED}",
+            )
+        return None
+
+
+def admission_of(input_processor: Any) -> Admission | None:
+    """The admission of the engine that vLLM's `InputProcessor` belongs to; None: no pruning.
+
+    Made when first asked for, once per engine.
+    """
+    processor = vars(input_processor)
+    if "himap_admission" not in processor:
+        config = input_processor.vllm_config
+        settings = engine_settings(config.additional_config)
+        processor["himap_admission"] = settings and Admission(settings, config)
+    admission: Admission | None = processor["himap_admission"]
+    return admission
 
 
 def _has_video(request: EngineCoreRequest) -> bool:
     return any(feature.modality != "image" for feature in request.mm_features or ())
-
-
-def _obstacle(
-    plan: PromptPlan | None, request: EngineCoreRequest, vllm_config: VllmConfig
-) -> tuple[str, str, str] | None:
-    """Why this prompt can't be pruned: (reason for the counters, parameter, message)."""
-    params = request.sampling_params
-    assert params is not None
-    if plan is None or _has_video(request):
-        return (
-            "video",
-            SHALLOW_ARG,
-            f"prompts with video are not pruned; set {SHALLOW_ARG} and {DEEP_ARG} to 0",
-        )
-    if params.prompt_logprobs is not None:
-        return (
-            "prompt_logprobs",
-            "prompt_logprobs",
-            "prompt_logprobs can't be combined with pruning: dropped image tokens have no final "
-            f"hidden state; set {SHALLOW_ARG} and {DEEP_ARG} to 0",
-        )
-    if request.resumable:
-        return (
-            "streaming_input",
-            SHALLOW_ARG,
-            "a streaming-input session can't be pruned: its prompt is not complete; set "
-            f"{SHALLOW_ARG} and {DEEP_ARG} to 0",
-        )
-    name, limit = step_limit(vllm_config.scheduler_config)
-    if plan.one_step_tokens > limit:
-        return (
-            "too_long",
-            SHALLOW_ARG,
-            f"this prompt has {plan.one_step_tokens} tokens from its first image to its end; "
-            f"pruning computes them in one step, and a step has at most {limit}. Raise "
-            f"--{name.replace('_', '-')}, or set {SHALLOW_ARG} and {DEEP_ARG} to 0",
-        )
-    return None

@@ -14,7 +14,7 @@ from fastapi import FastAPI, HTTPException
 from starlette.datastructures import State
 from starlette.requests import Request
 
-from himap_vllm.config import engine_settings
+from himap_vllm.config import is_requested
 from himap_vllm.frontend.support import is_configured
 from himap_vllm.pruning.stats import engine_stats
 
@@ -36,7 +36,7 @@ class StatsEndpoint:
             RuntimeError: pruning is configured, but its general plugin is not loaded.
         """
         config = engine_client.vllm_config
-        if engine_settings(config.additional_config) is not None and not is_configured(config):
+        if is_requested(config.additional_config) and not is_configured(config):
             raise RuntimeError("VLLM_PLUGINS names himap_stats but not himap; name both")
         state.himap_engine = engine_client
 
@@ -44,6 +44,6 @@ class StatsEndpoint:
 async def _stats(request: Request) -> dict[str, Any]:
     """What pruning did since the engine started; see `himap_vllm.pruning.stats.PruningStats`."""
     engine = request.app.state.himap_engine
-    if engine_settings(engine.vllm_config.additional_config) is None:
+    if not is_requested(engine.vllm_config.additional_config):
         raise HTTPException(404, 'pruning is off: no "himap" in --additional-config')
     return await engine_stats(engine)

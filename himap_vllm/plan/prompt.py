@@ -25,12 +25,15 @@ def kept(num_tokens: int, ratio: float) -> int:
     return max(1, num_tokens - math.floor(num_tokens * ratio + 1e-6))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Ratios:
     """Share of the image tokens dropped at the first cut, and of the rest at the second."""
 
     shallow: float
     deep: float
+
+    def __str__(self) -> str:
+        return f"({self.shallow:g}, {self.deep:g})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans from vLLM's own request data; the same function serves scheduler, worker and admission."""
+"""What vLLM's own request data say of pruning; the same for admission, scheduler and worker.
+
+Admission stamps each request with its decision. The stamp is one value in
+`SamplingParams.extra_args` that only this module reads and writes; clients may not send it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import ModelConfig, SchedulerConfig
 from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.sampling_params import SamplingParams
 
-from himap_vllm.config import ADMISSION_ARG, DEEP_ARG, PRUNED, SHALLOW_ARG, EngineSettings
+from himap_vllm.config import EngineSettings
+from himap_vllm.plan import cuts
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios, make_plan
+
+_STAMP = "himap_admission"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What admission decided on a request.
+
+    Attributes:
+        outcome: `pruned`, `unpruned` or `bypassed_<reason>`; counters go by it.
+        ratios: of a pruned request.
+    """
+
+    outcome: str = "unpruned"
+    ratios: Ratios | None = None
+
+
+def stamp(params: SamplingParams, decision: Decision) -> None:
+    """Write a decision into the request's own parameters, in place of all `himap` arguments."""
+    # A copy of the arguments: the caller may use them again.
+    args = {
+        key: value
+        for key, value in (params.extra_args or {}).items()
+        if not str(key).startswith("himap")
+    }
+    if decision != Decision():
+        ratios = decision.ratios
+        args[_STAMP] = (decision.outcome, ratios and (ratios.shallow, ratios.deep))
+    params.extra_args = args or None
+
+
+def read_stamp(params: Any) -> Decision:
+    """The decision that a request carries (vLLM's `SamplingParams`, or None).
+
+    A request that reached the engine core on another way has no stamp and runs unpruned: its
+    ratios were not checked, nor whether its prompt fits a step.
+    """
+    outcome, ratios = (getattr(params, "extra_args", None) or {}).get(_STAMP, ("unpruned", None))
+    return Decision(outcome, ratios and Ratios(*ratios))
+
+
+def plan_of(
+    num_prompt_tokens: int,
+    mm_features: Sequence[MultiModalFeatureSpec] | None,
+    sampling_params: Any,
+) -> PromptPlan | None:
+    """The plan of a request that admission stamped as pruned, with the ratios it decided on."""
+    ratios = read_stamp(sampling_params).ratios
+    if ratios is None or not mm_features:
+        return None
+    return make_plan(num_prompt_tokens, image_tokens(mm_features), ratios)
 
 
 def image_tokens(mm_features: Sequence[MultiModalFeatureSpec] | None) -> list[ImageTokens]:
@@ -25,23 +83,6 @@ def image_tokens(mm_features: Sequence[MultiModalFeatureSpec] | None) -> list[Im
     return sorted(images, key=lambda image: image.first)
 
 
-def plan_of(
-    num_prompt_tokens: int,
-    mm_features: Sequence[MultiModalFeatureSpec] | None,
-    sampling_params: Any,
-) -> PromptPlan | None:
-    """The plan of a request that admission stamped as pruned, with the ratios it decided on.
-
-    A request that reached the engine core on another way has no stamp and runs unpruned: its
-    ratios were not checked, nor whether its prompt fits a step.
-    """
-    args = getattr(sampling_params, "extra_args", None) or {}
-    if args.get(ADMISSION_ARG) != PRUNED or not mm_features:
-        return None
-    ratios = Ratios(args[SHALLOW_ARG], args[DEEP_ARG])
-    return make_plan(num_prompt_tokens, image_tokens(mm_features), ratios)
-
-
 def step_limit(scheduler_config: SchedulerConfig) -> tuple[str, int]:
     """The option that bounds a request's tokens in one step most tightly, and its value."""
     limits = {"max_num_batched_tokens": scheduler_config.max_num_batched_tokens}
@@ -53,10 +94,6 @@ def step_limit(scheduler_config: SchedulerConfig) -> tuple[str, int]:
 
 
 def stage_layers(settings: EngineSettings, model_config: ModelConfig) -> tuple[int, int, int]:
-    """Number of decoder layers of each stage."""
+    """Number of decoder layers of each stage of an engine's model."""
     num_layers = model_config.hf_text_config.num_hidden_layers
-    return (
-        settings.shallow_layer,
-        settings.deep_layer - settings.shallow_layer,
-        num_layers - settings.deep_layer,
-    )
+    return cuts.stage_layers(settings.shallow_layer, settings.deep_layer, num_layers)

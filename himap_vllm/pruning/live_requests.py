@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
-from himap_vllm.config import ADMISSION_ARG, EngineSettings
+from himap_vllm.config import EngineSettings
 from himap_vllm.core.kv_cache import bytes_per_block, group_stages
 from himap_vllm.criteria import CRITERIA
 from himap_vllm.criteria.random import prompt_seed
 from himap_vllm.plan.prompt import PromptPlan
-from himap_vllm.plan.requests import plan_of, stage_layers
+from himap_vllm.plan.requests import plan_of, read_stamp, stage_layers
 from himap_vllm.plan.table import ActivePlans
 from himap_vllm.pruning.stats import PruningStats
 
@@ -75,8 +75,7 @@ class Recorder:
             self.plans.add(request.req_id, plan)
         elif request.req_id not in self._counted:
             self._counted.add(request.req_id)
-            args = request.sampling_params.extra_args or {}
-            self.stats.requests[args.get(ADMISSION_ARG, "unpruned")] += 1
+            self.stats.requests[read_stamp(request.sampling_params).outcome] += 1
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""

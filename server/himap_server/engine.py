@@ -20,7 +20,7 @@ from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from himap_vllm.config import engine_settings
-from himap_vllm.frontend import admission
+from himap_vllm.frontend.admission import admission_of
 
 from .lifecycle import GatewayServer, Lifecycle, Phase
 from .metrics import GatewayMetrics
@@ -68,9 +68,9 @@ async def run_engine(
         metrics.describe(pruning)
         app.state.pruning = PruningPolicy(pruning)
         app.state.media.placeholders = placeholder_tokens(engine)
-        admission.observers.append(
-            PromptObserver(config, pruning, settings.max_prompt_tokens).observe
-        )
+        admission = admission_of(engine.input_processor)
+        assert admission is not None
+        admission.second_step = PromptObserver(config, pruning, settings.max_prompt_tokens).observe
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
         app.openapi()  # takes seconds, once: not while requests wait
         freeze_gc_heap()  # as vLLM's server does: what is there now stays, and need not be searched

@@ -22,7 +22,7 @@ _MEDIA_TOKEN_ID = ("image_token_index", "image_token_id", "video_token_index", "
 
 
 class PromptObserver:
-    """Admission's observer: refuses prompts, and writes the others' savings into the record."""
+    """Admission's second step: refuses prompts, and writes the others' savings into the record."""
 
     def __init__(
         self, vllm_config: VllmConfig, settings: EngineSettings, max_prompt_tokens: int | None
@@ -41,7 +41,7 @@ class PromptObserver:
         self._max_tokens = max_prompt_tokens
 
     def observe(self, request: EngineCoreRequest, plan: PromptPlan | None) -> None:
-        """See `himap_vllm.frontend.admission.observers`.
+        """See `himap_vllm.frontend.admission.SecondStep`.
 
         Raises:
             VLLMValidationError: HTTP 400.

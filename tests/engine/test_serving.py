@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from himap_vllm.plan.requests import read_stamp
 from tests.checkpoints import sample_images
 from tests.conftest import (
     BLOCK_SIZE,
@@ -178,9 +179,8 @@ def test_blocks_held_equal_the_arithmetic_at_every_step(world: World) -> None:
             if request.request_id in scheduler.himap_plans:
                 # It fits a step as a whole, so it was not begun in a lesser one.
                 assert request.num_computed_tokens >= request.num_prompt_tokens
-            args = request.sampling_params.extra_args or {}
-            shallow = args.get("himap_shallow_ratio", 0)
-            deep = args.get("himap_deep_ratio", 0)
+            ratios = read_stamp(request.sampling_params).ratios
+            shallow, deep = (ratios.shallow, ratios.deep) if ratios else (0, 0)
             expected = []
             for group in manager.kv_cache_config.kv_cache_groups:
                 num_tokens = request.num_computed_tokens

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from himap_eval.client import UNPRUNED, Answer, Ratios
+from himap_eval.client import UNPRUNED, Answer
 from himap_eval.formats import read
 from himap_eval.items import DataError, Item, sample
 from himap_eval.pareto import (
@@ -26,6 +26,7 @@ from himap_eval.scoring import METRICS
 from himap_eval.stats import retention
 from himap_eval.sweep_report import Findings, write_grid, write_report
 
+from himap_vllm.plan.prompt import Ratios
 from tests.checkpoints import sample_images
 
 
