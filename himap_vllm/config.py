@@ -66,8 +66,8 @@ class EngineSettings:
         max_deep_ratio: highest R2 a request may ask for; None: anything below 1.
         trace_requests: keep the surviving positions of this many latest pruned prompts for
             inspection (`himap_trace`); costs a copy to the host per pruned prompt.
-        criterion: what survivors are chosen by, a name in `himap_vllm.criteria`; all but "himap"
-            are for research.
+        criterion: how survivors are chosen, a name in `himap_vllm.criteria`; all but "himap" are
+            for research.
     """
 
     shallow_layer: int = 2

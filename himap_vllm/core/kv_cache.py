@@ -3,6 +3,18 @@
 
 vLLM gives layers with different specs different KV cache groups, each with block tables of its
 own, all from one block pool (hybrid KV cache manager). A stage is such a kind of layer.
+
+Seams:
+
+* `vllm.v1.kv_cache_interface.FullAttentionSpec` (subclassed): a spec with a stage. Remove when: a
+  layer can name the KV cache group it belongs to.
+* `vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager` (subclassed): maps a request's
+  tokens to those that reach the stage. Remove when: block counts of a request can be set per group.
+* `vllm.v1.kv_cache_spec_registry.KVCacheSpecRegistry.register` (called): pairs spec and manager.
+  Remove when: a spec names its manager.
+* `vllm.v1.core.single_type_kv_cache_manager.register_all_kvcache_specs` (called): vLLM fills its
+  registry only while it is empty. Registering first would leave a worker process without the
+  built-in specs, so they go first. Remove when: the registry merges.
 """
 
 from __future__ import annotations
@@ -29,9 +41,9 @@ from himap_vllm.plan.prompt import NUM_STAGES, PromptPlan
 class StageAttentionSpec(FullAttentionSpec):
     """Full attention of one stage.
 
-    `merge` and `is_uniform_with_collection` are vLLM's two ways to put layers into one group.
-    Inherited, the first could not build this class and the second would ignore `stage`: all layers
-    would share block tables, without an error and without a saving.
+    `merge` and `is_uniform_with_collection` are vLLM's two ways to put layers into one group. The
+    inherited `merge` could not build this class. The inherited `is_uniform_with_collection` would
+    ignore `stage`: all layers would share block tables, without an error and without a saving.
     """
 
     stage: int
@@ -56,8 +68,7 @@ class StageAttentionSpec(FullAttentionSpec):
 class StageKVCacheManager(FullAttentionManager):
     """Allocates, for pruned requests, blocks for the tokens that reach this stage.
 
-    vLLM's managers see request ids only; the scheduler lends its `plans`
-    (himap_vllm.core.scheduler).
+    vLLM's managers see request ids only, so each reads the scheduler's `plans`.
     """
 
     plans: Mapping[str, PromptPlan] = {}
@@ -74,12 +85,12 @@ class StageKVCacheManager(FullAttentionManager):
         if self._record_new_block_ids:  # to be zeroed
             self.new_block_ids.extend(block.block_id for block in blocks)
 
-    def reach(self, request_id: str, plan: PromptPlan | None) -> tuple[int, float] | None:
+    def horizon(self, request_id: str, plan: PromptPlan | None) -> tuple[int, float] | None:
         """How far the blocks reach of a request whose prompt has all of its own.
 
         Returns:
-            Tokens of the sequence that have slots, and the number of tokens from which on a block
-            is to be published; None if each step has to look.
+            Tokens of the sequence that have slots, and the number of computed tokens from which on
+            there is a block for the prefix cache; None if each step has to look.
         """
         slots = len(self.req_to_blocks[request_id]) * self.block_size
         if plan is not None:
@@ -87,11 +98,11 @@ class StageKVCacheManager(FullAttentionManager):
         if not self.enable_caching:
             return slots, math.inf
         if self.block_size != self.block_pool.hash_block_size:
-            return None  # a prompt's last block is published in part
-        publish = (self.num_cached_block.get(request_id, 0) + 1) * self.block_size
-        if plan is not None and publish > plan.first_image_token:
+            return None  # a prompt's last block is cached in part
+        next_cacheable = (self.num_cached_block.get(request_id, 0) + 1) * self.block_size
+        if plan is not None and next_cacheable > plan.first_image_token:
             return slots, math.inf
-        return slots, publish
+        return slots, next_cacheable
 
     def get_num_blocks_to_allocate(
         self,
@@ -127,7 +138,7 @@ class StageKVCacheManager(FullAttentionManager):
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Publish only what lies before a pruned prompt's first image.
+        """Cache only what lies before a pruned prompt's first image.
 
         Later blocks hold other tokens than their position's hash says.
         """
@@ -137,9 +148,7 @@ class StageKVCacheManager(FullAttentionManager):
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
 
-# Every process that meets the spec imports this module for it, and no other does. vLLM fills its
-# registry only while it is empty: registering first would leave a worker process without the
-# built-in specs, so they go first. That can go when the registry merges instead.
+# Every process that meets the spec imports this module for it, and no other process does.
 register_all_kvcache_specs(None)
 KVCacheSpecRegistry.register(StageAttentionSpec, StageKVCacheManager, StageAttentionSpec)
 

@@ -1,15 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spares a decoding request the round through every KV cache group.
+"""The KV cache manager of an engine whose layers are in many KV cache groups.
 
-vLLM's KV cache manager asks each group, four times per request and step (five with async
-scheduling), whether there is anything to do. With three stages of 2, 6 and 24 layers there are 16
-groups, and for a batch of 64 decoding requests that alone took four milliseconds of a step. But the
-groups of a stage always hold equally many blocks, and most steps of a request need no new one: how
-far a request's blocks reach is worked out when it gets them, and a step only compares.
+It differs from vLLM's in how long it takes: vLLM's asks each group, four times per request and step
+(five with async scheduling), whether there is anything to do. With three stages of 2, 6 and 24
+layers there are 16 groups, and for a batch of 64 decoding requests that alone took four
+milliseconds of a step. But the groups of a stage always hold equally many blocks, and most steps of
+a request need no new one. How far a request's blocks reach is worked out when it gets them, and a
+step only compares.
 
-vLLM seams (0.32), on the scheduler's one instance: `KVCacheManager.allocate_slots`, `cache_blocks`,
-the two methods that end a request's blocks, `empty_kv_cache_blocks`; `BlockPool.get_new_blocks`,
-for all groups at once. Can go when vLLM asks one group of those that are alike.
+Seams, all on the scheduler's one instance:
+
+* `vllm.v1.core.kv_cache_manager.KVCacheManager.allocate_slots`,
+  `vllm.v1.core.kv_cache_manager.KVCacheManager.cache_blocks` (overridden): one comparison answers
+  for all groups of a request that decodes. Remove when: vLLM asks one group of those that are
+  alike.
+* `vllm.v1.core.kv_cache_manager.KVCacheManager.free`,
+  `vllm.v1.core.kv_cache_manager.KVCacheManager.pop_blocks_for_free` (overridden): what is known of
+  a request's blocks ends with them. Remove when: `allocate_slots` is no longer overridden.
+* `vllm.v1.core.kv_cache_manager.KVCacheManager.empty_kv_cache_blocks` (read): replaced by an object
+  that knows that it is empty. Remove when: `KVCacheBlocks.get_block_ids` does not look at each
+  group of an empty answer.
+* `vllm.v1.core.block_pool.BlockPool.get_new_blocks` (called): blocks for all groups at once. Remove
+  when: `allocate_slots` is no longer overridden.
 """
 
 from __future__ import annotations
@@ -30,18 +42,18 @@ from himap_vllm.plan.prompt import PromptPlan
 
 
 @dataclass(slots=True)
-class Reach:
+class BlockHorizon:
     """Numbers of tokens up to which a request past its prompt needs nothing of the manager.
 
     Attributes:
-        slots: it has slots for as many, in each stage.
-        shortest: the least of these.
-        publish: with fewer, it has no block to publish to the prefix cache.
+        slots: [stages] tokens of the sequence that have slots in the stage.
+        fewest_slots: the least of these.
+        next_cacheable: from this many computed tokens on, it has a block for the prefix cache.
     """
 
     slots: list[int]
-    shortest: int
-    publish: float
+    fewest_slots: int
+    next_cacheable: float
 
 
 class NoBlocks(KVCacheBlocks):
@@ -57,7 +69,7 @@ class PruningKVCacheManager(KVCacheManager):
 
     himap_plans: Mapping[str, PromptPlan]
     himap_stages: Sequence[Sequence[StageKVCacheManager]]
-    himap_reach: dict[str, Reach]
+    himap_horizons: dict[str, BlockHorizon]
 
     def allocate_slots(
         self,
@@ -70,18 +82,18 @@ class PruningKVCacheManager(KVCacheManager):
     ) -> KVCacheBlocks | None:
         """As `KVCacheManager.allocate_slots`, whose answer is the same."""
         end = request.num_computed_tokens + num_new_tokens
-        reach = self.himap_reach.get(request.request_id)
+        horizon = self.himap_horizons.get(request.request_id)
         if (
-            reach is not None
+            horizon is not None
             and request.status is RequestStatus.RUNNING
             and new_computed_blocks is None
             and not kwargs
         ):
             slots = min(end + num_lookahead_tokens, self.max_model_len)
             cacheable = min(end, request.num_tokens)
-            if slots <= reach.shortest and cacheable < reach.publish:
+            if slots <= horizon.fewest_slots and cacheable < horizon.next_cacheable:
                 return self.empty_kv_cache_blocks
-            return self._grow(request, reach, slots, cacheable)
+            return self._grow(request, horizon, slots, cacheable)
         blocks = super().allocate_slots(
             request,
             num_new_tokens,
@@ -91,34 +103,34 @@ class PruningKVCacheManager(KVCacheManager):
             **kwargs,
         )
         if blocks is not None:
-            self._see(request, end + num_new_computed_tokens)
+            self._note_horizon(request, end + num_new_computed_tokens)
         return blocks
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """As `KVCacheManager.cache_blocks`."""
-        reach = self.himap_reach.get(request.request_id)
-        if reach is None:
+        horizon = self.himap_horizons.get(request.request_id)
+        if horizon is None:
             super().cache_blocks(request, num_computed_tokens)
-        elif num_computed_tokens >= reach.publish:
-            self._publish(request, reach, num_computed_tokens)
+        elif num_computed_tokens >= horizon.next_cacheable:
+            self._cache_full_blocks(request, horizon, num_computed_tokens)
 
     def free(self, request: Request) -> None:
         """As `KVCacheManager.free`."""
-        self.himap_reach.pop(request.request_id, None)
+        self.himap_horizons.pop(request.request_id, None)
         super().free(request)
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """As `KVCacheManager.pop_blocks_for_free`."""
-        self.himap_reach.pop(request.request_id, None)
+        self.himap_horizons.pop(request.request_id, None)
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request)
         return blocks
 
     def _grow(
-        self, request: Request, reach: Reach, slots: int, cacheable: int
+        self, request: Request, horizon: BlockHorizon, slots: int, cacheable: int
     ) -> KVCacheBlocks | None:
         """Allocate for all groups of the stages that lack a block at once."""
         size = self.himap_stages[0][0].block_size
-        missing = [max(0, cdiv(slots - held, size)) for held in reach.slots]
+        missing = [max(0, cdiv(slots - held, size)) for held in horizon.slots]
         wanted = sum(map(mul, missing, map(len, self.himap_stages)))
         if wanted > self.block_pool.get_num_free_blocks():
             return None
@@ -128,32 +140,36 @@ class PruningKVCacheManager(KVCacheManager):
             for group in self.himap_stages[stage] if count else ():
                 own = blocks[group.kv_cache_group_id] = list(islice(new, count))
                 group.append_blocks(request.request_id, own)
-            reach.slots[stage] += count * size
-        reach.shortest = min(reach.slots)
-        if cacheable >= reach.publish:
-            self._publish(request, reach, cacheable)
+            horizon.slots[stage] += count * size
+        horizon.fewest_slots = min(horizon.slots)
+        if cacheable >= horizon.next_cacheable:
+            self._cache_full_blocks(request, horizon, cacheable)
         return self.create_kv_cache_blocks(tuple(blocks))
 
-    def _publish(self, request: Request, reach: Reach, num_tokens: int) -> None:
+    def _cache_full_blocks(self, request: Request, horizon: BlockHorizon, num_tokens: int) -> None:
         super().cache_blocks(request, num_tokens)
         size = self.himap_stages[0][0].block_size
-        reach.publish = (num_tokens // size + 1) * size
+        horizon.next_cacheable = (num_tokens // size + 1) * size
 
-    def _see(self, request: Request, end: int) -> None:
-        """Note how far the blocks of a request reach that has computed `end` tokens, or will."""
+    def _note_horizon(self, request: Request, end: int) -> None:
+        """Note how far the blocks reach of a request that has computed `end` tokens, or will."""
         request_id = request.request_id
-        self.himap_reach.pop(request_id, None)
+        self.himap_horizons.pop(request_id, None)
         if end < request.num_prompt_tokens:
             return
         plan = self.himap_plans.get(request_id)
-        leaders = [groups[0] for groups in self.himap_stages]
-        reaches = [leader.reach(request_id, plan) for leader in leaders]
-        if None not in reaches:
-            slots, publish = zip(*reaches, strict=True)
-            self.himap_reach[request_id] = Reach(list(slots), min(slots), min(publish))
+        # The groups of a stage are alike.
+        stages = [groups[0].horizon(request_id, plan) for groups in self.himap_stages]
+        if None not in stages:
+            slots, next_cacheable = zip(*stages, strict=True)
+            self.himap_horizons[request_id] = BlockHorizon(
+                list(slots), min(slots), min(next_cacheable)
+            )
 
 
-def adopt(manager: KVCacheManager, stages: Sequence[int], plans: Mapping[str, PromptPlan]) -> None:
+def make_pruning_manager(
+    manager: KVCacheManager, stages: Sequence[int], plans: Mapping[str, PromptPlan]
+) -> None:
     """Make the scheduler's manager a `PruningKVCacheManager`.
 
     Args:
@@ -162,9 +178,12 @@ def adopt(manager: KVCacheManager, stages: Sequence[int], plans: Mapping[str, Pr
         plans: of the scheduler's requests.
     """
     groups = manager.coordinator.single_type_managers
+    for group in groups:
+        assert isinstance(group, StageKVCacheManager)
+        group.plans = plans
     manager.__class__ = PruningKVCacheManager
     manager.himap_plans = plans
-    manager.himap_reach = {}
+    manager.himap_horizons = {}
     manager.himap_stages = [
         [group for group, of in zip(groups, stages, strict=True) if of == stage]
         for stage in sorted(set(stages))

@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduler: knows each request's plan, and never splits the one-step part of a pruned prompt.
+"""The scheduler knows each request's plan, and never splits the one-step part of a pruned prompt.
 
-vLLM seams (0.32), all in `vllm.v1.core.sched.scheduler.Scheduler`, reached through its
-`--scheduler-cls` option; they can go when vLLM lets a request declare an unsplittable range:
+Seams:
 
-* `add_request` is the only place where the scheduler and the KV cache managers can learn of a
-  request before its first allocation;
-* `_try_schedule_encoder_inputs` may shorten or postpone the chunk of any request that has images,
-  for running and waiting requests alike, before blocks are allocated;
-* `_free_request` ends every request, finished or aborted. Preemption does not pass there: the
-  plan stays.
+* `vllm.v1.core.sched.scheduler.Scheduler`, `vllm.v1.core.sched.async_scheduler.AsyncScheduler`
+  (subclassed): reached through vLLM's `--scheduler-cls` option. Remove when: a request can declare
+  a range of its prompt that is computed in one step, and block counts of its own.
+* `vllm.v1.core.sched.scheduler.Scheduler.add_request` (overridden): the only place where the
+  scheduler and the KV cache managers can learn of a request before its first allocation. Remove
+  when: KV cache managers see the request, not its id alone.
+* `vllm.v1.request.Request.block_hashes`, `vllm.v1.request.Request._block_hasher` (read): cut off
+  at the first image. Remove when: a request can say how far its prefix may be cached.
+* `vllm.v1.core.sched.scheduler.Scheduler._try_schedule_encoder_inputs` (overridden): may shorten
+  or postpone the chunk of any request that has images, for running and waiting requests alike,
+  before blocks are allocated. Remove when: a request can declare a range that is not split.
+* `vllm.v1.core.sched.scheduler.Scheduler._free_request` (overridden): ends every request, finished
+  or aborted. Preemption does not pass there, so the plan stays. Remove when: requests carry plugin
+  data of their own.
 """
 
 from __future__ import annotations
@@ -22,8 +29,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from himap_vllm.config import engine_settings
-from himap_vllm.core.kv_cache import StageKVCacheManager, group_stages
-from himap_vllm.core.kv_cache_manager import adopt
+from himap_vllm.core.kv_cache import group_stages
+from himap_vllm.core.kv_cache_manager import make_pruning_manager
 from himap_vllm.plan.prompt import PromptPlan
 from himap_vllm.plan.requests import plan_of, stage_layers, step_limit
 
@@ -56,10 +63,7 @@ class _PruningMixin(_Base):
         )
         _, self.himap_step_limit = step_limit(self.vllm_config.scheduler_config)
         self.himap_plans: dict[str, PromptPlan] = {}
-        for group_manager in manager.coordinator.single_type_managers:
-            assert isinstance(group_manager, StageKVCacheManager)
-            group_manager.plans = self.himap_plans
-        adopt(manager, stages, self.himap_plans)
+        make_pruning_manager(manager, stages, self.himap_plans)
 
     def add_request(self, request: Request) -> None:
         plan = plan_of(request.num_prompt_tokens, request.mm_features, request.sampling_params)
@@ -82,7 +86,7 @@ class _PruningMixin(_Base):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        # What vLLM answers, without its search: images are part of the prompt.
+        # vLLM's answer, without its search: images are part of the prompt.
         if num_computed_tokens >= request.num_prompt_tokens:
             return [], num_new_tokens, encoder_compute_budget, [], []
         plan = self.himap_plans.get(request.request_id)
@@ -100,8 +104,8 @@ class _PruningMixin(_Base):
         allowed = plan.chunk(num_computed_tokens, result[1], self.himap_step_limit)
         if allowed == result[1]:
             return result
-        # Room for the prompt, but not for all its images: the images wait. What was pinned in the
-        # encoder cache for them is released, or two waiting prompts could block each other.
+        # The step has room for the prompt, but not for all its images, so the images wait. Release
+        # what they pinned in the encoder cache, or two waiting prompts could block each other.
         self.encoder_cache_manager.free(request)
         result = schedule(
             request, num_computed_tokens, allowed, encoder_compute_budget, *args, **kwargs

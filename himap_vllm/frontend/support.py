@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What works together with pruning: checked once, when vLLM has put its configuration together."""
+"""Checks, once vLLM's configuration is complete, that all of it works together with pruning."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def check_and_configure(vllm_config: VllmConfig) -> None:
                 "himap needs Model Runner V2 on a GPU; unset VLLM_USE_V2_MODEL_RUNNER",
             )
         parallel.worker_cls = _WORKERS[parallel.worker_cls]
-    # vLLM's compilation cache is keyed by this value: spelled out, it names the layers of the cuts.
+    # All settings are spelled out, because vLLM's compilation cache is keyed by this value: models
+    # cut at different layers must not share compiled code.
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         ADDITIONAL_CONFIG_KEY: asdict(settings),
@@ -123,7 +124,7 @@ def _settings(vllm_config: VllmConfig, family: Family) -> EngineSettings:
 
 
 def _check_features(vllm_config: VllmConfig) -> None:
-    # Here, so that this module can be imported, and refuse, beside any vLLM.
+    # Imported here, so that this module loads, and can refuse, beside any version of vLLM.
     from vllm.config import CUDAGraphMode
     from vllm.utils.torch_utils import is_quantized_kv_cache
 
@@ -162,8 +163,8 @@ def _check_features(vllm_config: VllmConfig) -> None:
         "kv_cache_dtype": (
             is_quantized_kv_cache(cache_dtype),
             f"a quantised KV cache (kv_cache_dtype {cache_dtype}, asked for or the checkpoint's)",
-            "votes need queries and earlier chunks' keys as the model computed them, and would get "
-            "8-bit ones",
+            "votes need queries and the keys of earlier chunks as the model computed them, not "
+            "rounded to 8 bits",
         ),
         "enable_dbo": (
             parallel.use_ubatching,
@@ -184,7 +185,8 @@ def _check_features(vllm_config: VllmConfig) -> None:
         "ec_transfer_config": (
             vllm_config.ec_transfer_config is not None,
             "an encoder cache connector",
-            "it has each image when it has it, and a pruned prompt needs all of its in one step",
+            "it delivers images one by one, but a pruned prompt needs all of its images in the "
+            "same step",
         ),
         "mm_encoder_only": (
             vllm_config.is_mm_encoder_only,

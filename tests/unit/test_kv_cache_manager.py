@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
 from himap_vllm.core.kv_cache import StageAttentionSpec
-from himap_vllm.core.kv_cache_manager import adopt
+from himap_vllm.core.kv_cache_manager import make_pruning_manager
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios
 
 SIZE = 4  # tokens to a block
@@ -47,7 +47,7 @@ class Side:
         for group in self.manager.coordinator.single_type_managers:
             group.plans = self.plans
         if shortcut:
-            adopt(self.manager, STAGES, self.plans)
+            make_pruning_manager(self.manager, STAGES, self.plans)
 
     def add(self, name: str, tokens: list[int], plan: PromptPlan | None) -> None:
         """A request, known to the scheduler."""
@@ -153,4 +153,4 @@ def test_equals_vllms(num_blocks: int, caching: bool, publish: bool) -> None:
             while waiting and both("admit", waiting[0]) is not NO_ROOM:
                 running.append(waiting.pop(0))
             both("state")
-        assert set(sides[1].manager.himap_reach) <= set(running)
+        assert set(sides[1].manager.himap_horizons) <= set(running)
