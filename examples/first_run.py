@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""First run: ask a small model about a picture through the OpenAI SDK, pruned and not.
+"""First run: ask a small model about a picture through the OpenAI SDK, with and without pruning.
 
-Starts `vllm serve` with the plugin on a free port, asks, shows what was saved, and stops it. With
-`--url` it asks a server that runs already.
+The script starts `vllm serve` with the plugin on a free port, asks a few questions, prints what
+pruning saved, and stops the server. With `--url` it asks a server that is already running.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import argparse
 import base64
 import json
 import os
-import socket
-import subprocess
+import shlex
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from himap_demo import MODEL_PATH
+from himap_eval.local_server import launch
 from openai import OpenAI
 
 HERE = Path(__file__).parent
@@ -40,35 +39,20 @@ HIMAP = json.loads((MODEL_PATH / "himap.json").read_text())
 @contextmanager
 def serving() -> Iterator[str]:
     """Run `vllm serve` with the plugin; yields its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL_PATH),
         "--additional-config", json.dumps({"himap": HIMAP}),
-        "--host", "127.0.0.1", "--port", str(port),
         "--kv-cache-memory-bytes", "256M", "--enforce-eager",
     ]  # fmt: skip
-    print("$ VLLM_PLUGINS=himap,himap_stats", *command, "\n", flush=True)
+    print("$ VLLM_PLUGINS=himap,himap_stats", shlex.join(command), flush=True)
     print("Starting takes about a minute ...\n", flush=True)
     environment = {**os.environ, "VLLM_PLUGINS": "himap,himap_stats"}
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            while server.poll() is None:
-                try:
-                    urllib.request.urlopen(f"{url}/health", timeout=5)
-                    break
-                except OSError:
-                    time.sleep(1)
-            else:
-                log.seek(0)
-                sys.exit(f"{log.read()}\nvllm serve ended with status {server.returncode}")
-            yield url
-        finally:
-            server.terminate()
-            server.wait()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        launch(command, environment, Path(folder, "log")) as server,
+    ):
+        server.wait_for("/health")
+        yield server.url
 
 
 def ask(client: OpenAI, model: str, image: Path, question: str, ratios: tuple[float, float]) -> str:
@@ -100,7 +84,8 @@ def stats(url: str) -> dict[str, Any]:
             counters: dict[str, Any] = json.load(response)
     except urllib.error.HTTPError as error:
         sys.exit(
-            f"no counters ({error}): `vllm serve` has them with VLLM_PLUGINS=himap,himap_stats"
+            f"The server has no counters ({error}). Start `vllm serve` with "
+            "VLLM_PLUGINS=himap,himap_stats."
         )
     return counters
 
@@ -118,7 +103,7 @@ def show(url: str, image: Path) -> None:
     print(
         f"\n{counters['requests']['pruned']} pruned requests: "
         f"{counters['image_tokens']} image tokens, "
-        f"{counters['image_tokens_kept_shallow']} left after layer {HIMAP['shallow_layer']}, "
+        f"{counters['image_tokens_kept_shallow']} kept after layer {HIMAP['shallow_layer']}, "
         f"{counters['image_tokens_kept_deep']} after layer {HIMAP['deep_layer']};\n"
         f"{held} KV blocks instead of {held + saved}, {counters['kv_bytes_saved'] >> 10} KiB saved"
     )
