@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw a dashboard's numbers: `python -m deploy.grafana.picture --prometheus URL FILE.png`.
 
-For the README, where no Grafana runs: the panels' own queries, answered by a Prometheus, drawn with
-matplotlib. It looks like what it is, not like Grafana. Needs matplotlib, which nothing else does.
+The picture is for docs/quickstart.md, made where no Grafana runs: a Prometheus answers the panels'
+own queries, and matplotlib draws the answers.
 """
 
 from __future__ import annotations

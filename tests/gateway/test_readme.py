@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's examples of the OpenAI client run as they are written."""
+"""The Python examples of the README and the quickstart run as they are written."""
 
 from __future__ import annotations
 
@@ -12,19 +12,37 @@ from pathlib import Path
 from tests.servers import Server
 
 ROOT = Path(__file__).parents[2]
+ADDRESS = "http://localhost:8000"  # of the gateway in the examples
 
 
-def test_examples(server: Server) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    examples = [block for block in blocks if "openai.OpenAI()" in block]
-    assert len(examples) == 2
-    environment = {**os.environ, "OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "none"}
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", example],
-            cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=60,
-        ).stdout
-        for example in examples
-    ]  # fmt: skip
-    assert "'kept_deep': 5" in outputs[0]
-    assert outputs[1].strip()
+def examples(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def run(example: str, folder: Path) -> str:
+    """What the example prints when a user saves it and runs it from the repository's root."""
+    script = folder / "example.py"
+    script.write_text(example)
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_clients(server: Server, tmp_path: Path) -> None:
+    """Against the tests' gateway, whose model is another: the printed savings are of its image."""
+    _offline, chat = examples("README.md")
+    (responses,) = examples("docs/quickstart.md")
+    assert ADDRESS in chat
+    assert ADDRESS in responses
+    assert "'kept_deep': 5" in run(chat.replace(ADDRESS, server.url), tmp_path)
+    assert run(responses.replace(ADDRESS, server.url), tmp_path).strip()
+
+
+def test_offline(tmp_path: Path) -> None:
+    offline, _chat = examples("README.md")
+    printed = run(offline, tmp_path).strip().splitlines()[-1]
+    assert printed.strip() == re.findall(r"print\(.*# (.+)$", offline, re.MULTILINE)[0]

@@ -140,8 +140,8 @@ def test_services() -> None:
     assert int(gateway["stop_grace_period"].removesuffix("s")) > grace
 
 
-def test_the_readme_lists_what_starts() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_quickstart_lists_what_starts() -> None:
+    text = (ROOT / "docs" / "quickstart.md").read_text()
     source = compose("docker-compose.yml")
     for name, service in source["services"].items():
         assert f"\n| {name.capitalize()}" in text.replace("\n| gateway", "\n| Gateway")
