@@ -28,7 +28,7 @@ from statistics import median
 from typing import Any
 
 # First: it sets Triton's interpreter up, before anything imports Triton.
-from tests.conftest import BLOCK_SIZE, Case, Engine
+from tests.engines import BLOCK_SIZE, Case, Engine
 
 # isort: split
 import torch

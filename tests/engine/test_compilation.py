@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tests.checkpoints import sample_images
-from tests.conftest import Case, World
+from tests.engines import Case
+from tests.world import World
 
 PICTURES = sample_images(8, seed=6)
 

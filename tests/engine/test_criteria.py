@@ -6,10 +6,11 @@ from __future__ import annotations
 import pytest
 
 from himap_vllm.criteria import CRITERIA
-from tests.conftest import IMAGE_TOKENS, Case, Engine, World, assert_equals_oracle
 from tests.engine import test_families
 from tests.engine.test_oracle import PICTURES, PROMPTS
+from tests.engines import IMAGE_TOKENS, Case, Engine
 from tests.families import TINY
+from tests.world import World, assert_equals_oracle
 
 # HiMAP itself: tests/engine/test_oracle.py.
 OTHERS = [name for name in CRITERIA if name != "himap"]

@@ -16,8 +16,9 @@ from vllm.exceptions import VLLMValidationError
 
 from himap_vllm.model.families import FAMILIES
 from tests.checkpoints import sample_images
-from tests.conftest import Case, Engine, World, assert_equals_oracle
+from tests.engines import Case, Engine
 from tests.families import QWEN_IMAGE, TINY
+from tests.world import World, assert_equals_oracle
 
 RATIOS = ((0.25, 0.5), (0.5, 0.75), (0.75, 0.25), (0.9, 0.9), (0.5, 0.0))
 SIZES = ((112, 112), (60, 120), (150, 70), (56, 56))

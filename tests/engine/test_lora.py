@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import sample_images
-from tests.conftest import Case, Engine, World, assert_equals_oracle
+from tests.engines import Case, Engine
+from tests.world import World, assert_equals_oracle
 
 RANK, ALPHA = 4, 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import sample_images
-from tests.conftest import SHAPES, Case, World, assert_equals_oracle, watched
+from tests.engines import Case, watched
+from tests.world import SHAPES, World, assert_equals_oracle
 
 PICTURES = tuple(sample_images(8))
 RATIOS = ((0.0, 0.0), (0.25, 0.5), (0.5, 0.75), (0.75, 0.25), (0.9, 0.9), (0.0, 0.5), (0.5, 0.0))

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import sample_images
-from tests.conftest import BLOCK_SIZE, DEEP_LAYER, IMAGE_TOKENS, SHALLOW_LAYER, Case, Engine, World
+from tests.engines import BLOCK_SIZE, DEEP_LAYER, IMAGE_TOKENS, SHALLOW_LAYER, Case, Engine
 from tests.oracle import Oracle, OracleResult
 from tests.quantised import FORMATS, quantise
+from tests.world import World
 
 PICTURES = tuple(sample_images(4))
 QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"

@@ -10,17 +10,8 @@ import pytest
 
 from himap_vllm.plan.requests import read_stamp
 from tests.checkpoints import sample_images
-from tests.conftest import (
-    BLOCK_SIZE,
-    DEEP_LAYER,
-    SHALLOW_LAYER,
-    Case,
-    Engine,
-    World,
-    assert_equals_oracle,
-    compiled_or_not,
-    watched,
-)
+from tests.engines import BLOCK_SIZE, DEEP_LAYER, SHALLOW_LAYER, Case, Engine, watched
+from tests.world import World, assert_equals_oracle, compiled_or_not
 
 PICTURES = tuple(sample_images(8, seed=1))
 QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from transformers import Gemma3Config
 
-from tests.conftest import World
 from tests.quantised import FORMATS
+from tests.world import World
 
 
 def configure(checkpoint: Path, himap: Any, **options: Any) -> Any:

@@ -18,8 +18,9 @@ import openai
 import pytest
 
 from tests.checkpoints import sample_images
-from tests.conftest import DEEP_LAYER, SHALLOW_LAYER, Case, World
+from tests.engines import DEEP_LAYER, SHALLOW_LAYER, Case
 from tests.servers import picture_message, running
+from tests.world import World
 
 PICTURES = tuple(sample_images(6, seed=2))
 QUESTION = "What is this?"

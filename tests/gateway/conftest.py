@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.checkpoints import sample_images
-from tests.conftest import World
 from tests.gateway.support import gateway, post
 from tests.servers import Server
+from tests.world import World
 
 PICTURES = tuple(sample_images(4, seed=3))
 

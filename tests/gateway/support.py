@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.conftest import DEEP_LAYER, SHALLOW_LAYER
+from tests.engines import DEEP_LAYER, SHALLOW_LAYER
 from tests.oracle import OracleResult
 from tests.servers import Server, running
 

@@ -18,10 +18,10 @@ import openai
 import pytest
 import yaml
 
-from tests.conftest import World
 from tests.gateway.support import HIMAP, client, gateway, metric, post
 from tests.gateway.test_api import MESSAGES
 from tests.servers import Server
+from tests.world import World
 
 SECRET = "a sentence that no log may repeat"
 LONG = {"model": "tiny", "prompt": SECRET, "max_tokens": 400, "ignore_eos": True}

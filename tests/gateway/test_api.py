@@ -11,10 +11,11 @@ from typing import Any
 import openai
 import pytest
 
-from tests.conftest import IMAGE_TOKENS, Case, World
+from tests.engines import IMAGE_TOKENS, Case
 from tests.gateway.conftest import PICTURES
 from tests.gateway.support import answer_as_the_oracle, client, metric, post
 from tests.servers import Server, picture_message
+from tests.world import World
 
 QUESTION = "What is this?"
 MESSAGES = [picture_message(PICTURES[0], QUESTION)]

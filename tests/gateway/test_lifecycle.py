@@ -14,10 +14,10 @@ import openai
 import psutil
 import pytest
 
-from tests.conftest import World
 from tests.gateway.support import client, gateway, metric, post
 from tests.gateway.test_api import MESSAGES
 from tests.servers import Server
+from tests.world import World
 
 REQUEST_LOG = '"vllm.himap.request"'
 

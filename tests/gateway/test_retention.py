@@ -10,7 +10,7 @@ import pytest
 from himap_demo import MODEL_PATH
 
 from tests.gateway.support import HIMAP
-from tests.gateway.test_evaluation import himap
+from tests.gateway.test_eval_commands import himap
 from tests.servers import running
 
 PUBLISHED = Path(__file__).parents[2] / "bench" / "results" / "quality-bundled-model.json"

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from tests.conftest import Engine
+from tests.engines import Engine
 
 # Full graphs for batches of up to 16, the engine's limit; piecewise ones for steps of half its
 # limit, so that there are larger ones, of which later stages may fit a graph.

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import sample_images
-from tests.conftest import DEEP_LAYER, SHALLOW_LAYER, Case, World, assert_equals_oracle
 from tests.engine.test_compilation import compilations
+from tests.engines import DEEP_LAYER, SHALLOW_LAYER, Case
 from tests.interpreted.cuda_graphs import CAPTURE_SIZES, GraphPiece, Played
+from tests.world import World, assert_equals_oracle
 
 NUM_LAYERS = 12
 PICTURES = tuple(sample_images(8, seed=4))

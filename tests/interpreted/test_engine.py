@@ -12,16 +12,10 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import sample_images
-from tests.conftest import (
-    BLOCK_SIZE,
-    IMAGE_TOKENS,
-    Case,
-    World,
-    assert_equals_oracle,
-    watched,
-)
 from tests.engine import test_compilation, test_criteria, test_lora, test_oracle, test_serving
+from tests.engines import BLOCK_SIZE, IMAGE_TOKENS, Case, watched
 from tests.interpreted.cuda_graphs import runner_of
+from tests.world import World, assert_equals_oracle
 
 PICTURES = tuple(sample_images(8, seed=3))
 QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"

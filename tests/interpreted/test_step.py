@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.checkpoints import sample_images
-from tests.conftest import Case, Engine, World, assert_equals_oracle
+from tests.engines import Case, Engine
+from tests.world import World, assert_equals_oracle
 
 PICTURES = tuple(sample_images(8, seed=5))
 

@@ -23,10 +23,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import World
 from tests.gateway.conftest import PICTURES, ImageHost, image_host
 from tests.gateway.support import gateway, post
 from tests.servers import Server, picture_message
+from tests.world import World
 
 __all__ = ["image_host"]  # the fixture, for this folder, too
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.conftest import World
 from tests.engine import test_families
 from tests.families import NUM_LAYERS, TINY
 from tests.interpreted.cuda_graphs import GraphPiece, Played
+from tests.world import World
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import sample_images
-from tests.conftest import IMAGE_TOKENS, World
+from tests.engines import IMAGE_TOKENS
 from tests.gateway.support import HIMAP, client
 from tests.servers import Server, picture_message
+from tests.world import World
 
 NUM_PICTURES = 4
 MAX_TOKENS = "6"

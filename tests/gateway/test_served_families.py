@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import Case, World
 from tests.engine.test_families import PICTURES
+from tests.engines import Case
 from tests.families import TINY
 from tests.gateway.support import answer_as_the_oracle, gateway, post
 from tests.servers import Server, picture_message
+from tests.world import World
 
 
 @pytest.fixture(scope="module", params=["qwen2.5-vl", "idefics3"])
