@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images on their way through the whole gateway; test_images.py in unit has each check.
+"""Images on their way through the whole gateway; test_image_checks.py in unit has each check.
 
 The advisories are those of vLLM's history: each was a hole in a server like this.
 """

@@ -123,7 +123,7 @@ def make_prompt(rng: random.Random) -> tuple[list[int], PromptPlan | None]:
 @pytest.mark.parametrize("publish", [True, False])
 def test_equals_vllms(num_blocks: int, caching: bool, publish: bool) -> None:
     init_none_hash(sha256)
-    for seed in range(20):
+    for seed in range(6):
         rng = random.Random(f"{num_blocks} {caching} {publish} {seed}")
         sides = [Side(num_blocks, caching, shortcut) for shortcut in (False, True)]
 
@@ -152,5 +152,7 @@ def test_equals_vllms(num_blocks: int, caching: bool, publish: bool) -> None:
                 both("free", waiting[0], True)
             while waiting and both("admit", waiting[0]) is not NO_ROOM:
                 running.append(waiting.pop(0))
-            both("state")
+            if step % 4 == 0:  # what differs stays different
+                both("state")
+        both("state")
         assert set(sides[1].manager.himap_horizons) <= set(running)

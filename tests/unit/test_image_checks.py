@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which images the gateway lets through to the engine; data URLs.
+
+One test or more for each advisory on images in vLLM and its neighbours, named in the test's id.
+"""
+
+from __future__ import annotations
+
+import base64
+import gc
+import random
+import subprocess
+import sys
+import zlib
+from contextlib import suppress
+from io import BytesIO
+
+import pytest
+from himap_server.errors import GatewayError
+from himap_server.security.images import ImageLimits, check_image, decode_data_url, to_data_url
+from PIL import Image, UnidentifiedImageError
+
+from tests.unit.image_files import (
+    LIMITS,
+    PARAM,
+    animation,
+    check,
+    chunk,
+    encode,
+    gif_of,
+    jpeg_of,
+    jpeg_with_odd_metadata,
+    png,
+    png_header,
+    refused,
+    webp_header,
+)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif"])
+def test_format(kind: str) -> None:
+    assert check_image(encode(kind), LIMITS, PARAM).kind == kind
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_animation(kind: str) -> None:
+    data = animation(kind)
+    assert getattr(Image.open(BytesIO(data)), "n_frames", 1) == 3
+    assert check_image(data, LIMITS, PARAM).kind == kind
+
+
+FOREIGN = {
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"/>',
+    "tiff": encode("TIFF"),
+    "CVE-2026-22778-jpeg2000": encode("JPEG2000"),
+    "bmp": encode("BMP"),
+    "ico": encode("ICO"),
+    "ppm": encode("PPM"),
+    "tga": encode("TGA"),
+    "pdf": b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n",
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n",
+    "mp4": b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41",
+    "html": b"<!doctype html><title>Sign in</title>",
+    "avi-in-riff": b"RIFF\x64\0\0\0AVI LIST" + b"\0" * 100,
+    "webp-of-another-kind": b"RIFF\x64\0\0\0WEBPVP9 " + b"\0" * 100,
+    "png-behind-junk": b"\n" + encode("PNG"),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("data", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_bytes_are_refused_whatever_is_declared(data: bytes) -> None:
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    decoded = decode_data_url(url, LIMITS, PARAM)
+    assert decoded == data
+    assert check(decoded) == (400, "image_type")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(png(1001, 1000), id="vLLM-47010-png"),
+        pytest.param(png(10_000, 10_000), id="vLLM-47010-png-that-pillow-warns-of"),
+        pytest.param(png(2**31 - 1, 2**31 - 1), id="vLLM-47010-png-that-pillow-refuses"),
+        pytest.param(png(32, 24, png_header(60_000, 60_000)[8:]), id="png-two-headers"),
+        pytest.param(jpeg_of(65_000, 65_000), id="vLLM-47010-jpeg"),
+        pytest.param(webp_header(16_000, 16_000), id="vLLM-47010-webp"),
+        pytest.param(webp_header(16_000, 16_000).replace(b"d", b"\n", 1), id="webp-newline"),
+        pytest.param(gif_of(65_000, 65_000), id="vLLM-47010-gif"),
+    ],
+)
+def test_bomb(data: bytes) -> None:
+    assert len(data) < 4000
+    assert check(data) == (400, "image_pixels")
+
+
+def test_pixels_at_the_limit() -> None:
+    assert check_image(png(1000, 1000), LIMITS, PARAM).kind == "png"
+
+
+def test_pillows_own_limit_is_not_touched() -> None:
+    assert Image.MAX_IMAGE_PIXELS == 89_478_485
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(BytesIO(png(60_000, 60_000)))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param((1, 1), id="CVE-2026-22773"),
+        pytest.param((7, 64), id="narrow"),
+        pytest.param((64, 7), id="flat"),
+    ],
+)
+def test_side(size: tuple[int, int]) -> None:
+    assert check(encode("PNG", size)) == (400, "image_side")
+
+
+def test_side_at_the_limit() -> None:
+    assert check_image(encode("PNG", (8, 8)), LIMITS, PARAM).kind == "png"
+
+
+def test_bytes() -> None:
+    data = encode("PNG")
+    exact = ImageLimits(len(data), LIMITS.max_pixels, LIMITS.min_side)
+    assert check_image(data, exact, PARAM).kind == "png"
+    assert check(data + b"\0", exact) == (413, "image_bytes")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif"])
+def test_truncated_header(kind: str) -> None:
+    data = encode(kind)
+    length = 16 if kind == "webp" else 12
+    assert check(data[:length]) == (400, "image_broken")
+
+
+def test_decoder_text_stays_inside() -> None:
+    """CVE-2026-22778: "cannot identify image file <_io.BytesIO object at 0x7f...>"."""
+    data = png(64, 64).replace(b"\x08\x02\0\0\0", b"\x08\x02\0\0\1")  # the checksum is wrong now
+    with pytest.raises(UnidentifiedImageError, match="BytesIO object at 0x"):
+        Image.open(BytesIO(data))
+    with pytest.raises(GatewayError) as caught:
+        check_image(data, LIMITS, PARAM)
+    assert refused(caught.value) == (400, "image_broken")
+    assert caught.value.__suppress_context__
+
+
+def test_color_profiles_cannot_keep_a_core_busy() -> None:
+    profile = chunk(b"iCCP", b"icc\0\0" + zlib.compress(b"\0" * 1000))
+    assert check_image(png(64, 64, profile), LIMITS, PARAM).kind == "png"
+    assert check(png(64, 64, *[profile] * 100)) == (400, "image_broken")
+
+
+def test_exif_segments_cannot_keep_a_core_busy() -> None:
+    data = encode("JPEG")
+    segment = b"\xff\xe1\x00\x10Exif\0\0II*\0\x08\0\0\0"
+    assert check_image(data[:2] + segment + data[2:], LIMITS, PARAM).kind == "jpeg"
+    assert check(data[:2] + segment * 100 + data[2:]) == (400, "image_broken")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes the module's own filter
+def test_any_mutation_is_an_image_or_a_refusal() -> None:
+    chance = random.Random(0)
+    seeds = [encode(kind) for kind in ("png", "jpeg", "webp", "gif")]
+    seeds += [animation("gif"), animation("webp"), animation("png"), jpeg_with_odd_metadata()]
+    outcomes = set()
+    for _ in range(600):
+        data = bytearray(chance.choice(seeds))
+        for _ in range(chance.randint(1, 8)):
+            data[chance.randrange(4, min(len(data), 200))] = chance.choice(b"\0\x01\x7f\xff,!\xda")
+        if chance.random() < 0.3:
+            del data[chance.randrange(12, len(data)) :]
+        try:
+            outcomes.add(check_image(bytes(data), LIMITS, PARAM).kind)
+        except GatewayError as error:
+            outcomes.add(refused(error)[1])
+    assert {"png", "jpeg", "webp", "gif", "image_broken", "image_pixels", "image_type"} <= outcomes
+
+
+def test_no_warning_surfaces() -> None:
+    """In a process of its own: pytest has its own filters."""
+    code = """if True:
+        import sys, warnings
+        from himap_server.security.images import ImageLimits, check_image
+        from tests.unit.image_files import LIMITS, animation, gif_of
+        from tests.unit.image_files import jpeg_with_odd_metadata, png
+        large = ImageLimits(10**6, 10**9, 1)
+        if sys.argv[1] == "control":
+            warnings.resetwarnings()
+        check_image(jpeg_with_odd_metadata(), LIMITS, "")
+        check_image(png(10_000, 10_000), large, "")
+        frame = bytearray(gif_of(10, 10))
+        at = frame.index(b",", 13 + 768)
+        frame[at + 5 : at + 9] = b"\\x10\\x27" * 2
+        check_image(bytes(frame), large, "")
+    """
+    texts = {}
+    for name in ("real", "control"):
+        done = subprocess.run(
+            [sys.executable, "-W", "always", "-c", code, name], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        texts[name] = done.stderr
+    assert texts["real"] == ""
+    assert "UserWarning" in texts["control"]
+    assert "DecompressionBombWarning" in texts["control"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"BM" + b"\0" * 999, png(9999, 9999), png(4, 4), png_header(64, 64), b"\0" * 100_001],
+    ids=["image_type", "image_pixels", "image_side", "image_broken", "image_bytes"],
+)
+def test_refused_bytes_are_freed_at_once(data: bytes) -> None:
+    """Without waiting for the collector of cycles, which large images would outrun."""
+    data = bytes(bytearray(data))
+    before = sys.getrefcount(data)
+    gc.disable()
+    try:
+        with suppress(GatewayError):
+            assert not check_image(data, LIMITS, PARAM)
+        assert sys.getrefcount(data) == before
+    finally:
+        gc.enable()
+
+
+# ------------------------------------------------------------------------------------ data URLs
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif"])
+def test_data_url_round_trip(kind: str) -> None:
+    data = encode(kind)
+    assert decode_data_url(to_data_url(kind, data), LIMITS, PARAM) == data
+
+
+@pytest.mark.parametrize("prefix", ["DATA:Image/PNG;Base64,", "data:image/jpg;base64,"])
+def test_data_url_spellings(prefix: str) -> None:
+    assert decode_data_url(prefix + "AAAA", LIMITS, PARAM) == b"\0\0\0"
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        pytest.param("data:video/jpeg;base64,", id="CVE-2026-5497"),
+        "data:image/svg+xml;base64,",
+        "data:image/tiff;base64,",
+        "data:image/jp2;base64,",
+        "data:image/jpeg2000;base64,",
+        "data:image/*;base64,",
+        "data:image/png,",
+        "data:image/png;base64",
+        "data:image/png;charset=utf-8;base64,",
+        "data:image/png;base64;base64,",
+        "data:;base64,",
+        "data:,",
+        "data:application/octet-stream;base64,",
+        "data:image/png ;base64,",
+        " data:image/png;base64,",
+        "data:image/png;base64 ,",
+        "xdata:image/png;base64,",
+        "https://x.test/data:image/png;base64,",
+        "",
+    ],
+)
+def test_data_url_types(prefix: str) -> None:
+    with pytest.raises(GatewayError) as caught:
+        decode_data_url(prefix + "AAAA", LIMITS, PARAM)
+    assert refused(caught.value) == (400, "image_type")
+
+
+@pytest.mark.parametrize(
+    "junk",
+    ["A", "AAA", "AA=A", "AAAA====", "AA\nAA", "AA AA", "AA-_", "AAé=", "AA%3D", "\udc80AAA"],
+)
+def test_data_url_base64_is_strict(junk: str) -> None:
+    with pytest.raises(GatewayError) as caught:
+        decode_data_url("data:image/png;base64," + junk, LIMITS, PARAM)
+    assert refused(caught.value) == (400, "image_broken")
+
+
+def test_data_url_length_is_checked_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits, too_long = base64.b64encode(b"\0" * 100_000).decode(), "*" * 140_000
+    assert len(decode_data_url("data:image/png;base64," + fits, LIMITS, PARAM)) == 100_000
+    monkeypatch.setattr("himap_server.security.images.pybase64", None)
+    with pytest.raises(GatewayError) as caught:
+        decode_data_url("data:image/png;base64," + too_long, LIMITS, PARAM)
+    assert refused(caught.value) == (413, "image_bytes")

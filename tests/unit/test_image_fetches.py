@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the gateway fetches an image, and which answers it takes.
+
+One test or more for each advisory on images in vLLM and its neighbours, named in the test's id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import random
+import ssl
+import subprocess
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from himap_server.errors import GatewayError
+from himap_server.security import fetch
+from himap_server.security.fetch import FetchLimits, FreshResolver, ImageFetcher
+from yarl import URL
+
+from tests.unit.image_files import (
+    PARAM,
+    check,
+)
+from tests.unit.image_hosts import PICTURE, PUBLIC, Resolver, Tap, get, get_from, http, site, tap
+
+
+def test_request_carries_nothing_it_should_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy from the environment, and no cookie, referrer or credential at the second hop."""
+
+    async def scenario() -> None:
+        async with tap() as it, tap() as proxy:
+            here = f"127.0.0.1:{it.port}"
+            monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
+            monkeypatch.setenv("ALL_PROXY", f"http://127.0.0.1:{proxy.port}")
+            moved = http(b"", "302 Found", Location="/p.png?a=1#part", Set_Cookie="id=1")
+            async with tap(moved.replace(b"/p.png", f"http://{here}/p.png".encode())) as first:
+                there = f"127.0.0.1:{first.port}"
+                assert await get(f"http://{there}/a%2Fb", here, there) == PICTURE
+            assert proxy.connections == 0
+        assert first.requests[0].startswith(b"GET /a%2Fb HTTP/1.1\r\n")
+        lines = it.requests[0].decode().strip().split("\r\n")
+        assert lines.pop(0) == "GET /p.png?a=1 HTTP/1.1"
+        headers = dict(line.split(": ", 1) for line in lines)
+        assert headers.pop("Connection", "close") == "close"
+        assert headers == {
+            "Host": here,
+            "Accept": "image/png, image/jpeg, image/webp, image/gif",
+            "Accept-Encoding": "identity",
+            "User-Agent": "himap-vllm",
+        }
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize(("hops", "outcome"), [(3, PICTURE), (4, (400, "image_fetch"))])
+def test_redirects(status: int, hops: int, outcome: object) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        left = int(request.path.rpartition("/")[2])
+        if left == 0:
+            return web.Response(body=PICTURE, content_type="image/png")
+        return web.Response(status=status, headers={"Location": f"./{left - 1}"})
+
+    async def scenario() -> None:
+        async with site(handler) as port:
+            here = f"127.0.0.1:{port}"
+            assert await get(f"http://{here}/hops/{hops}", here) == outcome
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("location", "outcome"),
+    [
+        pytest.param("http://127.0.0.1/", (400, "image_host"), id="vLLM-57157-loopback"),
+        pytest.param("http://169.254.169.254/a", (400, "image_host"), id="vLLM-57157-metadata"),
+        pytest.param("//[::1]/", (400, "image_host"), id="vLLM-57157-no-scheme"),
+        pytest.param("http://name.test/", (400, "image_host"), id="vLLM-57157-name"),
+        pytest.param("http://127.0.0.1:{other}/", (400, "image_url"), id="other-port"),
+        pytest.param("file:///etc/passwd", (400, "image_url"), id="file"),
+        pytest.param("gopher://127.0.0.1/", (400, "image_url"), id="gopher"),
+        pytest.param("http://u:p@127.0.0.1:{port}/", (400, "image_url"), id="userinfo"),
+        pytest.param("http://127.0.0.1:{port}\\@x/", (400, "image_url"), id="backslash"),
+        pytest.param("http://a\xe9\udc80/", (400, "image_url"), id="not-utf8"),
+        pytest.param("", (400, "image_fetch"), id="no-location"),
+    ],
+)
+def test_redirect_is_checked_anew(location: str, outcome: object) -> None:
+    """From an allowed host, and with listeners where the redirect leads."""
+
+    async def scenario() -> None:
+        async with tap() as other, tap(b"-") as it:
+            target = location.format(port=it.port, other=other.port)
+            headers = f"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: {target}\r\n\r\n"
+            it.answer = headers.encode("utf-8", "surrogateescape")
+            if not location:
+                it.answer = http(b"", "302 Found")
+            resolver = Resolver(other.port, name_test=[["127.0.0.1"]])
+            here = f"127.0.0.1:{it.port}"
+            assert await get(f"http://{here}/", here, resolver=resolver) == outcome
+            assert (it.connections, other.connections) == (1, 0)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("public")
+def test_redirect_from_public_to_private() -> None:
+    """vLLM #57157: the usual way in, from an address that is no exception of the operator's."""
+
+    async def scenario() -> None:
+        async with tap() as private:
+            target = f"http://127.0.0.1:{private.port}/"
+            async with tap(http(b"", "302 Found", Location=target), host=PUBLIC) as it:
+                resolver = Resolver(it.port, evil_test=[[PUBLIC]])
+                assert await get("http://evil.test/", resolver=resolver) == (400, "image_url")
+                it.answer = http(b"", "302 Found", Location="http://127.0.0.1/")
+                assert await get("http://evil.test/", resolver=resolver) == (400, "image_host")
+                assert (it.connections, private.connections) == (2, 0)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("way", ["silent", "drip", "endless-header", "redirects"])
+def test_stalling_server(way: str) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if way == "redirects":  # each in time, all together not
+            await asyncio.sleep(0.15)
+            writer.write(http(b"", "302 Found", Location="/"))
+        if way == "drip":
+            writer.write(http()[: -len(PICTURE)])
+        while way in ("drip", "endless-header"):
+            writer.write(b"x" if way == "drip" else b"HTTP/1.1 102 Processing\r\n\r\n")
+            await asyncio.sleep(0.02)
+        if way == "silent":
+            await asyncio.sleep(60)
+        writer.close()
+
+    async def scenario() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        here = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        began = asyncio.get_running_loop().time()
+        limits = FetchLimits(100_000, 0.3, frozenset({here}))
+        fetcher = ImageFetcher(limits)
+        with pytest.raises(GatewayError, match=r"longer than 0\.3 s") as caught:
+            await fetcher.fetch(f"http://{here}/", PARAM)
+        assert (caught.value.status_code, caught.value.reason) == (400, "image_fetch")
+        assert 0.25 < asyncio.get_running_loop().time() - began < 1
+        await fetcher.close()
+        server.close()
+
+    asyncio.run(scenario())
+
+
+def test_names_that_never_resolve_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than threads that look names up, which nothing can cancel, and than connections."""
+
+    class Silent(asyncio.DatagramProtocol):
+        pass
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        server, _ = await loop.create_datagram_endpoint(Silent, local_addr=("127.0.0.1", 0))
+        port = server.get_extra_info("sockname")[1]
+        resolver = FreshResolver(nameservers=["127.0.0.1"], udp_port=port)
+        async with tap() as it:
+            monkeypatch.setattr(fetch, "_PORTS", frozenset({80, it.port}))
+            monkeypatch.setattr(fetch, "_is_public", lambda _: True)
+            fetcher = ImageFetcher(FetchLimits(100_000, 1.5, frozenset()), resolver)
+            stuck = [
+                loop.create_task(fetcher.fetch(f"http://{i}.example/", PARAM)) for i in range(200)
+            ]
+            await asyncio.sleep(0.1)
+            assert await fetcher.fetch(f"http://localhost:{it.port}/", PARAM) == PICTURE
+            assert not any(task.done() for task in stuck)
+            outcomes = await asyncio.gather(*stuck, return_exceptions=True)
+            assert all(isinstance(outcome, GatewayError) for outcome in outcomes)
+            await fetcher.close()
+        server.close()
+
+    asyncio.run(scenario())
+
+
+def test_resolvers_are_replaced_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """c-ares keeps every answer it ever got."""
+    alive: weakref.WeakSet[aiohttp.AsyncResolver] = weakref.WeakSet()
+    make = aiohttp.AsyncResolver
+
+    def made(**options: Any) -> aiohttp.AsyncResolver:
+        resolver = make(**options)
+        alive.add(resolver)
+        return resolver
+
+    monkeypatch.setattr(aiohttp, "AsyncResolver", made)
+
+    async def scenario() -> None:
+        resolver = FreshResolver()
+        for count in range(1, 200):
+            (found, *_) = await resolver.resolve("localhost", 80)
+            assert found["host"] == "127.0.0.1"
+            assert len(alive) == 1, count
+        await resolver.close()
+        assert not alive
+
+    asyncio.run(scenario())
+
+
+def test_declared_size_is_refused_before_reading() -> None:
+    answer = http(b"", Content_Length="100001")  # and never a byte of it
+    assert asyncio.run(get_from(answer)) == (413, "image_bytes")
+    assert asyncio.run(get_from(http(b"\0" * 100_000))) == b"\0" * 100_000
+
+
+def test_a_budget_ends_a_fetch_that_would_exceed_it() -> None:
+    """All images of a request are fetched at once: their sum is looked at while they come."""
+    sent = taken = 0
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        response = web.StreamResponse(headers={"Content-Type": "image/png"})
+        await response.prepare(request)
+        while True:
+            await response.write(b"\0" * 50_000)
+            sent += 50_000
+
+    def take(number: int) -> None:
+        nonlocal taken
+        taken += number
+        if taken > 200_000:
+            raise GatewayError(413, "together too large", reason="image_bytes", param=PARAM)
+
+    async def scenario() -> None:
+        async with site(handler) as port:
+            fetcher = ImageFetcher(FetchLimits(1 << 30, 5, frozenset({f"127.0.0.1:{port}"})))
+            fetches = [fetcher.fetch(f"http://127.0.0.1:{port}/", PARAM, take) for _ in range(4)]
+            for outcome in await asyncio.gather(*fetches, return_exceptions=True):
+                assert isinstance(outcome, GatewayError)
+                assert outcome.status_code == 413
+            await fetcher.close()
+
+    asyncio.run(scenario())
+    assert 200_000 < sent < 80_000_000  # what fits in the sockets' buffers
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_undeclared_size_is_cut_off(chunked: bool) -> None:
+    sent = 0
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        response = web.StreamResponse(headers={"Content-Type": "image/png"})
+        if not chunked:
+            response.force_close()
+        else:
+            response.enable_chunked_encoding()
+        await response.prepare(request)
+        while True:
+            await response.write(b"\0" * 50_000)
+            sent += 50_000
+
+    async def scenario() -> None:
+        async with site(handler) as port:
+            here = f"127.0.0.1:{port}"
+            assert await get(f"http://{here}/", here) == (413, "image_bytes")
+
+    asyncio.run(scenario())
+    assert 0 < sent < 20_000_000  # what fits in the sockets' buffers
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "deflate", "br", "zstd", "gzip, identity"])
+def test_content_encoding_is_refused(coding: str) -> None:
+    answer = http(gzip.compress(PICTURE), Content_Encoding=coding)
+    assert asyncio.run(get_from(answer)) == (400, "image_fetch")
+
+
+def test_identity_is_no_encoding() -> None:
+    assert asyncio.run(get_from(http(PICTURE, Content_Encoding="identity"))) == PICTURE
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_settings_behind_the_checks(allowed: bool) -> None:
+    """A second line: no test above fails for want of one of these alone."""
+
+    async def scenario() -> None:
+        hosts = frozenset({"x.test"} if allowed else ())
+        fetcher = ImageFetcher(FetchLimits(1, 1, hosts))
+        session = fetcher._session(URL("http://x.test/"))
+        connector = session.connector
+        assert isinstance(connector, aiohttp.TCPConnector)
+        assert connector.force_close
+        assert not connector.use_dns_cache
+        assert not session.auto_decompress
+        assert not session.trust_env
+        assert isinstance(session.cookie_jar, aiohttp.DummyCookieJar)
+        await fetcher.close()
+        assert session.closed
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/html", "image/svg+xml", "image/tiff", "video/jpeg", "image/"]
+)
+def test_content_type_is_refused(kind: str) -> None:
+    assert asyncio.run(get_from(http(Content_Type=kind))) == (400, "image_type")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("image/png", "IMAGE/JPEG", "image/jpg; q=1", "image/webp ;x", "image/gif"),
+        *("application/octet-stream", "binary/octet-stream", ""),
+    ],
+)
+def test_content_type_is_accepted(kind: str) -> None:
+    assert asyncio.run(get_from(http(Content_Type=kind))) == PICTURE
+
+
+def test_html_that_calls_itself_a_image() -> None:
+    body = asyncio.run(get_from(http(b"<html>internal status page</html>")))
+    assert isinstance(body, bytes)
+    assert check(body) == (400, "image_type")
+
+
+@pytest.mark.parametrize("status", ["404 Not Found", "500 Oops", "204 No Content", "206 Part"])
+def test_status(status: str) -> None:
+    assert asyncio.run(get_from(http(status=status))) == (400, "image_fetch")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH_9.9\r\n",
+        b"-ERR unknown command 'GET'\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: " + b"a" * 100_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\n",
+        http()[:-1],
+        b"\r\n",
+    ],
+    ids=["ssh", "redis", "long-header", "length", "lengths", "chunk", "short", "nothing"],
+)
+def test_bad_http(answer: bytes) -> None:
+    assert asyncio.run(get_from(answer)) == (400, "image_fetch")
+
+
+def test_certificates_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the URL's name, though an address is dialled."""
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    make += ["-nodes", "-subj", "/CN=x", "-addext", "subjectAltName=DNS:good.test"]
+    subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    ours = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    ours.load_cert_chain(certificate, key)
+
+    async def scenario() -> Sequence[object]:
+        it = Tap(http())
+        server = await asyncio.start_server(it.serve, "127.0.0.1", 0, ssl=ours)
+        port = server.sockets[0].getsockname()[1]
+        resolver = Resolver(port, good_test=[["127.0.0.1"]], bad_test=[["127.0.0.1"]])
+        names = ("good.test", "good.test.", "bad.test")
+        outcomes = [await get(f"https://{name}/", *names, resolver=resolver) for name in names]
+        server.close()
+        return outcomes
+
+    assert asyncio.run(scenario()) == [(400, "image_fetch")] * 3
+    theirs = ssl.create_default_context(cafile=certificate)
+    monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", theirs)
+    assert asyncio.run(scenario()) == [PICTURE, PICTURE, (400, "image_fetch")]
+
+
+def test_any_url_is_a_refusal() -> None:
+    chance = random.Random(0)
+    seeds = ["http://name.test:80/a?b#c", "https://[::1]/", "http://127.0.0.1/", "http://ä.test/"]
+    alphabet = "\\/:@?#[]%.0x~\t é\u3002\uff0f\u2100\udc80-_1aß"
+
+    async def scenario() -> set[object]:
+        outcomes: set[object] = set()
+        for _ in range(500):
+            text = list(chance.choice(seeds))
+            for _ in range(chance.randint(1, 4)):
+                text[chance.randrange(len(text))] = chance.choice(alphabet)
+            outcomes.add(await get("".join(text), resolver=Resolver(80)))
+        return outcomes
+
+    reasons = {"image_url", "image_host", "image_fetch"}
+    assert asyncio.run(scenario()) == {(400, reason) for reason in reasons}
