@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine, or the container on it, has for the server: memory and shared memory.
+
+* `vllm.distributed.device_communicators.shm_broadcast.MessageQueue` (read): a worker process sends
+  its answers through one of default size, which vLLM creates only where /dev/shm has that much
+  free, and has no setting for. Remove when: vLLM's own error says what to do in Kubernetes, too.
+* `vllm.utils.cpu_resource_utils.get_cgroup_memory_limit` does not do here: it knows the limit of
+  the topmost cgroup that the process can see, not that of a service's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+_NO_LIMIT = 1 << 60  # of cgroup v1, which says PAGE_COUNTER_MAX
+_MESSAGES = 10  # in each of vLLM's message queues
+
+
+def available_memory() -> int:
+    """Bytes that can still be used: of the machine's memory, and of every cgroup's around us."""
+    return min([psutil.virtual_memory().available, *_left_in_cgroups(Path("/"))])
+
+
+def _left_in_cgroups(root: Path) -> Iterator[int]:
+    """What each limit leaves: bytes, page cache that can be dropped not taken as used.
+
+    Args:
+        root: what holds `proc` and `sys`.
+    """
+    memberships = root / "proc/self/cgroup"
+    if not memberships.exists():
+        return
+    for line in memberships.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mount, names = "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inner = root / mount / path.lstrip("/")
+        # In a container without a cgroup namespace the path is the host's: then only the mount is.
+        for folder in (inner, *inner.parents):
+            if (root / mount) in (folder, *folder.parents):
+                left = _left(folder, *names)
+                if left is not None:
+                    yield left
+
+
+def _left(folder: Path, limit_name: str, usage_name: str, droppable: str) -> int | None:
+    try:
+        limit = (folder / limit_name).read_text().strip()
+        if limit == "max" or int(limit) >= _NO_LIMIT:
+            return None
+        usage = int((folder / usage_name).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None  # no such controller, or not ours to read
+    return max(0, int(limit) - usage + int(stat.get(droppable, 0)))
+
+
+def shared_memory_shortage(chunk_bytes: int, folder: Path = Path("/dev/shm")) -> str | None:
+    """Why vLLM's worker processes could not start, or None.
+
+    Args:
+        chunk_bytes: the size of a message to the workers, `VLLM_MQ_MAX_CHUNK_BYTES_MB`.
+        folder: where POSIX shared memory is.
+    """
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+    answer = inspect.signature(MessageQueue).parameters["max_chunk_bytes"].default
+    required = _MESSAGES * (max(chunk_bytes, answer) + 1024)
+    if not folder.is_dir() or (free := shutil.disk_usage(folder).free) >= required:
+        return None
+    return (
+        f"{folder} has {free >> 20} MiB free; the engine's processes need {-(-required >> 20)} MiB "
+        "of shared memory. With docker run: --shm-size 1g; in a compose file: shm_size: 1gb; in "
+        f"Kubernetes: an emptyDir with medium Memory, mounted at {folder}"
+    )
