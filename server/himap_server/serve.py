@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import uvicorn
 import uvloop
-import vllm.envs as envs
 import yaml
 from vllm.config.logging import LoggingConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -38,9 +37,9 @@ from himap_vllm.config import ADDITIONAL_CONFIG_KEY, EngineSettings, HiMAPError
 from .app import build_app
 from .bundled import BundledModel, bundled_model
 from .engine import run_engine
-from .host import available_memory, shared_memory_shortage
 from .http import BoundedHttp
 from .lifecycle import GatewayServer, Lifecycle, Phase
+from .memory import available_memory
 from .metrics import GatewayMetrics
 from .middleware import RequestMiddleware
 from .record import RequestRecord
@@ -51,6 +50,7 @@ from .settings import GatewaySettings, SettingsError, add_flags, load, setting_n
 logger = init_logger("vllm.himap.server")
 
 _DEFAULT_CPU_KV_BYTES = 4 << 30
+_CPU_PROCESSES_BYTES = 2 << 30  # gateway, engine core and a worker, before model and KV cache
 _MAX_N_SEQUENCES = "128"
 
 # Flags of vLLM's HTTP server that mean something here: read by its handlers, or by this module. The
@@ -155,21 +155,19 @@ def _choose_cpu_memory(args: Namespace) -> None:
         or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
         or args.gpu_memory_utilization != AsyncEngineArgs.gpu_memory_utilization
     )
-    if current_platform.is_cpu() and not chosen:
-        args.kv_cache_memory_bytes = min(_DEFAULT_CPU_KV_BYTES, available_memory() // 4)
+    if not current_platform.is_cpu():
+        return
+    available = available_memory()
+    if available < _CPU_PROCESSES_BYTES:
+        logger.warning(
+            "%d MiB of memory are left; the server's processes need about %d MiB besides model and "
+            "KV cache, and may be ended for lack of it",
+            available >> 20,
+            _CPU_PROCESSES_BYTES >> 20,
+        )
+    if not chosen:
+        args.kv_cache_memory_bytes = min(_DEFAULT_CPU_KV_BYTES, available // 4)
         logger.info("KV cache: %d MiB (--kv-cache-memory-bytes)", args.kv_cache_memory_bytes >> 20)
-
-
-def _check_shared_memory(args: Namespace) -> None:
-    """vLLM would fail, too, but later, in the engine's process, with half of the advice.
-
-    Raises:
-        SystemExit: /dev/shm is too small.
-    """
-    one_process = args.tensor_parallel_size == 1 and not current_platform.is_cpu()
-    shortage = shared_memory_shortage(envs.VLLM_MQ_MAX_CHUNK_BYTES_MB << 20)
-    if not one_process and shortage is not None:
-        raise SystemExit(f"himap serve: {shortage}")
 
 
 def _import_plugins(args: Namespace) -> None:
@@ -245,7 +243,6 @@ def main(argv: list[str]) -> int:
     args, settings = parse_arguments(argv)
     _import_plugins(args)
     _configure_logging(args)
-    _check_shared_memory(args)
     _choose_cpu_memory(args)
     try:
         keys = None if settings.api_keys_file is None else KeyRing(settings.api_keys_file)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory limits as Linux' cgroup file systems show them, and shared memory that is too small."""
+"""Memory limits as Linux' cgroup file systems show them."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import psutil
 import pytest
-from himap_server.host import _left_in_cgroups, available_memory, shared_memory_shortage
+from himap_server.memory import _left_in_cgroups, available_memory
 
 MIB = 1 << 20
 V2 = ("memory.max", "memory.current", "inactive_file")
@@ -68,16 +67,3 @@ def test_no_cgroups_at_all(root: Path) -> None:
 
 def test_never_more_than_the_machine_has() -> None:
     assert 0 < available_memory() <= psutil.virtual_memory().total
-
-
-def test_too_little_shared_memory_names_the_ways_out(tmp_path: Path) -> None:
-    free = shutil.disk_usage(tmp_path).free
-    message = shared_memory_shortage(free, tmp_path)
-    assert message is not None
-    for way in ("--shm-size", "shm_size", "emptyDir", str(tmp_path)):
-        assert way in message
-
-
-def test_enough_shared_memory(tmp_path: Path) -> None:
-    assert shared_memory_shortage(MIB, tmp_path) is None
-    assert shared_memory_shortage(1 << 60, tmp_path / "missing") is None

@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine, or the container on it, has for the server: memory and shared memory.
+"""How much memory this machine, and the container or service around us, has left.
 
-* `vllm.distributed.device_communicators.shm_broadcast.MessageQueue` (read): a worker process sends
-  its answers through one of default size, which vLLM creates only where /dev/shm has that much
-  free, and has no setting for. Remove when: vLLM's own error says what to do in Kubernetes, too.
-* `vllm.utils.cpu_resource_utils.get_cgroup_memory_limit` does not do here: it knows the limit of
-  the topmost cgroup that the process can see, not that of a service's own.
+vLLM's own `get_cgroup_memory_limit` knows only the topmost cgroup that the process can see, not the
+limit of a service's own.
 """
 
 from __future__ import annotations
 
-import inspect
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 _NO_LIMIT = 1 << 60  # of cgroup v1, which says PAGE_COUNTER_MAX
-_MESSAGES = 10  # in each of vLLM's message queues
 
 
 def available_memory() -> int:
@@ -63,23 +57,3 @@ def _left(folder: Path, limit_name: str, usage_name: str, droppable: str) -> int
     except OSError:
         return None  # no such controller, or not ours to read
     return max(0, int(limit) - usage + int(stat.get(droppable, 0)))
-
-
-def shared_memory_shortage(chunk_bytes: int, folder: Path = Path("/dev/shm")) -> str | None:
-    """Why vLLM's worker processes could not start, or None.
-
-    Args:
-        chunk_bytes: the size of a message to the workers, `VLLM_MQ_MAX_CHUNK_BYTES_MB`.
-        folder: where POSIX shared memory is.
-    """
-    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
-
-    answer = inspect.signature(MessageQueue).parameters["max_chunk_bytes"].default
-    required = _MESSAGES * (max(chunk_bytes, answer) + 1024)
-    if not folder.is_dir() or (free := shutil.disk_usage(folder).free) >= required:
-        return None
-    return (
-        f"{folder} has {free >> 20} MiB free; the engine's processes need {-(-required >> 20)} MiB "
-        "of shared memory. With docker run: --shm-size 1g; in a compose file: shm_size: 1gb; in "
-        f"Kubernetes: an emptyDir with medium Memory, mounted at {folder}"
-    )
