@@ -80,8 +80,7 @@ class Probe:
         def cut_twice(step: PruningStep) -> None:
             moved = positions
             for index, (query, key, hidden) in enumerate(inputs):
-                scores = step.score(index, query, key, size**-0.5, lambda *_, none=key[:0]: none)
-                step.set_scores(scores)
+                step.cuts[index].score(query, key, size**-0.5, lambda *_, none=key[:0]: none)
                 moved, _, _ = gather_rows(step.cut(index), moved, hidden, hidden)
 
         device, launch = [], []

@@ -15,8 +15,8 @@ from starlette.datastructures import State
 from starlette.requests import Request
 
 from himap_vllm.config import is_requested
+from himap_vllm.frontend.merged_stats import engine_stats
 from himap_vllm.frontend.support import is_configured
-from himap_vllm.pruning.stats import engine_stats
 
 
 class StatsEndpoint:

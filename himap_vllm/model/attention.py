@@ -19,10 +19,6 @@ import functools
 from typing import Any
 
 import torch
-from vllm.distributed import (
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
-)
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -33,11 +29,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.model.cached_keys import key_reader
+from himap_vllm.pruning.context import PruningContext
 from himap_vllm.pruning.stage_metadata import shallow_copy
-from himap_vllm.pruning.step import PruningContext
 
 
-def install_stage(attention: Attention, stage: int, state: PruningContext) -> None:
+def install_stage(attention: Attention, stage: int, context: PruningContext) -> None:
     """Make `attention` a layer of `stage`: its KV cache spec and its metadata builder.
 
     Raises:
@@ -58,10 +54,10 @@ def install_stage(attention: Attention, stage: int, state: PruningContext) -> No
 
     attention.get_kv_cache_spec = get_kv_cache_spec
     attention.attn_backend = _stage_backend(attention.attn_backend)
-    attention.himap_state = state
+    attention.himap_context = context
 
 
-def install_votes(attention: Attention, cut: int, state: PruningContext) -> None:
+def install_votes(attention: Attention, cut: int, context: PruningContext) -> None:
     """Score the image tokens for `cut` whenever `attention` runs in a step that prunes.
 
     Raises:
@@ -75,7 +71,6 @@ def install_votes(attention: Attention, cut: int, state: PruningContext) -> None
             raise ValueError(f"himap: {attention.layer_name} has {extra}, which is not supported")
     base_forward = impl.forward
     read_keys = key_reader(attention.attn_backend.get_name())
-    tensor_parallel = get_tensor_model_parallel_world_size() > 1
 
     @functools.wraps(base_forward)
     def forward(
@@ -88,20 +83,14 @@ def install_votes(attention: Attention, cut: int, state: PruningContext) -> None
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        step = state.step
+        step = context.step
         # Metadata is absent in profiling and warm-up runs.
         if step is not None and attn_metadata is not None:
 
             def cached_keys(requests: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
                 return read_keys(layer, kv_cache, attn_metadata.block_table, requests, positions)
 
-            scores = step.score(cut, query, key, impl.scale, cached_keys)
-            if tensor_parallel:
-                # Heads are spread over the ranks; all must choose the same tokens. An all-reduce
-                # may add in another order on each rank (vLLM's on CPU does), and rounding would
-                # decide close calls differently.
-                scores = tensor_model_parallel_all_gather(scores[None], dim=0).sum(0)
-            step.set_scores(scores)
+            step.cuts[cut].score(query, key, impl.scale, cached_keys)
         return base_forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
     impl.forward = forward
@@ -118,7 +107,7 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         ) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-            self._himap_state: PruningContext = layer.himap_state
+            self._himap_context: PruningContext = layer.himap_context
 
         def build(
             self,
@@ -126,10 +115,10 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
         ) -> Any:
-            views = self._himap_state.views
-            view = None if views is None else views[self.kv_cache_spec.stage]
-            if view is not None:
-                common_attn_metadata = view.apply(common_attn_metadata)
+            stages = self._himap_context.stage_metadata
+            own = None if stages is None else stages[self.kv_cache_spec.stage]
+            if own is not None:
+                common_attn_metadata = own.apply(common_attn_metadata)
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
         def update_block_table(

@@ -41,7 +41,8 @@ from vllm.sequence import IntermediateTensors
 
 from himap_vllm.kernels.gather import gather_rows
 from himap_vllm.model.graph_inputs import GraphInputs, Rows
-from himap_vllm.pruning.step import PruningContext, PruningStep
+from himap_vllm.pruning.context import PruningContext
+from himap_vllm.pruning.step import PruningStep
 
 _DYNAMIC = {"positions": -1, "hidden_states": 0}
 
@@ -111,7 +112,7 @@ class _SegmentedDecoder(nn.Module):
 
     # Plain tuples and objects, not registered: the layers stay where the checkpoint has them.
     himap_segments: tuple[FirstSegment, MiddleSegment, LastSegment]
-    himap_state: PruningContext
+    himap_context: PruningContext
     himap_later_layers: tuple[tuple[str, ...], tuple[str, ...]]
     # Of the segments behind each cut. Two, as a segment may return what it was passed.
     himap_inputs: tuple[GraphInputs, GraphInputs]
@@ -133,7 +134,7 @@ class _SegmentedDecoder(nn.Module):
             embed_input_ids: Any = self.embed_input_ids
             inputs_embeds = embed_input_ids(input_ids)
             assert inputs_embeds is not None
-        step = self.himap_state.step
+        step = self.himap_context.step
         if step is not None:
             return self._forward_pruning(step, positions, inputs_embeds, deepstack_input_embeds)
         first, middle, last = self.himap_segments
@@ -181,10 +182,10 @@ class _SegmentedDecoder(nn.Module):
         hidden_states: torch.Tensor,
         residual: torch.Tensor,
     ) -> Rows:
-        captured = step.captured[stage]
+        size = step.graph_sizes[stage]
         out = None
-        if captured is not None:
-            out = self.himap_inputs[stage - 1].rows(captured, positions)
+        if size is not None:
+            out = self.himap_inputs[stage - 1].rows(size, positions)
         return gather_rows(rows, positions, hidden_states, residual, out)
 
     @contextmanager
@@ -197,21 +198,21 @@ class _SegmentedDecoder(nn.Module):
         without LoRA. Goes when vLLM chooses graphs for a part of a model.
         """
         batch = step.plan.stages[stage]
-        if self.himap_state.enter_stage is not None:
-            self.himap_state.enter_stage(batch)
+        if self.himap_context.enter_stage is not None:
+            self.himap_context.enter_stage(batch)
         context = get_forward_context()
         slots = context.slot_mapping
         assert isinstance(slots, dict), "dual batch overlap is refused at start-up"
-        captured = step.captured[stage]
-        num_tokens = batch.num_tokens if captured is None else captured
+        size = step.graph_sizes[stage]
+        num_tokens = batch.num_tokens if size is None else size
         layers = self.himap_later_layers[stage - 1]
         later = replace(
             context,
             slot_mapping={**slots, **{name: slots[name][:num_tokens] for name in layers}},
             cudagraph_runtime_mode=(
-                CUDAGraphMode.NONE if captured is None else CUDAGraphMode.PIECEWISE
+                CUDAGraphMode.NONE if size is None else CUDAGraphMode.PIECEWISE
             ),
-            batch_descriptor=None if captured is None else BatchDescriptor(captured),
+            batch_descriptor=None if size is None else BatchDescriptor(size),
         )
         with override_forward_context(later):
             yield
@@ -220,7 +221,7 @@ class _SegmentedDecoder(nn.Module):
 def install_segments(
     decoder: Any,
     attention_layers: Sequence[str],
-    state: PruningContext,
+    context: PruningContext,
     vllm_config: VllmConfig,
 ) -> None:
     """Make a loaded decoder run in three segments.
@@ -231,10 +232,10 @@ def install_segments(
     Args:
         decoder: vLLM's.
         attention_layers: name of each layer's attention.
-        state: shared with runner and attention.
+        context: shared with runner and attention.
         vllm_config: the engine's configuration.
     """
-    settings = state.settings
+    settings = context.settings
     layers = list(decoder.layers)
     shallow, deep = settings.shallow_layer, settings.deep_layer
     with set_current_vllm_config(vllm_config):
@@ -247,7 +248,7 @@ def install_segments(
     base = type(decoder)
     decoder.__class__ = type(f"Segmented{base.__name__}", (_SegmentedDecoder, base), {})
     decoder.himap_segments = (first, middle, last)
-    decoder.himap_state = state
+    decoder.himap_context = context
     decoder.himap_later_layers = (
         tuple(attention_layers[shallow:deep]),
         tuple(attention_layers[deep:]),

@@ -13,12 +13,11 @@ from himap_vllm.config import engine_settings
 from himap_vllm.model.attention import install_stage, install_votes
 from himap_vllm.model.decoder import install_segments
 from himap_vllm.model.families import FAMILIES
-from himap_vllm.pruning.live_requests import Recorder
-from himap_vllm.pruning.step import Heads, PruningContext
+from himap_vllm.pruning.context import Heads, PruningContext
 
 
 def install(model: nn.Module, vllm_config: VllmConfig) -> PruningContext:
-    """Install stages, votes and segments; returns the state they share with the runner."""
+    """Install stages, votes and segments; returns the context they share with the runner."""
     settings = engine_settings(vllm_config.additional_config)
     assert settings is not None, "installed only with himap settings"
     architecture = vllm_config.model_config.architecture
@@ -26,18 +25,18 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> PruningContext:
     attentions = [_attention_of(layer) for layer in decoder.layers]
     first = attentions[0]
     heads = Heads(first.num_heads, first.num_kv_heads, first.head_size)
-    state = PruningContext(settings, heads, Recorder(settings))
-    votes = state.criterion.select_voters is not None
+    context = PruningContext(settings, heads)
+    votes = context.criterion.select_voters is not None
     for index, attention in enumerate(attentions):
         stage = int(index >= settings.shallow_layer) + int(index >= settings.deep_layer)
-        install_stage(attention, stage, state)
+        install_stage(attention, stage, context)
         if votes and index == settings.shallow_layer - 1:
-            install_votes(attention, 0, state)
+            install_votes(attention, 0, context)
         if votes and index == settings.deep_layer - 1:
-            install_votes(attention, 1, state)
+            install_votes(attention, 1, context)
     names = [attention.layer_name for attention in attentions]
-    install_segments(decoder, names, state, vllm_config)
-    return state
+    install_segments(decoder, names, context, vllm_config)
+    return context
 
 
 def _attention_of(layer: nn.Module) -> Attention:

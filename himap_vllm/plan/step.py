@@ -121,6 +121,16 @@ class StepPlan:
     stages: tuple[StageBatch, StageBatch, StageBatch]
     cuts: tuple[Cut, Cut] | None
 
+    @property
+    def prunes(self) -> bool:
+        """Whether a prompt is pruned in this step."""
+        return self.cuts is not None
+
+    @property
+    def pruned_requests(self) -> tuple[PrunedRequest, ...]:
+        """The prompts that are, as the first cut has them."""
+        return () if self.cuts is None else self.cuts[0].requests
+
 
 @dataclass(frozen=True, slots=True)
 class PlanArrays:

@@ -15,71 +15,50 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class QueryRows:
-    """The new tokens of a step that are left in a stage.
-
-    Attributes:
-        query_start_loc: [num_reqs + 1] int32, on the device.
-        query_start_loc_cpu: the same on the host.
-        num_tokens: rows of the step.
-        max_query_len: most rows of one request.
-    """
-
-    query_start_loc: torch.Tensor
-    query_start_loc_cpu: torch.Tensor
-    num_tokens: int
-    max_query_len: int
-
-
-@dataclass(frozen=True, slots=True)
-class StageView:
-    """What differs from vLLM's own view; block tables and slot mappings are the runner's.
+class StageAttentionMetadata:
+    """What differs from vLLM's own; block tables and slot mappings are the runner's.
 
     Attributes:
         seq_lens: [>= num_reqs] int32, on the device.
         seq_lens_cpu: the same on the host; None: as vLLM has it.
-        max_seq_len: the longest; None: as vLLM has it.
-        queries: None: as vLLM has them, which is so in every step that prunes nothing.
+        batch: the stage's, on the host. None: vLLM's maxima hold, as in a full CUDA graph.
+        query_start_loc: [num_reqs + 1] int32, on the device. None: the stage has every new token of
+            the step, as in each step that prunes nothing.
     """
 
     seq_lens: torch.Tensor
     seq_lens_cpu: torch.Tensor | None = None
-    max_seq_len: int | None = None
-    queries: QueryRows | None = None
+    batch: StageBatch | None = None
+    query_start_loc: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, batch: StageBatch, device: torch.device, prunes: bool) -> StageView:
-        """A view with tensors of its own, of a step that prunes or does not."""
+    def of(cls, batch: StageBatch, device: torch.device, prunes: bool) -> StageAttentionMetadata:
+        """With tensors of its own, of a step that prunes or does not."""
         seq_lens = torch.from_numpy(batch.seq_lens)
-        queries = None
+        query_start_loc = None
         if prunes:
-            query_start_loc = torch.from_numpy(batch.query_start_loc)
-            queries = QueryRows(
-                query_start_loc=query_start_loc.to(device),
-                query_start_loc_cpu=query_start_loc,
-                num_tokens=batch.num_tokens,
-                max_query_len=batch.max_query_len,
-            )
-        return cls(
-            seq_lens=seq_lens.to(device),
-            seq_lens_cpu=seq_lens,
-            max_seq_len=batch.max_seq_len,
-            queries=queries,
-        )
+            query_start_loc = torch.from_numpy(batch.query_start_loc).to(device)
+        return cls(seq_lens.to(device), seq_lens, batch, query_start_loc)
 
     def apply(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """A copy of `common` with this view's batch."""
+        """A copy of `common` for this stage.
+
+        * `vllm.v1.attention.backend.CommonAttentionMetadata` (read): a stage has its own lengths
+          and rows, and vLLM has no method that derives one from another. Remove when: vLLM offers
+          one.
+        """
         common = shallow_copy(common)
         common.seq_lens = self.seq_lens[: common.num_reqs]
         if self.seq_lens_cpu is not None:
             common.seq_lens_cpu_upper_bound = self.seq_lens_cpu[: common.num_reqs]
-        if self.max_seq_len is not None:
-            common.max_seq_len = self.max_seq_len
-        if self.queries is not None:
-            common.query_start_loc = self.queries.query_start_loc
-            common.query_start_loc_cpu = self.queries.query_start_loc_cpu
-            common.num_actual_tokens = self.queries.num_tokens
-            common.max_query_len = self.queries.max_query_len
+        batch = self.batch
+        if batch is not None:
+            common.max_seq_len = batch.max_seq_len
+            if self.query_start_loc is not None:
+                common.query_start_loc = self.query_start_loc
+                common.query_start_loc_cpu = torch.from_numpy(batch.query_start_loc)
+                common.num_actual_tokens = batch.num_tokens
+                common.max_query_len = batch.max_query_len
         # In terms of stage 0; no builder of a supported backend wants them.
         common.positions = None
         common._num_computed_tokens_cache = None

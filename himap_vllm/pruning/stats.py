@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from himap_vllm.plan.prompt import PromptPlan
+
 
 @dataclass
 class PruningStats:
@@ -44,6 +46,14 @@ class PruningStats:
     pruning_seconds: float = 0.0
     last_step_pruning_seconds: float = 0.0
 
+    def count_prompt(self, plan: PromptPlan) -> None:
+        """Account for one pruned prompt."""
+        seen, shallow, deep = (sum(column) for column in zip(*plan.counts, strict=True))
+        self.requests["pruned"] += 1
+        self.image_tokens += seen
+        self.image_tokens_kept_shallow += shallow
+        self.image_tokens_kept_deep += deep
+
     def count_step(self, seconds: float) -> None:
         """Account for the time of one pruning step."""
         self.steps += 1
@@ -69,31 +79,3 @@ class PruningStats:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready copy."""
         return {**vars(self), "requests": dict(self.requests)}
-
-
-def merge_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One engine's counters from those of its tensor-parallel workers.
-
-    All ranks see every request and hold the same blocks; each holds its own part of the bytes.
-    """
-    return {**ranks[0], "kv_bytes_saved": sum(rank["kv_bytes_saved"] for rank in ranks)}
-
-
-def merge_engines(engines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The counters of data-parallel engines, which see different requests, taken together."""
-    total = {key: sum(e[key] for e in engines) for key in engines[0] if key != "requests"}
-    requests: Counter[str] = sum((Counter(e["requests"]) for e in engines), Counter())
-    latest = max(engine["last_step_pruning_seconds"] for engine in engines)
-    return {**total, "requests": dict(requests), "last_step_pruning_seconds": latest}
-
-
-async def engine_stats(engine: Any) -> dict[str, Any]:
-    """The counters of a running `AsyncLLM`, all its workers and data-parallel engines together.
-
-    `AsyncLLM.collective_rpc` returns the first engine's answer only; each engine has counters of
-    its own. Can go when it returns all.
-    """
-    engines = await engine.engine_core.call_utility_all_async(
-        "collective_rpc", "himap_stats", None, (), None
-    )
-    return merge_engines([merge_ranks(ranks) for ranks in engines])

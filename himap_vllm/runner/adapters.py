@@ -18,7 +18,7 @@ import numpy as np
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 
 from himap_vllm.plan.step import StageBatch
-from himap_vllm.pruning.step import PruningContext
+from himap_vllm.pruning.context import PruningContext
 
 if TYPE_CHECKING:
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin as _Base

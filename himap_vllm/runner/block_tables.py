@@ -4,8 +4,8 @@
 vLLM looks up the slots of a step's tokens group by group, a kernel launch each; the groups of a
 stage differ in nothing but their block ids, so one NumPy lookup does for all of them.
 
-vLLM seam (0.32): `InputBatch.block_table`, a `MultiGroupBlockTable`, whose buffers become views of
-the array. Can go with Model Runner V1.
+* `vllm.v1.worker.block_table.MultiGroupBlockTable` (subclassed): `InputBatch.block_table` is one;
+  the buffers of its groups become views of the array. Remove when: Model Runner V1 goes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class StageBlockTables(MultiGroupBlockTable):
     ) -> None:
         """As `MultiGroupBlockTable.compute_slot_mapping`, but each stage has its own tokens."""
         plan = self.himap_step_plan
-        if plan is not None and plan.cuts is not None:
+        if plan is not None and plan.prunes:
             for groups, stage in zip(self._himap_groups, plan.stages, strict=True):
                 self._look_up(groups, _rows(stage.query_start_loc), stage.positions)
             return
@@ -80,8 +80,8 @@ class StageBlockTables(MultiGroupBlockTable):
         """Nothing: the device's tables are the host's."""
 
 
-def adopt(tables: MultiGroupBlockTable, stages: Sequence[int]) -> None:
-    """Make a CPU runner's block tables `StageBlockTables`.
+def make_stage_block_tables(tables: MultiGroupBlockTable, stages: Sequence[int]) -> None:
+    """Turn a CPU runner's block tables into `StageBlockTables`, in place.
 
     Args:
         tables: the runner's.

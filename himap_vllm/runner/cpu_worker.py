@@ -6,6 +6,7 @@ from __future__ import annotations
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from himap_vllm.runner import v1, v2
+from himap_vllm.runner.common import make_pruning_runner
 from himap_vllm.runner.worker import PruningWorkerMixin
 
 
@@ -14,4 +15,5 @@ class PruningCPUWorker(PruningWorkerMixin, CPUWorker):
 
     def init_device(self) -> None:
         super().init_device()
-        (v2 if self.use_v2_model_runner else v1).adopt(self.model_runner)
+        runner = v2 if self.use_v2_model_runner else v1
+        make_pruning_runner(self.model_runner, runner.PruningRunnerMixin)

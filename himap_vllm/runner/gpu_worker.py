@@ -7,7 +7,8 @@ from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from himap_vllm.runner import v2
+from himap_vllm.runner.common import make_pruning_runner
+from himap_vllm.runner.v2 import PruningRunnerMixin
 from himap_vllm.runner.worker import PruningWorkerMixin
 
 
@@ -16,7 +17,7 @@ class PruningGPUWorker(PruningWorkerMixin, Worker):
 
     def _make_model_runner(self) -> Any:
         runner = super()._make_model_runner()
-        v2.adopt(runner)
+        make_pruning_runner(runner, PruningRunnerMixin)
         return runner
 
     def compile_or_warm_up_model(self) -> Any:

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapter to Model Runner V1 (`GPUModelRunner` and its CPU subclass).
 
-vLLM seams (0.32), each a method overridden on the one runner instance of the worker; all go with
-Model Runner V1 itself:
-
-* `load_model`: the model is changed right after loading, before KV cache specs are collected;
-* `initialize_kv_cache`: the groups are checked against the plan, block tables are adopted;
-* `_prepare_inputs`: the batch order is fixed; the step is laid out before it;
-* `_get_slot_mappings`: the later stages have fewer tokens;
-* `_build_attention_metadata`: sees one group of each stage;
-* `execute_model`: whatever happens, no step outlives its forward pass.
+* `vllm.v1.worker.gpu_model_runner.GPUModelRunner.load_model` (overridden): the
+  model is changed right after loading, before KV cache specs are collected. Remove when: Model
+  Runner V1 goes.
+* `vllm.v1.worker.gpu_model_runner.GPUModelRunner.initialize_kv_cache` (overridden):
+  the groups are checked against the plan, block tables become `StageBlockTables`. Remove when:
+  Model Runner V1 goes.
+* `vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs` (overridden): the
+  batch order is fixed there; the step is planned before it. Remove when: Model Runner V1 goes.
+* `vllm.v1.worker.gpu_model_runner.GPUModelRunner._get_slot_mappings` (overridden):
+  the later stages have fewer tokens. Remove when: Model Runner V1 goes.
+* `vllm.v1.worker.gpu_model_runner.GPUModelRunner._build_attention_metadata`
+  (overridden): it sees one group of each stage, or building metadata for every group would cost
+  more than pruning saves. Remove when: Model Runner V1 goes.
+* `vllm.v1.worker.gpu_model_runner.GPUModelRunner.execute_model` (overridden):
+  whatever happens, no step outlives its forward pass. Remove when: Model Runner V1 goes.
 """
 
 from __future__ import annotations
@@ -22,63 +28,57 @@ import torch
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, PAD_SLOT_ID
 
 from himap_vllm.model.install import install
-from himap_vllm.plan.prompt import NUM_STAGES
-from himap_vllm.plan.table import ActivePlans
-from himap_vllm.pruning.stage_metadata import StageView
-from himap_vllm.pruning.step import PruningContext, PruningStep
-from himap_vllm.runner import block_tables
+from himap_vllm.pruning.context import PruningContext
+from himap_vllm.pruning.stage_groups import StageGroups
+from himap_vllm.pruning.stage_metadata import StageAttentionMetadata
 from himap_vllm.runner.adapters import AdapterMixin
-from himap_vllm.runner.block_tables import StageBlockTables
+from himap_vllm.runner.block_tables import StageBlockTables, make_stage_block_tables
+from himap_vllm.runner.common import count_pruned, count_step, share_metadata
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
-else:  # the class of the adopted runner is next in the method resolution order
+else:  # the class of vLLM's runner is next in the method resolution order
     _Base = object
 
 
 class PruningRunnerMixin(AdapterMixin, _Base):
-    """Put in front of the runner's own class by `adopt`."""
+    """Put in front of the runner's own class by `make_pruning_runner`."""
 
     kv_cache_config: Any
     attn_groups: Any
     himap: PruningContext
-    himap_leaders: list[int]
-    himap_leading: tuple[Any, list[Any]]  # their KV cache configuration and attention groups
-
-    @property
-    def himap_plans(self) -> ActivePlans:
-        """The plans of live requests."""
-        return self.himap.recorder.plans
+    himap_groups: StageGroups
+    himap_leading: tuple[Any, list[Any]]  # leaders' KV cache configuration and attention groups
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         self.himap = install(self.get_model(), self.vllm_config)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        self.himap.recorder.see_groups(kv_cache_config, self.model_config)
+        groups = StageGroups.of(kv_cache_config, self.himap.settings, self.model_config)
+        self.himap_groups = groups
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        stages = self.himap.recorder.group_stages
-        block_tables.adopt(self.input_batch.block_table, stages)
-        # The first group of each stage; its metadata serves the others.
-        leaders = self.himap_leaders = [stages.index(stage) for stage in range(NUM_STAGES)]
-        groups = self.kv_cache_config.kv_cache_groups
+        make_stage_block_tables(self.input_batch.block_table, groups.stages)
+        kv_cache_groups = self.kv_cache_config.kv_cache_groups
         self.himap_leading = (
-            replace(self.kv_cache_config, kv_cache_groups=[groups[i] for i in leaders]),
-            [self.attn_groups[i] for i in leaders],
+            replace(
+                self.kv_cache_config, kv_cache_groups=[kv_cache_groups[i] for i in groups.leaders]
+            ),
+            [self.attn_groups[i] for i in groups.leaders],
         )
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         batch = self.input_batch
-        plan = self.himap_plans.plan_step(
+        plan = self.himap.requests.plans.plan_step(
             batch.req_ids, batch.num_computed_tokens_cpu[: batch.num_reqs], num_scheduled_tokens
         )
         batch.block_table.himap_step_plan = plan
         if plan is not None:
-            prunes = plan.cuts is not None
-            later = (StageView.of(stage, self.device, prunes) for stage in plan.stages[1:])
-            self.himap.views = [None, *later]
-            if prunes:
-                self.himap.step = PruningStep(plan, self.device, self.himap.criterion)
+            later = [
+                StageAttentionMetadata.of(stage, self.device, plan.prunes)
+                for stage in plan.stages[1:]
+            ]
+            self.himap.begin_step(plan, self.device, later)
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
 
     def _get_slot_mappings(
@@ -94,7 +94,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
         by_group = list(slots[:, :num_tokens_padded].unbind())
         if self.himap.step is not None:
             stages = self.himap.step.plan.stages
-            for index, stage in enumerate(self.himap.recorder.group_stages):
+            for index, stage in enumerate(self.himap_groups.stages):
                 if stage > 0:
                     by_group[index] = slots[index, : stages[stage].num_tokens]
         by_layer = {
@@ -108,7 +108,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
         self, *, num_reqs: int, slot_mappings: dict[int, torch.Tensor], **kwargs: Any
     ) -> tuple[Any, Any]:
         """vLLM's, for a group of each stage; the others differ in blocks and slots only."""
-        tables, leaders = self.input_batch.block_table, self.himap_leaders
+        tables, leaders = self.input_batch.block_table, self.himap_groups.leaders
         seen = self.kv_cache_config, self.attn_groups
         self.kv_cache_config, self.attn_groups = self.himap_leading
         self.input_batch.block_table = [tables[i] for i in leaders]
@@ -121,43 +121,31 @@ class PruningRunnerMixin(AdapterMixin, _Base):
         finally:
             self.kv_cache_config, self.attn_groups = seen
             self.input_batch.block_table = tables
-        stages = self.himap.recorder.group_stages
-        groups = self.kv_cache_config.kv_cache_groups
-        built = [metadata[groups[i].layer_names[0]] for i in leaders]
-        num_rows = len(built[0].block_table)
+        first_layer = self.kv_cache_config.kv_cache_groups[leaders[0]].layer_names[0]
+        num_rows = len(metadata[first_layer].block_table)
         tables.himap_blocks[:, num_reqs:num_rows] = NULL_BLOCK_ID
-        blocks = tables.himap_blocks[:, :num_rows].unbind()
-        for index, (stage, group) in enumerate(zip(stages, groups, strict=True)):
-            if index not in leaders:
-                (of_group,) = self.attn_groups[index]
-                table = of_group.map_to_kernel_block_table(blocks[index])
-                builder = of_group.get_metadata_builder()
-                own = builder.update_block_table(built[stage], table, slot_mappings[index])
-                metadata.update(dict.fromkeys(group.layer_names, own))
+        share_metadata(
+            metadata,
+            [leaders[stage] for stage in self.himap_groups.stages],
+            self.attn_groups,
+            tables.himap_blocks[:, :num_rows].unbind(),
+            [slot_mappings[i] for i in range(len(self.attn_groups))],
+        )
         return metadata, common
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             output = super().execute_model(scheduler_output, *args, **kwargs)
-            if self.himap.step is not None:
-                self._account(self.himap.step)
+            step = self.himap.step
+            if step is not None:
+                request_ids = self.input_batch.req_ids
+
+                def blocks_of(row: int) -> list[int]:
+                    return [len(blocks) for blocks in self.requests[request_ids[row]].block_ids]
+
+                count_pruned(self.himap, self.himap_groups, step.plan, request_ids, blocks_of)
+                count_step(self.himap, step, request_ids)
             return output
         finally:
-            self.himap.step = self.himap.views = None
-
-    def _account(self, step: PruningStep) -> None:
-        recorder = self.himap.recorder
-        request_ids = self.input_batch.req_ids
-        assert step.plan.cuts is not None
-        for pruned in step.plan.cuts[0].requests:
-            request_id = request_ids[pruned.request]
-            blocks = [len(blocks) for blocks in self.requests[request_id].block_ids]
-            recorder.see_pruned(request_id, self.himap_plans[request_id], blocks)
-        recorder.see_step_end(step, request_ids)
-
-
-def adopt(runner: Any) -> None:
-    """Make a runner that vLLM has built a pruning one, before it loads its model."""
-    base = type(runner)
-    runner.__class__ = type(f"Pruning{base.__name__}", (PruningRunnerMixin, base), {})
+            self.himap.end_step()

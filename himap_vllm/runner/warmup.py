@@ -8,31 +8,32 @@ import torch
 from himap_vllm.kernels.gather import gather_rows
 from himap_vllm.plan.prompt import ImageTokens, Ratios, make_plan
 from himap_vllm.plan.step import plan_step
-from himap_vllm.pruning.step import PruningContext, PruningStep
+from himap_vllm.pruning.context import PruningContext
+from himap_vllm.pruning.step import PruningStep
 
 NUM_TOKENS = 64  # of the made-up prompt
 
 
 def warm_up(
-    state: PruningContext, dtype: torch.dtype, hidden_size: int, prompt_positions: torch.Tensor
+    context: PruningContext, dtype: torch.dtype, hidden_size: int, prompt_positions: torch.Tensor
 ) -> None:
     """Score and gather at both cuts of a made-up prompt, with and without cached keys.
 
     The shapes that Triton compiles for are the model's: heads, strides of a fused projection.
 
     Args:
-        state: of the model.
+        context: of the model.
         dtype: of its activations.
         hidden_size: of its decoder.
         prompt_positions: [NUM_TOKENS] or, with M-RoPE, [3, NUM_TOKENS] any positions, laid out
             like the runner's, and on its device.
     """
-    heads = state.heads
+    heads = context.heads
     device = prompt_positions.device
     plan = make_plan(NUM_TOKENS, [ImageTokens(((16, 48),))], Ratios(0.5, 0.5))
     for num_computed in (0, 16):
         step_plan = plan_step([num_computed], [NUM_TOKENS - num_computed], [plan])
-        step = PruningStep(step_plan, device, state.criterion)
+        step = PruningStep(step_plan, device, context.criterion)
         positions = prompt_positions
         for cut in range(2):
             num_tokens = step.plan.stages[cut].num_tokens
@@ -45,8 +46,7 @@ def warm_up(
             query = query.view(num_tokens, heads.num_heads, heads.head_size)
             key = key.view(num_tokens, heads.num_kv_heads, heads.head_size)
             cached = key[:1].expand(num_computed, -1, -1).contiguous()
-            scores = step.score(cut, query, key, 1.0, lambda *_, keys=cached: keys)
-            step.set_scores(scores)
+            step.cuts[cut].score(query, key, 1.0, lambda *_, keys=cached: keys)
             hidden_states = torch.zeros(num_tokens, hidden_size, dtype=dtype, device=device)
             rows = step.cut(cut, hidden_states, hidden_states)
             positions, _, _ = gather_rows(rows, positions, hidden_states, hidden_states)

@@ -20,7 +20,7 @@ from vllm.v1.metrics.buckets import (
 )
 
 from himap_vllm.config import EngineSettings
-from himap_vllm.pruning.stats import engine_stats
+from himap_vllm.frontend.merged_stats import engine_stats
 
 from .lifecycle import Lifecycle
 from .record import RequestRecord

@@ -277,7 +277,7 @@ def test_abort_in_mid_decode_frees_everything(world: World, compiled: bool) -> N
     runner = core.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     case = Case("One more step, so that the worker hears of it.", max_tokens=2)
     engine.generate([case])
-    assert not runner.himap_plans
+    assert not runner.himap.requests.plans
 
 
 @compiled_or_not

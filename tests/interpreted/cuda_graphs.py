@@ -290,7 +290,7 @@ class Played:
                 self.stages.update([0] if self.step is not None else [0, 1, 2])
             if self.step is not None:
                 self.pruning[mode.name] += 1
-                for stage, size in enumerate(self.step.captured):
+                for stage, size in enumerate(self.step.graph_sizes):
                     if size is not None:
                         self.stages[stage] += 1
                         self.padded_stages += size > self.step.plan.stages[stage].num_tokens
@@ -321,7 +321,7 @@ class Played:
             ) -> None:
                 if self.step is not None:
                     num_tokens = self.step.plan.stages[_stage].num_tokens
-                    size, mode = self.step.captured[_stage], CUDAGraphMode.PIECEWISE
+                    size, mode = self.step.graph_sizes[_stage], CUDAGraphMode.PIECEWISE
                     if _stage == 0:
                         mode, size = self.chosen[-1]
                     elif size is None:

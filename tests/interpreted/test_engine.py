@@ -92,4 +92,4 @@ def test_preempted_requests_are_recomputed_and_counted_once(world: World) -> Non
     assert stats["recomputed"] > 0
     assert stats["image_tokens"] == 3 * IMAGE_TOKENS
     engine.generate([Case("Lets the worker hear of the last end.", max_tokens=1)])
-    assert not runner_of(engine).himap.recorder.plans
+    assert not runner_of(engine).himap.requests.plans

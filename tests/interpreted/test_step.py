@@ -63,7 +63,7 @@ class Launches:
 def pruning_step(engine: Engine, monkeypatch: pytest.MonkeyPatch, cases: list[Case]) -> Any:
     """Operations within score and cut, and kernel launches, of the one step that prunes."""
     from himap_vllm.kernels import gather, importance, stage_slots
-    from himap_vllm.pruning import step as pruning
+    from himap_vllm.pruning.cut import PruningCut
 
     launches: Counter[str] = Counter()
     with monkeypatch.context() as patch:
@@ -74,8 +74,8 @@ def pruning_step(engine: Engine, monkeypatch: pytest.MonkeyPatch, cases: list[Ca
         ):
             patch.setattr(module, name, Launches(getattr(module, name), name, launches))
         seen: list[Any] = []
-        for name in ("score", "cut"):
-            method = getattr(pruning.PruningStep, name)
+        for name in ("score", "choose", "image_tokens_left"):
+            method = getattr(PruningCut, name)
 
             def recorded(*args: Any, _method: Any = method) -> Any:
                 with Operations() as operations:
@@ -83,7 +83,7 @@ def pruning_step(engine: Engine, monkeypatch: pytest.MonkeyPatch, cases: list[Ca
                 seen.extend(operations.seen)
                 return result
 
-            patch.setattr(pruning.PruningStep, name, recorded)
+            patch.setattr(PruningCut, name, recorded)
         before = engine.stats["steps"]
         outputs = engine.generate([*cases])
         assert engine.stats["steps"] == before + 1

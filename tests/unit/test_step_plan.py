@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios, make_plan
-from himap_vllm.plan.step import plan_step
+from himap_vllm.plan.step import Cut, plan_step
 from himap_vllm.plan.table import ActivePlans
-from himap_vllm.pruning.selection import SurvivorCounts, compact, surviving_rows
+from himap_vllm.pruning.selection import compact, surviving_rows
 
 
 def plan_with(
@@ -113,6 +113,13 @@ def test_structure_tokens_between_runs_are_text() -> None:
     assert cuts[0].image_tokens.tolist() == [2, 3, 5, 6, 8, 9]
 
 
+def survivors(cut: Cut, scores: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    assert cut.image_tokens is not None
+    arrays = (cut.image_tokens, cut.padded, cut.keep, cut.protected)
+    image_tokens, padded, keep, protected = map(torch.from_numpy, arrays)
+    return surviving_rows(scores, image_tokens, num_tokens, padded, keep, protected, cut.num_tokens)
+
+
 def test_selection_equals_sorting_each_image() -> None:
     rng = np.random.default_rng(0)
     plans = [
@@ -124,11 +131,10 @@ def test_selection_equals_sorting_each_image() -> None:
     assert step.cuts is not None
     cut = step.cuts[0]
     assert cut.image_tokens is not None
-    image_tokens = torch.from_numpy(cut.image_tokens)
     for _ in range(20):
         # Few distinct values: most decisions are ties.
         scores = rng.integers(0, 4, cut.num_image_tokens).astype(np.float32)
-        rows = surviving_rows(torch.from_numpy(scores), image_tokens, 58, SurvivorCounts.of(cut))
+        rows = survivors(cut, torch.from_numpy(scores), 58)
         expected = set(range(58)) - set(cut.image_tokens.tolist())
         for indices, keep in zip(cut.padded, cut.keep, strict=True):
             own = [int(i) for i in indices if i < cut.num_image_tokens]
@@ -141,9 +147,8 @@ def test_the_last_row_of_a_prompt_survives() -> None:
     step = plan_step([0], [10], [plan_with(10, ((4, 10),))])
     assert step.cuts is not None
     cut = step.cuts[0]
-    assert cut.image_tokens is not None
     scores = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
-    rows = surviving_rows(scores, torch.from_numpy(cut.image_tokens), 10, SurvivorCounts.of(cut))
+    rows = survivors(cut, scores, 10)
     assert rows.tolist() == [0, 1, 2, 3, 4, 5, 9]
 
 

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One cut of a running step: the layer before it has it score, the decoder has it choose."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+    tensor_model_parallel_all_gather,
+)
+from vllm.triton_utils import HAS_TRITON
+
+from himap_vllm.criteria.criterion import Candidates, Criterion
+from himap_vllm.kernels.importance import VoteTiles
+from himap_vllm.kernels.importance import importance as importance_in_one_launch
+from himap_vllm.plan.step import Cut, IntArray
+from himap_vllm.pruning.importance import importance
+from himap_vllm.pruning.selection import compact, surviving_rows
+
+CachedKeys = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(row in the batch [n], KV position [n]) -> keys [n, num_kv_heads, head_size]."""
+
+
+@dataclass(frozen=True, slots=True)
+class CutTensors:
+    """A cut's arrays on the device; `Cut` and `VoteTiles` name the index spaces.
+
+    Attributes:
+        padded: [num_images, longest image] int64.
+        keep: [num_images] int64.
+        protected: int64.
+        tiles: [num_tiles, 8] int64.
+        voters: [num rows] int64, rows of the step; None: the image tokens themselves vote.
+        num_partials: most tiles that any image has.
+    """
+
+    padded: torch.Tensor
+    keep: torch.Tensor
+    protected: torch.Tensor
+    tiles: torch.Tensor
+    voters: torch.Tensor | None
+    num_partials: int
+
+    @staticmethod
+    def arrays(cut: Cut, tiles: VoteTiles) -> list[IntArray]:
+        """What `take` needs on the device."""
+        voters = np.empty(0, dtype=np.int64) if tiles.rows is None else tiles.rows
+        return [cut.padded, cut.keep, cut.protected, tiles.tiles, voters]
+
+    @classmethod
+    def take(cls, tiles: VoteTiles, tensors: Iterator[torch.Tensor]) -> CutTensors:
+        """From the next `tensors`: those of `arrays`."""
+        padded, keep, protected, of_tiles, voters = islice(tensors, 5)
+        return cls(
+            padded=padded,
+            keep=keep,
+            protected=protected,
+            tiles=of_tiles,
+            voters=None if tiles.rows is None else voters,
+            num_partials=tiles.num_partials,
+        )
+
+
+class PruningCut:
+    """One cut of a step that prunes, and the scores it chooses by.
+
+    Attributes:
+        image_tokens: [num flat images] rows of the image tokens, in the step before the cut. Those
+            of the second cut are known once the first has chosen.
+        survivors: rows that go on, in the step before the cut, ascending; known once it has chosen.
+        seconds: host time spent here so far.
+    """
+
+    image_tokens: torch.Tensor
+    survivors: torch.Tensor
+
+    def __init__(
+        self,
+        index: int,
+        cut: Cut,
+        num_tokens: int,
+        tensors: CutTensors,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        criterion: Criterion,
+    ) -> None:
+        """
+        Args:
+            index: 0 or 1.
+            cut: the step's.
+            num_tokens: rows of the step before the cut.
+            tensors: of `cut`.
+            cached: row in the batch and KV position of the keys that the prompts have in the KV
+                cache. They precede the first image, so they are the same in every stage.
+            criterion: the engine's.
+        """
+        self.cut = cut
+        self.tensors = tensors
+        self.seconds = 0.0
+        self._index = index
+        self._num_tokens = num_tokens
+        self._cached = cached
+        self._criterion = criterion
+        self._attention: torch.Tensor | None = None  # as `Candidates` has it
+
+    def score(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float, cached_keys: CachedKeys
+    ) -> None:
+        """Compute the importance of each image token in the layer before the cut, and keep it.
+
+        Args:
+            query: [num_tokens, num_heads, head_size] of that layer, on this rank.
+            key: [num_tokens, num_kv_heads, head_size], likewise.
+            scale: softmax scale.
+            cached_keys: reads keys of that layer back from the KV cache.
+        """
+        began = time.perf_counter()
+        tensors = self.tensors
+        cached = cached_keys(*self._cached) if len(self._cached[0]) else key[:0]
+        if HAS_TRITON:
+            voters = self.image_tokens if tensors.voters is None else tensors.voters
+            scores = importance_in_one_launch(
+                query,
+                key,
+                cached,
+                scale,
+                tensors.tiles,
+                voters,
+                tensors.num_partials,
+                self.image_tokens,
+            )
+        else:
+            scores = importance(query, key, cached, scale, self.cut, self.image_tokens)
+        self.seconds += time.perf_counter() - began
+        if get_tensor_model_parallel_world_size() > 1:
+            # Heads are spread over the ranks; all must choose the same tokens. An all-reduce may
+            # add in another order on each rank (vLLM's on CPU does), and rounding would decide
+            # close calls differently.
+            scores = tensor_model_parallel_all_gather(scores[None], dim=0).sum(0)
+        self._attention = scores
+
+    def choose(self, *stream: torch.Tensor) -> torch.Tensor:
+        """The rows that survive, among the step's rows before the cut.
+
+        Args:
+            stream: [num_tokens, hidden_size] each; their sum is the residual stream at the cut.
+
+        Returns:
+            [cut.num_tokens] int64, ascending; `survivors` from now on.
+        """
+        began = time.perf_counter()
+        scores = self._criterion.score(self._candidates(stream))
+        if self._criterion.needs_hidden_states:
+            # States may differ in rounding from rank to rank; all must choose the same tokens.
+            scores = get_tp_group().broadcast(scores)
+        self.survivors = surviving_rows(
+            scores,
+            self.image_tokens,
+            self._num_tokens,
+            self.tensors.padded,
+            self.tensors.keep,
+            self.tensors.protected,
+            self.cut.num_tokens,
+        )
+        self._attention = None
+        self.seconds += time.perf_counter() - began
+        return self.survivors
+
+    def image_tokens_left(self) -> torch.Tensor:
+        """[num flat images behind the cut] rows of the image tokens, in the step behind the cut."""
+        began = time.perf_counter()
+        is_image = torch.zeros(self._num_tokens, dtype=torch.bool, device=self.survivors.device)
+        is_image.index_fill_(0, self.image_tokens, True)
+        left = compact(is_image[self.survivors], int(self.cut.keep.sum()))
+        self.seconds += time.perf_counter() - began
+        return left
+
+    def _candidates(self, stream: Sequence[torch.Tensor]) -> Candidates:
+        criterion = self._criterion
+        if criterion.select_voters is not None:
+            assert self._attention is not None, "the layer before the cut has not run"
+        states = None
+        if criterion.needs_hidden_states:
+            own = [part.index_select(0, self.image_tokens).float() for part in stream]
+            states = torch.stack(own).sum(0)
+        return Candidates(
+            cut=self.cut,
+            index=self._index,
+            device=self.image_tokens.device,
+            attention=self._attention,
+            states=states,
+        )

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the surviving image tokens of the latest pruned prompts stood in them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+
+from himap_vllm.plan.prompt import PromptPlan
+from himap_vllm.pruning.step import PruningStep
+
+Trace = dict[str, list[list[int]]]
+"""Surviving prompt positions per image: {"shallow": [[...], ...], "deep": [[...], ...]}."""
+
+
+class TraceLog:
+    """Of the latest `size` prompts; 0 keeps none and costs nothing.
+
+    * `vllm.utils.gpu_sync_debug.gpu_sync_allowed` (called): tells vLLM's check for waits that this
+      copy to the host is wanted. Remove when: vLLM drops that check.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._traces: OrderedDict[str, Trace] = OrderedDict()
+
+    def find(self, request_id: str) -> Trace | None:
+        """The trace of a request, if it is known.
+
+        vLLM adds a random suffix to request ids on their way in; the id may be given without it.
+        """
+        for known, trace in reversed(self._traces.items()):
+            if known == request_id or known.rpartition("-")[0] == request_id:
+                return dict(trace)
+        return None
+
+    def on_pruned(self, request_id: str, plan: PromptPlan, step: PruningStep, row: int) -> None:
+        """The forward pass of a step that pruned a prompt has been launched.
+
+        Args:
+            request_id: of the prompt.
+            plan: of the prompt.
+            step: the step.
+            row: of the prompt in the batch.
+        """
+        if not self._size:
+            return
+        first, second = (cut.survivors for cut in step.cuts)
+        batch = step.plan.stages[0]
+        begin = batch.query_start_loc[row]
+        offset = int(batch.seq_lens[row] - batch.query_start_loc[row + 1])
+        trace: Trace = {}
+        with gpu_sync_allowed():
+            kept = {"shallow": first.tolist(), "deep": first[second].tolist()}
+        for name, rows in kept.items():
+            alive = {row + offset for row in rows if row >= begin}
+            trace[name] = [
+                [p for run in image.runs for p in range(*run) if p in alive]
+                for image in plan.images
+            ]
+        self._traces[request_id] = trace
+        while len(self._traces) > self._size:
+            self._traces.popitem(last=False)
