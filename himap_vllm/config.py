@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
-from himap_vllm.criteria import CRITERIA
 from himap_vllm.plan.cuts import default_cuts
 from himap_vllm.plan.prompt import Ratios
+
+CriterionName = Literal["himap", "fastv", "random", "uniform", "diversity", "mixed"]
+"""What survivors may be chosen by; `himap_vllm.criteria` has them, and torch."""
 
 ADDITIONAL_CONFIG_KEY = "himap"
 SHALLOW_ARG = "himap_shallow_ratio"
@@ -77,7 +79,7 @@ class EngineSettings:
     max_shallow_ratio: float | None = None
     max_deep_ratio: float | None = None
     trace_requests: int = 0
-    criterion: str = "himap"
+    criterion: CriterionName = "himap"
 
     @classmethod
     def parse(cls, raw: Any, num_layers: int = 32, first_cut: int = 1) -> EngineSettings:
@@ -111,10 +113,11 @@ class EngineSettings:
         _check_int("shallow_layer", settings.shallow_layer, 1)
         _check_int("deep_layer", settings.deep_layer, 2)
         _check_int("trace_requests", settings.trace_requests, 0)
-        if settings.criterion not in list(CRITERIA):
+        criteria = get_args(CriterionName)
+        if settings.criterion not in criteria:
             raise HiMAPError(
                 "criterion",
-                f"criterion must be one of {', '.join(CRITERIA)}, got {settings.criterion!r}",
+                f"criterion must be one of {', '.join(criteria)}, got {settings.criterion!r}",
             )
         if settings.shallow_layer >= settings.deep_layer:
             raise HiMAPError(

@@ -7,6 +7,8 @@ but HiMAP are there for research.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from himap_vllm.criteria.criterion import Criterion
 from himap_vllm.criteria.diversity import DIVERSITY
 from himap_vllm.criteria.fastv import FASTV
@@ -15,6 +17,9 @@ from himap_vllm.criteria.mixed import MIXED
 from himap_vllm.criteria.random import RANDOM
 from himap_vllm.criteria.uniform import UNIFORM
 
-CRITERIA: dict[str, Criterion] = {
+if TYPE_CHECKING:
+    from himap_vllm.config import CriterionName
+
+CRITERIA: dict[CriterionName, Criterion] = {
     criterion.name: criterion for criterion in (HIMAP, FASTV, RANDOM, UNIFORM, DIVERSITY, MIXED)
 }

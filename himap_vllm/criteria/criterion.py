@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from himap_vllm.plan.step import Cut
+if TYPE_CHECKING:
+    from himap_vllm.config import CriterionName
+    from himap_vllm.plan.step import Cut
 
-Cuts = tuple[Cut, Cut]
+    Cuts = tuple[Cut, Cut]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class Criterion:
         seeded: whether `score` wants `PrunedRequest.seed`.
     """
 
-    name: str
+    name: CriterionName
     score: Callable[[Candidates], torch.Tensor]
     select_voters: Callable[[Cuts], Cuts] | None = None
     needs_hidden_states: bool = False

@@ -8,12 +8,16 @@ or the prompt's last row where none follows.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from himap_vllm.criteria.criterion import Candidates, Criterion, Cuts
+from himap_vllm.criteria.criterion import Candidates, Criterion
 from himap_vllm.plan.step import ImageVote, IntArray, PrunedRequest
+
+if TYPE_CHECKING:
+    from himap_vllm.criteria.criterion import Cuts
 
 
 def last_text_row(cuts: Cuts) -> Cuts:

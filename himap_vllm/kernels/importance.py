@@ -14,12 +14,14 @@ its own, and one reduction adds them in a fixed order.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from vllm.triton_utils import tl, triton
 
-from himap_vllm.plan.step import Cut, IntArray
+if TYPE_CHECKING:
+    from himap_vllm.plan.step import Cut, IntArray
 
 BLOCK_ROWS = 32
 BLOCK_KEYS = 64

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV cache slots of the later stages, on the device, for all their KV cache groups at once."""
+"""KV cache slots of the later stages, on the device, for all their KV cache groups at once.
+
+* `vllm.v1.attention.backends.utils.PAD_SLOT_ID` (read): the kernels that write the KV cache skip
+  this slot. Remove when: Triton kernels may read module constants of other packages.
+"""
 
 from __future__ import annotations
 
 import torch
 from vllm.triton_utils import tl, triton
 
-PAD_SLOT = -1  # vLLM's PAD_SLOT_ID: the kernels that write the KV cache skip it
+PAD_SLOT = -1
 _BLOCK = 1024
 
 

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from himap_vllm.plan.step import IntArray
+if TYPE_CHECKING:
+    from himap_vllm.plan.step import IntArray
 
 _ALIGNMENT = 2  # elements: 16 bytes, by whose multiples Triton specialises kernels
 
@@ -17,8 +19,10 @@ def upload(arrays: Sequence[IntArray], device: torch.device) -> list[torch.Tenso
     """The arrays on `device`, int64, shapes kept: views of one tensor, filled by one copy.
 
     Each is aligned as if it were alone, or a kernel would be compiled anew for other addresses.
-    vLLM's `async_tensor_h2d` stages in pinned memory. A plain `.to(device)` from pageable memory
-    would wait for everything queued on the device before it.
+
+    * `vllm.utils.torch_utils.async_tensor_h2d` (called): it stages in pinned memory. A plain
+      `.to(device)` from pageable memory would wait for everything queued on the device before it.
+      Remove when: torch stages copies from pageable memory itself.
     """
     # Here, so that the arithmetic above this module can be tested without vLLM.
     from vllm.utils.torch_utils import async_tensor_h2d

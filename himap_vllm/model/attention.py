@@ -2,21 +2,29 @@
 """What the decoder's attention layers do for pruning, and how they are told.
 
 Each layer is changed in place, on the instance, after the model is loaded; the classes, and with
-them every other model of the process, stay as they are. vLLM seams (0.32):
+them every other model of the process, stay as they are.
 
-* `Attention.get_kv_cache_spec`: the stage goes into the spec. vLLM's own layers with special
-  specs override the same method (`RSWAAttention`).
-* `Attention.attn_backend`: a subclass from `subclass_attention_backend`, whose metadata builder
-  sees the step as the layer's stage does. vLLM's own mechanism (chunked local attention).
-* `Attention.impl.forward`: q and k of the two layers before the cuts are read there, inside the
-  opaque attention op, which torch.compile does not look into. Can go when vLLM offers a hook for
-  attention scores.
+* `vllm.model_executor.layers.attention.attention.Attention.get_kv_cache_spec` (overridden):
+  the stage goes into the spec. vLLM's own layers with special specs override the same method
+  (`RSWAAttention`). Remove when: vLLM lets a plugin put a layer into a KV cache group.
+* `vllm.model_executor.layers.attention.attention.Attention.attn_backend` (overridden): a
+  backend whose metadata builder sees the step as the layer's stage does. Remove when: vLLM lets a
+  layer choose its metadata builder.
+* `vllm.v1.attention.backend.subclass_attention_backend` (called): makes that backend, as vLLM does
+  for chunked local attention. Remove when: vLLM lets a layer choose its metadata builder.
+* `vllm.v1.attention.backend.AttentionMetadataBuilder.build`,
+  `vllm.v1.attention.backend.AttentionMetadataBuilder.update_block_table` (overridden): the metadata
+  of a stage, and that of another group of the same stage. Remove when: vLLM lets a layer choose its
+  metadata builder.
+* `vllm.v1.attention.backend.AttentionImpl.forward` (wrapped): q and k of the two layers before the
+  cuts are read there, inside the opaque attention op, which torch.compile does not look into.
+  Remove when: vLLM offers a hook for attention scores.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.attention import Attention
@@ -29,8 +37,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.model.cached_keys import key_reader
-from himap_vllm.pruning.context import PruningContext
 from himap_vllm.pruning.stage_metadata import shallow_copy
+
+if TYPE_CHECKING:
+    from himap_vllm.pruning.context import PruningContext
 
 
 def install_stage(attention: Attention, stage: int, context: PruningContext) -> None:

@@ -23,10 +23,12 @@ keys [n, num_kv_heads, head_size]. One gather, whatever requests the keys belong
 def _cpu_key_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> torch.Tensor:
     """[block_size, head_size] where vLLM's CPU kernel puts each element of one block and head.
 
-    The kernel stores keys in an order of its own per instruction set, undocumented and private.
-    Instead of repeating it, write numbered keys through the kernel and look where they went; once
-    per process, three writes into one block. Base-128 digits are exact in every dtype. Can go
-    when vLLM exposes a gather from the CPU KV cache.
+    Numbered keys are written through the kernel to see where they went; once per process, three
+    writes into one block. Base-128 digits are exact in every dtype.
+
+    * `vllm._custom_ops.cpu_attn_reshape_and_cache` (called): the kernel stores keys in an order of
+      its own per instruction set, undocumented and private. Remove when: vLLM exposes a gather from
+      the CPU KV cache.
     """
     numbers = torch.arange(block_size * head_size).view(block_size, 1, head_size)
     slots = torch.arange(block_size)
@@ -52,7 +54,10 @@ def read_cpu_keys(
     """Keys from the cache of `CPUAttentionBackend`.
 
     `kv_cache` is [num_blocks, num_kv_heads, block_size, 2 * head_size]; per block and head it
-    holds all keys, then all values (`CPUAttentionBackendImpl.forward`).
+    holds all keys, then all values.
+
+    * `vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl.forward` (read): that layout.
+      Remove when: vLLM exposes a gather from the CPU KV cache.
     """
     num_blocks, num_kv_heads, block_size, width = kv_cache.shape
     order = _cpu_key_order(layer.isa, kv_cache.dtype, block_size, width // 2)
@@ -72,7 +77,10 @@ def read_flash_keys(
     """Keys from the cache of `FlashAttentionBackend`.
 
     `kv_cache` is [num_blocks, num_kv_heads, block_size, 2 * head_size], key and value of a token
-    side by side (`FlashAttentionImpl.forward`).
+    side by side.
+
+    * `vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.forward` (read): that layout. Remove
+      when: vLLM exposes a gather from the KV cache.
     """
     block_size, width = kv_cache.shape[2:]
     blocks = block_table[requests, positions // block_size].long()

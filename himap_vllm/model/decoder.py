@@ -18,6 +18,12 @@ For vLLM decoders of the common form: `layers` called as `(positions, hidden_sta
 (hidden_states, residual)`, then `norm(hidden_states, residual)`. Positions are [num_tokens], or
 [3, num_tokens] with M-RoPE. Deepstack (Qwen3-VL) adds visual features after the first layers; the
 first cut must lie behind them.
+
+* `vllm.compilation.decorators.support_torch_compile`, `vllm.compilation.backends.set_model_tag`
+  (called): each segment is compiled by itself, under a name of its own. Remove when: vLLM compiles
+  a decoder that changes its number of tokens.
+* `vllm.compilation.cuda_graph.CUDAGraphWrapper` (read): the above on the outputs and inputs of
+  captured pieces is what it does. Remove when: vLLM keeps the inputs of captured pieces itself.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -41,8 +47,10 @@ from vllm.sequence import IntermediateTensors
 
 from himap_vllm.kernels.gather import gather_rows
 from himap_vllm.model.graph_inputs import GraphInputs, Rows
-from himap_vllm.pruning.context import PruningContext
-from himap_vllm.pruning.step import PruningStep
+
+if TYPE_CHECKING:
+    from himap_vllm.pruning.context import PruningContext
+    from himap_vllm.pruning.step import PruningStep
 
 _DYNAMIC = {"positions": -1, "hidden_states": 0}
 
@@ -192,10 +200,14 @@ class _SegmentedDecoder(nn.Module):
     def _stage(self, step: PruningStep, stage: int) -> Iterator[None]:
         """vLLM's forward context for the tokens that a later stage has.
 
-        Slot mappings (of its layers) are cut to length: the kernels that write the KV cache take
-        one row per slot. Slots of padding are padding. Captured pieces are found by graph mode and
-        batch descriptor (`CUDAGraphWrapper`): the one under which `ModelCudaGraphManager` captures
-        without LoRA. Goes when vLLM chooses graphs for a part of a model.
+        * `vllm.forward_context.ForwardContext.slot_mapping` (overridden): slot mappings of the
+          stage's layers are cut to length, as the kernels that write the KV cache take one row per
+          slot. Slots of padding are padding. Remove when: vLLM has slot mappings per group of
+          layers that may differ in length.
+        * `vllm.forward_context.override_forward_context`, `vllm.forward_context.BatchDescriptor`
+          (called): captured pieces are found by graph mode and batch descriptor; this is the one
+          under which vLLM captures without LoRA. Remove when: vLLM chooses graphs for a part of a
+          model.
         """
         batch = step.plan.stages[stage]
         if self.himap_context.enter_stage is not None:

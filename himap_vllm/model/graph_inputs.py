@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs of a segment at addresses that stay, as its captured graphs read them.
 
-vLLM's `CUDAGraphWrapper` leaves that to whoever calls a compiled module, and captures up to
-`max_cudagraph_capture_size` tokens. Goes when vLLM keeps inputs of captured pieces itself.
+* `vllm.compilation.cuda_graph.CUDAGraphWrapper` (read): it leaves that to whoever calls a compiled
+  module, and captures up to `max_cudagraph_capture_size` tokens. Remove when: vLLM keeps the inputs
+  of captured pieces itself.
 """
 
 from __future__ import annotations

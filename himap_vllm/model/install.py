@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 
 from himap_vllm.config import engine_settings
+from himap_vllm.criteria import CRITERIA
 from himap_vllm.model.attention import install_stage, install_votes
 from himap_vllm.model.decoder import install_segments
 from himap_vllm.model.families import FAMILIES
@@ -25,7 +26,7 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> PruningContext:
     attentions = [_attention_of(layer) for layer in decoder.layers]
     first = attentions[0]
     heads = Heads(first.num_heads, first.num_kv_heads, first.head_size)
-    context = PruningContext(settings, heads)
+    context = PruningContext(settings, heads, CRITERIA[settings.criterion])
     votes = context.criterion.select_voters is not None
     for index, attention in enumerate(attentions):
         stage = int(index >= settings.shallow_layer) + int(index >= settings.deep_layer)

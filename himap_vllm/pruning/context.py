@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 
 from himap_vllm.config import EngineSettings
-from himap_vllm.criteria import CRITERIA
 from himap_vllm.criteria.criterion import Criterion
 from himap_vllm.plan.prompt import NUM_STAGES
 from himap_vllm.plan.step import StageBatch, StepPlan
@@ -40,6 +39,7 @@ class PruningContext:
     Attributes:
         settings: the engine's.
         heads: of the decoder's attention, on this rank.
+        criterion: the engine's.
         stats: the counters.
         requests: live requests and their plans.
         traces: what survived of the latest pruned prompts.
@@ -52,6 +52,7 @@ class PruningContext:
 
     settings: EngineSettings
     heads: Heads
+    criterion: Criterion
     stats: PruningStats = field(init=False)
     requests: LiveRequests = field(init=False)
     traces: TraceLog = field(init=False)
@@ -63,11 +64,6 @@ class PruningContext:
         self.stats = PruningStats()
         self.requests = LiveRequests(self.criterion, self.stats)
         self.traces = TraceLog(self.settings.trace_requests)
-
-    @property
-    def criterion(self) -> Criterion:
-        """The engine's."""
-        return CRITERIA[self.settings.criterion]
 
     def begin_step(
         self,

@@ -11,9 +11,12 @@ tested against.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from himap_vllm.plan.step import Cut, PrunedRequest
+if TYPE_CHECKING:
+    from himap_vllm.plan.step import Cut, PrunedRequest
 
 # Bounds the probabilities held at once: heads * rows * keys, in float32.
 _MAX_PROBABILITIES = 32 * 1024 * 1024

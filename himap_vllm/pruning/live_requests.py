@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from himap_vllm.criteria.criterion import Criterion
 from himap_vllm.criteria.random import prompt_seed
 from himap_vllm.plan.requests import plan_of, read_stamp
 from himap_vllm.plan.table import ActivePlans
-from himap_vllm.pruning.stage_groups import StageGroups
-from himap_vllm.pruning.stats import PruningStats
+
+if TYPE_CHECKING:
+    from himap_vllm.pruning.stage_groups import StageGroups
+    from himap_vllm.pruning.stats import PruningStats
 
 
 class LiveRequests:

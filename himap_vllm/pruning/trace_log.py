@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
-from himap_vllm.plan.prompt import PromptPlan
-from himap_vllm.pruning.step import PruningStep
+if TYPE_CHECKING:
+    from himap_vllm.plan.prompt import PromptPlan
+    from himap_vllm.pruning.step import PruningStep
 
 Trace = dict[str, list[list[int]]]
 """Surviving prompt positions per image: {"shallow": [[...], ...], "deep": [[...], ...]}."""

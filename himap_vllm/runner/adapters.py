@@ -5,9 +5,12 @@ vLLM maps the rows of a step to adapters before the forward pass; behind a cut t
 How many of each request are left is known, and all of a request take one adapter, so the mapping of
 a stage follows from the prompt alone, like everything else about it.
 
-vLLM seams (0.32): `LoRAModelRunnerMixin._set_active_loras`, through which both runners map a step's
-rows, and `set_adapter_mapping` of the model's adapter manager, which tells the kernels' wrapper,
-whatever the device. The next step's mapping replaces that of the last stage.
+* `vllm.v1.worker.lora_model_runner_mixin.LoRAModelRunnerMixin._set_active_loras`
+  (overridden): both runners map a step's rows through it. Remove when: vLLM keeps the adapter of
+  each request where the model can read it.
+* `vllm.lora.model_manager.LoRAModelManager.set_adapter_mapping` (called): it tells the kernels'
+  wrapper, whatever the device. The next step's mapping replaces that of the last stage. Remove
+  when: LoRA's kernels take the mapping of a call as an argument.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the adapters to both model runners share.
 
-* `vllm.v1.worker.gpu_worker.Worker`, `vllm.v1.worker.cpu_worker.CPUWorker` (called): their model
-  runner gets another class, on the one instance. Remove when: vLLM lets an option name the class
-  of the model runner.
 * `vllm.v1.worker.utils.AttentionGroup` (called): its builders make the metadata of a group from
   that of another of its stage. Remove when: vLLM shares metadata among KV cache groups that are
-  alike, and each runner's adapter loses its seams for that.
+  alike.
 """
 
 from __future__ import annotations

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's CPU worker with a pruning model runner."""
+"""vLLM's CPU worker with a pruning model runner.
+
+* `vllm.v1.worker.cpu_worker.CPUWorker.init_device` (overridden): the model runner gets another
+  class. Remove when: vLLM lets an option name the class of the model runner.
+"""
 
 from __future__ import annotations
 

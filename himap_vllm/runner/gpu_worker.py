@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's GPU worker with a pruning model runner."""
+"""vLLM's GPU worker with a pruning model runner.
+
+* `vllm.v1.worker.gpu_worker.Worker._make_model_runner` (overridden): the model runner gets another
+  class. Remove when: vLLM lets an option name the class of the model runner.
+* `vllm.v1.worker.gpu_worker.Worker.compile_or_warm_up_model` (overridden): our kernels are compiled
+  before the first request. Remove when: a `ModelState` is asked to warm up.
+"""
 
 from __future__ import annotations
 

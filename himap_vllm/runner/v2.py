@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapter to Model Runner V2 (`vllm.v1.worker.gpu`, vLLM's default on CUDA).
 
-vLLM seams (0.32):
-
-* a model may bring its own `ModelState` (`get_model_state_cls`); ours lays out each step in
-  `prepare_attn`, where vLLM's has all that it needs, and sees the KV cache groups in
-  `initialize_kv_cache` and a step's end in `postprocess_state`;
-* `GPUModelRunner.load_model(model=...)` takes a model that was loaded elsewhere: the model must be
-  changed after it is loaded and before its state is built, and nothing else lies between the two.
-  The one method of the runner that is overridden. Can go when vLLM calls plugins after loading;
-* `BlockTables`: `input_block_table_ptrs`, `block_table_strides`, `block_sizes_tensor` (the batch's
-  block tables, as vLLM's own kernels take them), `num_blocks` (what the scheduler allocated).
-  Goes with slot mappings per group in `ModelState`;
-* `CudaGraphManager.dispatch`: the graphs for what is left of a step behind a cut, as vLLM's own
-  `FastPrefillHelper` asks for them. The state reaches the manager, and the block tables, through
-  the runner. Goes when `ModelState` is shown them.
+* `vllm.v1.worker.gpu.model_states.default.DefaultModelState.prepare_attn` (overridden): it has all
+  that planning a step needs. The model brings our state through `get_model_state_cls`. Remove when:
+  vLLM plans the batches of layers that see fewer tokens.
+* `vllm.v1.worker.gpu.model_states.default.DefaultModelState.initialize_kv_cache` (overridden): it
+  is shown the KV cache groups. Remove when: vLLM plans the batches of layers that see fewer tokens.
+* `vllm.v1.worker.gpu.model_states.default.DefaultModelState.postprocess_state` (overridden): the
+  end of a step. Remove when: vLLM plans the batches of layers that see fewer tokens.
+* `vllm.v1.worker.gpu.model_runner.GPUModelRunner.load_model` (overridden): it takes a model that
+  was loaded elsewhere. The model must be changed after it is loaded and before its state is built,
+  and nothing else lies between the two. Remove when: vLLM calls plugins after loading.
+* `vllm.model_executor.model_loader.get_model_loader`, `vllm.utils.mem_utils.DeviceMemoryProfiler`,
+  `vllm.v1.worker.gpu.model_runner.GPUModelRunner.jit_warmup_registry` (called): load that model as
+  the runner would. Remove when: vLLM calls plugins after loading.
+* `vllm.v1.worker.gpu.block_table.BlockTables.input_block_table_ptrs`,
+  `vllm.v1.worker.gpu.block_table.BlockTables.block_table_strides`,
+  `vllm.v1.worker.gpu.block_table.BlockTables.block_sizes_tensor` (read): the batch's block
+  tables, as vLLM's own kernels take them. Remove when: `ModelState` has slot mappings per group.
+* `vllm.v1.worker.gpu.block_table.BlockTables.num_blocks` (read): what the scheduler
+  allocated. Remove when: `ModelState` is shown the block tables.
+* `vllm.v1.worker.gpu.cudagraph_utils.CudaGraphManager.dispatch` (called): the graphs for what is
+  left of a step behind a cut, as vLLM's own `FastPrefillHelper` asks for them. The state reaches
+  the manager, and the block tables, through the runner. Remove when: `ModelState` is shown them.
 """
 
 from __future__ import annotations
