@@ -125,7 +125,8 @@ def image_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tens
     for layer in tower.encoder.layers[: model.config.vision_feature_layer + 1]:
         hidden = layer(hidden, attention_mask=None)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-    return hidden[:, 1:]
+    patches: torch.Tensor = hidden[:, 1:]
+    return patches
 
 
 def answer_logits(
@@ -156,4 +157,5 @@ def answer_logits(
     # Also where no answer is: rows whose number changed from step to step would have oneDNN build
     # and keep kernels for each.
     questions = int((segments[0] == 0).sum())
-    return model.lm_head(hidden[:, questions - 1 : -1])
+    logits: torch.Tensor = model.lm_head(hidden[:, questions - 1 : -1])
+    return logits

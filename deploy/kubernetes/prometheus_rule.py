@@ -32,7 +32,7 @@ def build() -> str:
         "metadata": {"name": "himap"},
         "spec": {"groups": groups},
     }
-    return _HEADER + yaml.safe_dump(manifest, sort_keys=False, width=100)
+    return _HEADER + str(yaml.safe_dump(manifest, sort_keys=False, width=100))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -44,7 +44,7 @@ def _voter(request: PrunedRequest, vote: ImageVote, images: list[IntArray]) -> i
     for row in request.rows[vote.rows][::-1].tolist():
         if not any(image[0] < row < image[-1] for image in images):  # a row break, say
             return int(row)
-    return request.tokens.stop - request.tokens.start - 1
+    return int(request.tokens.stop - request.tokens.start - 1)
 
 
 def _with_voters(request: PrunedRequest, rows: IntArray) -> PrunedRequest:

@@ -142,4 +142,5 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             metadata.slot_mapping = slot_mapping
             return metadata
 
-    return subclass_attention_backend("HiMAP", base, StageBuilder)
+    backend: type[AttentionBackend] = subclass_attention_backend("HiMAP", base, StageBuilder)
+    return backend

@@ -148,7 +148,8 @@ class _SegmentedDecoder(nn.Module):
         first, middle, last = self.himap_segments
         hidden_states, residual = first(positions, inputs_embeds, deepstack_input_embeds)
         hidden_states, residual = middle(*self._hand_over(1, positions, hidden_states, residual))
-        return last(*self._hand_over(2, positions, hidden_states, residual))
+        output: torch.Tensor = last(*self._hand_over(2, positions, hidden_states, residual))
+        return output
 
     def _hand_over(self, stage: int, *stream: torch.Tensor) -> Rows:
         """Inputs of a later stage's segment: where they are, or where captured graphs read them."""
@@ -179,7 +180,8 @@ class _SegmentedDecoder(nn.Module):
             hidden_states = last(*self._gather(step, 2, again, inputs[0], hidden_states, residual))
         # The runner's indices of rows to sample from count every token of the step.
         full = hidden_states.new_zeros(len(inputs_embeds), hidden_states.shape[-1])
-        return full.index_copy_(0, rows.index_select(0, again), hidden_states[: len(again)])
+        full.index_copy_(0, rows.index_select(0, again), hidden_states[: len(again)])
+        return full
 
     def _gather(
         self,

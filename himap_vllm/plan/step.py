@@ -111,7 +111,7 @@ class Cut:
 
     @property
     def num_image_tokens(self) -> int:
-        return self.requests[-1].image_tokens.stop
+        return int(self.requests[-1].image_tokens.stop)
 
 
 @dataclass(frozen=True, slots=True)

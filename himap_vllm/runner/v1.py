@@ -86,9 +86,10 @@ class PruningRunnerMixin(AdapterMixin, _Base):
     ) -> tuple[Any, Any]:
         tables = self.input_batch.block_table
         if not isinstance(tables, StageBlockTables):  # a trial run, before there is a KV cache
-            return super()._get_slot_mappings(
+            trial: tuple[Any, Any] = super()._get_slot_mappings(
                 num_tokens_padded, num_reqs_padded, num_tokens_unpadded, **kwargs
             )
+            return trial
         slots = tables.himap_slots
         slots[:, num_tokens_unpadded:num_tokens_padded] = PAD_SLOT_ID
         by_group = list(slots[:, :num_tokens_padded].unbind())

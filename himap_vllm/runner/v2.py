@@ -127,7 +127,7 @@ class PruningModelState(DefaultModelState):
         if self.himap.stage_metadata is None:  # every stage sees the step as the first one does
             stages = [0] * len(stages)
         leaders = [self._groups.leaders[stage] for stage in stages]
-        metadata = super().prepare_attn(
+        metadata: dict[str, Any] = super().prepare_attn(
             input_batch,
             cudagraph_mode,
             block_tables,

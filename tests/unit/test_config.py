@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad settings become clear errors that name the field and the allowed range."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from himap_vllm.config import EngineSettings, HiMAPError, engine_settings, requested_ratios
+from himap_vllm.config import (
+    CriterionName,
+    EngineSettings,
+    HiMAPError,
+    engine_settings,
+    requested_ratios,
+)
+from himap_vllm.criteria import CRITERIA
 from himap_vllm.plan.prompt import Ratios
 
 
@@ -106,3 +113,7 @@ def test_bad_requests(args: dict[str, Any], parameter: str, message: str) -> Non
     with pytest.raises(HiMAPError, match=message) as error:
         requested_ratios(settings, args)
     assert error.value.parameter == parameter
+
+
+def test_settings_name_all_criteria() -> None:
+    assert list(get_args(CriterionName)) == list(CRITERIA)
