@@ -30,5 +30,5 @@ test:  ## the whole suite
 serve:  ## the gateway with the bundled model, or with MODEL and flags in ARGS
 	$(BIN)/himap serve $(or $(ARGS),--enforce-eager)
 
-bench:  ## stock vLLM beside the pruned engine; more flags in ARGS
-	$(BIN)/python -m bench.serve $(ARGS)
+bench:  ## stock vLLM beside pruning; the bundled model, or MODEL and flags in ARGS
+	$(BIN)/python bench.py $(ARGS)

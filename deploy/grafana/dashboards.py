@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dashboards: what an operator asks, and the queries that answer.
+"""The dashboards: an operator's questions, and the queries that answer them.
 
-Overview: is the service healthy, is pruning on, what does it bring? Savings: how much, and at what
-cost? Engine: vLLM's own metrics. Gateway: who asks, who is refused, what does the gateway itself
-take?
+Overview: is the service healthy, is pruning on, what does it gain? Savings: how much does pruning
+save, and at what cost? Engine: vLLM's own metrics. Gateway: who sends requests, who is refused, how
+much time does the gateway itself take?
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _blocks(by: tuple[str, ...]) -> tuple[str, str]:
 
 _PRUNED_STAT = Panel(
     "Prompts pruned",
-    "Share of the prompts with images that were pruned. 0 %: pruning is off, or clients turn it "
-    "off; bypassed prompts are on the savings dashboard.",
+    "Share of the prompts with images that were pruned. At 0 %, pruning is off, or clients turn it "
+    "off. The savings dashboard shows bypassed prompts.",
     (Query(_PRUNED_SHARE),),
     "percentunit",
     "stat",
@@ -61,8 +61,8 @@ _PRUNED_STAT = Panel(
 )
 _BLOCKS_STAT = Panel(
     "KV blocks saved",
-    "Share of the KV cache blocks that pruned prompts would have held without pruning, and did "
-    "not. Counted from the block tables.",
+    "Of the KV cache blocks that pruned prompts would hold without pruning, the share that was "
+    "not allocated. Counted from the block tables.",
     (Query(_BLOCKS_SAVED),),
     "percentunit",
     "stat",
@@ -70,8 +70,8 @@ _BLOCKS_STAT = Panel(
 )
 _FLOPS_STAT = Panel(
     "Prefill FLOPs avoided",
-    "Of the decoder's prefill, over all prompts with images, pruned or not. The vision tower is "
-    "not in it.",
+    "Share of the decoder's prefill, over all prompts with images, pruned or not. The vision "
+    "tower does not count.",
     (Query(_FLOPS_AVOIDED),),
     "percentunit",
     "stat",
@@ -79,7 +79,7 @@ _FLOPS_STAT = Panel(
 )
 _FIT_STAT = Panel(
     "Requests that fit",
-    "How many pruned prompts fit where one unpruned prompt did, by their KV blocks.",
+    "How many pruned prompts fit in the KV blocks of one unpruned prompt.",
     (Query(ratio(f"({_SAVED} + {_HELD})", _HELD)),),
     "suffix: x",
     "stat",
@@ -87,7 +87,7 @@ _FIT_STAT = Panel(
 )
 _WAITING = Panel(
     "Running and waiting",
-    "Requests in the engine. Waiting that grows means too little capacity.",
+    "Requests in the engine. If more and more wait, capacity is too small.",
     (
         Query(f"sum({value('vllm:num_requests_running')})", "running"),
         Query(f"sum({value('vllm:num_requests_waiting')})", "waiting"),
@@ -95,7 +95,7 @@ _WAITING = Panel(
 )
 _KV_USE = Panel(
     "KV cache used",
-    "Of each engine. Close to 100 %, requests wait or are preempted.",
+    "Per engine. Close to 100 %, requests wait or are preempted.",
     (
         Query(
             f"max by (instance, engine) ({value('vllm:kv_cache_usage_perc')})",
@@ -115,8 +115,8 @@ _REFUSED = Panel(
 )
 _BY_OUTCOME = Panel(
     "Prompts with images, by outcome",
-    "`pruned`; `unpruned`: asked for or defaulted to ratio 0; `bypassed_*`: the server's default "
-    "asked for pruning and it could not be done, for the reason named.",
+    "`pruned`; `unpruned`: the request's ratios, or the default ones, are 0; `bypassed_*`: the "
+    "server's default asks for pruning, but the request cannot be pruned, for the named reason.",
     (Query(plugin("himap_requests_total", by=["outcome"]), "{{outcome}}"),),
     "reqps",
     stacked=True,
@@ -127,17 +127,17 @@ OVERVIEW = Dashboard(
     "HiMAP overview",
     "**Healthy?** No alert, nothing unreachable, no 5xx, nothing waiting. "
     "**Is pruning on?** *Prompts pruned* above 0 %. "
-    "**What does it save?** *KV blocks saved* and *Prefill FLOPs avoided*; details on *HiMAP "
-    "savings*. **What does it bring?** Time to first token of pruned against unpruned requests, "
-    "all with images. "
-    "**Not healthy?** Each alert has its section in the repository's `docs/runbooks.md`.",
+    "**What does it save?** *KV blocks saved* and *Prefill FLOPs avoided*; *HiMAP savings* has the "
+    "details. **What does it gain?** Compare the time to first token of pruned and unpruned "
+    "requests, all with images. "
+    "**Not healthy?** `docs/runbooks.md` in the repository has a section for each alert.",
     (
         Row(
             "Now",
             (
                 Panel(
                     "Requests",
-                    "To /v1, answered or not.",
+                    "Requests to /v1, answered or not.",
                     (Query(rate("himap_http_requests_total")),),
                     "reqps",
                     "stat",
@@ -145,7 +145,7 @@ OVERVIEW = Dashboard(
                 ),
                 Panel(
                     "5xx",
-                    "Share of the requests that failed by the service's fault.",
+                    "Share of the requests that failed because of the service.",
                     (
                         Query(
                             f"({_ERRORS} or vector(0)) / ({rate('himap_http_requests_total')} > 0)"
@@ -158,7 +158,7 @@ OVERVIEW = Dashboard(
                 ),
                 Panel(
                     "First token, p95",
-                    "From a request's arrival at the gateway.",
+                    "Time from a request's arrival at the gateway to its first token.",
                     pruned_and_not("himap_time_to_first_token_seconds", [0.95]),
                     "s",
                     "stat",
@@ -176,7 +176,7 @@ OVERVIEW = Dashboard(
                 ),
                 Panel(
                     "KV cache used",
-                    "Of the fullest engine.",
+                    "The fullest engine.",
                     (Query(f"max({value('vllm:kv_cache_usage_perc')})"),),
                     "percentunit",
                     "stat",
@@ -185,7 +185,7 @@ OVERVIEW = Dashboard(
                 ),
                 Panel(
                     "Unreachable",
-                    "Gateways that don't answer Prometheus.",
+                    "Gateways that do not answer Prometheus.",
                     (Query('count(up{job=~"$job"} == 0) or vector(0)'),),
                     "short",
                     "stat",
@@ -194,7 +194,7 @@ OVERVIEW = Dashboard(
                 ),
                 Panel(
                     "Alerts",
-                    "Firing now; the table below names them.",
+                    "Alerts that fire now. The table below names them.",
                     (
                         Query(
                             'count(ALERTS{alertname=~"Himap.+", alertstate="firing"}) or vector(0)'
@@ -221,7 +221,8 @@ OVERVIEW = Dashboard(
                 ),
                 Panel(
                     "Tokens",
-                    "Prompt tokens as the client sent them, image tokens included; generated ones.",
+                    "Prompt tokens as the client sent them, image tokens included, and generated "
+                    "tokens.",
                     (
                         Query(rate("vllm:prompt_tokens_total"), "prompt"),
                         Query(rate("vllm:generation_tokens_total"), "generated"),
@@ -236,20 +237,21 @@ OVERVIEW = Dashboard(
             (
                 Panel(
                     "Time to first token",
-                    "From a request's arrival at the gateway. What pruning shortens.",
+                    "Time from a request's arrival at the gateway. This is what pruning shortens.",
                     pruned_and_not("himap_time_to_first_token_seconds"),
                     "s",
                 ),
                 Panel(
                     "Time per output token",
-                    "Mean of a request's tokens after the first. Pruning shortens it only by the "
-                    "smaller KV cache that is read.",
+                    "Mean of a request's tokens after the first. Pruning shortens it only because"
+                    " a smaller KV cache is read.",
                     pruned_and_not("himap_time_per_output_token_seconds"),
                     "s",
                 ),
                 Panel(
                     "Whole answer",
-                    "From a request's arrival to the end of its answer; grows with its length.",
+                    "Time from a request's arrival to the end of its answer. Long answers take "
+                    "longer.",
                     pruned_and_not("himap_e2e_request_latency_seconds"),
                     "s",
                 ),
@@ -262,7 +264,7 @@ OVERVIEW = Dashboard(
                 _KV_USE,
                 Panel(
                     "Preemptions",
-                    "Requests thrown out of the KV cache, to be computed again.",
+                    "Requests that lost their KV cache blocks and are computed again.",
                     (Query(rate("vllm:num_preemptions_total", by=["instance"]), "{{instance}}"),),
                     "ops",
                 ),
@@ -273,7 +275,7 @@ OVERVIEW = Dashboard(
             (
                 Panel(
                     "Firing",
-                    "What to do: docs/runbooks.md, the section of the alert's name.",
+                    "docs/runbooks.md says what to do, in the section with the alert's name.",
                     (
                         Query(
                             "sum by (alertname, severity, instance, model_name) "
@@ -292,11 +294,10 @@ OVERVIEW = Dashboard(
 SAVINGS = Dashboard(
     "himap-savings",
     "HiMAP savings",
-    "What pruning drops, saves and costs. Image tokens and KV blocks are those of **pruned** "
-    "prompts, counted in the engine from the block tables; KV entries and FLOPs are of **all** "
-    "prompts with images. Requests choose their own ratios: the *share kept* is what they come to. "
-    "Nothing saved though prompts are pruned: see `HimapPruningSavesNothing` in the repository's "
-    "`docs/runbooks.md`.",
+    "What pruning drops, saves and costs. Image tokens and KV blocks count **pruned** prompts, in "
+    "the engine, from the block tables. KV entries and FLOPs count **all** prompts with images. "
+    "Requests choose their own ratios; the *share kept* is the result. If prompts are pruned but "
+    "nothing is saved, see `HimapPruningSavesNothing` in the repository's `docs/runbooks.md`.",
     (
         Row(
             "Now",
@@ -304,7 +305,7 @@ SAVINGS = Dashboard(
                 _PRUNED_STAT,
                 Panel(
                     "Image tokens kept",
-                    "Of pruned prompts, after the second cut.",
+                    "Share of pruned prompts' image tokens left after the second cut.",
                     (Query(_kept(2)),),
                     "percentunit",
                     "stat",
@@ -316,7 +317,7 @@ SAVINGS = Dashboard(
                 Panel(
                     "KV memory saved",
                     "Bytes not allocated to prompts, summed over the dashboard's time range. "
-                    "Blocks are reused, so this is turnover, not free memory.",
+                    "Blocks are reused, so the sum can exceed the memory of the KV cache.",
                     (Query(plugin("himap_kv_saved_bytes_total", function="increase")),),
                     "bytes",
                     "stat",
@@ -324,8 +325,8 @@ SAVINGS = Dashboard(
                 ),
                 Panel(
                     "Cost per pruning step",
-                    "Host time of scoring and selection, mean over engine steps that pruned. On a "
-                    "GPU this is the time to launch them.",
+                    "Mean host time of scoring and selection in engine steps that pruned. On a GPU "
+                    "this is the time to launch their kernels.",
                     (
                         Query(
                             ratio(
@@ -354,7 +355,8 @@ SAVINGS = Dashboard(
                 _BY_OUTCOME,
                 Panel(
                     "Image tokens by stage",
-                    "Of pruned prompts: sent, left after the first cut, left after the second.",
+                    "Image tokens of pruned prompts: sent, left after the first cut, left after "
+                    "the second.",
                     tuple(
                         Query(plugin("himap_image_tokens_total", f'stage="{stage}"'), name)
                         for stage, name in (
@@ -366,8 +368,8 @@ SAVINGS = Dashboard(
                 ),
                 Panel(
                     "Share kept, prompt by prompt",
-                    "After the second cut, of all prompts with images: 100 % are those that were "
-                    "not pruned. A wide spread: clients choose ratios of their own.",
+                    "Share left after the second cut, over all prompts with images. Prompts that "
+                    "were not pruned have 100 %. A wide spread means that clients choose ratios.",
                     tuple(
                         Query(
                             quantile(q, "himap_prompt_kept_share", 'stage="2"'),
@@ -379,8 +381,8 @@ SAVINGS = Dashboard(
                 ),
                 Panel(
                     "Share kept",
-                    "Of pruned prompts' image tokens: the ratios that were really used. Defaults "
-                    "0.5 and 0.75 leave 50 % and 12.5 %.",
+                    "Share of pruned prompts' image tokens, as a result of the ratios that were "
+                    "used. The defaults 0.5 and 0.75 leave 50 % and 12.5 %.",
                     (
                         Query(_kept(1), "after first cut"),
                         Query(_kept(2), "after second cut"),
@@ -394,14 +396,14 @@ SAVINGS = Dashboard(
             (
                 Panel(
                     "KV blocks of pruned prompts",
-                    "Allocated, and not allocated thanks to pruning, per second.",
+                    "Blocks allocated per second, and blocks that pruning did not allocate.",
                     (Query(_HELD, "held"), Query(_SAVED, "saved")),
                     stacked=True,
                 ),
                 Panel(
                     "KV entries of prompts with images",
-                    "Token-layers of all prompts with images per second: as they are, and as they "
-                    "would be without pruning.",
+                    "Token-layers of all prompts with images, per second: with pruning as it was, "
+                    "and without pruning.",
                     (
                         Query(rate("himap_prompt_kv_tokens_total"), "as is"),
                         Query(rate("himap_prompt_kv_tokens_unpruned_total"), "without pruning"),
@@ -409,8 +411,8 @@ SAVINGS = Dashboard(
                 ),
                 Panel(
                     "Prefill FLOPs",
-                    "Of the decoder, for prompts with images, per second: done, and without "
-                    "pruning.",
+                    "FLOPs of the decoder for prompts with images, per second: with pruning as it "
+                    "was, and without pruning.",
                     (
                         Query(rate("himap_prefill_flops_total"), "done"),
                         Query(rate("himap_prefill_flops_unpruned_total"), "without pruning"),
@@ -420,11 +422,11 @@ SAVINGS = Dashboard(
             ),
         ),
         Row(
-            "What it brings, what it costs",
+            "Gain and cost",
             (
                 Panel(
                     "Time to first token, p50 and p95",
-                    "Pruned against not pruned, all with images.",
+                    "Pruned and unpruned requests, all with images.",
                     pruned_and_not("himap_time_to_first_token_seconds", [0.5, 0.95]),
                     "s",
                 ),
@@ -444,7 +446,7 @@ SAVINGS = Dashboard(
                 ),
                 Panel(
                     "Pruned prompts computed again",
-                    "After a preemption; with the same result.",
+                    "Recomputed after a preemption, with the same result.",
                     (Query(plugin("himap_recomputed_total", by=["instance"]), "{{instance}}"),),
                     "ops",
                 ),
@@ -455,7 +457,7 @@ SAVINGS = Dashboard(
             (
                 Panel(
                     "Settings",
-                    "The layers of the cuts, and the ratios of requests that don't choose.",
+                    "The layers of the cuts, and the ratios for requests that do not choose.",
                     (
                         Query(
                             "max by (instance, model_name, shallow_layer, deep_layer, "
@@ -483,14 +485,13 @@ SAVINGS = Dashboard(
                 ),
                 Panel(
                     "Image tokens kept",
-                    "Of pruned prompts, after the second cut.",
+                    "Share of pruned prompts' image tokens left after the second cut.",
                     (Query(_kept(2, ("model_name",)), "{{model_name}}"),),
                     "percentunit",
                 ),
                 Panel(
                     "Requests that fit",
-                    "How many pruned prompts fit where one unpruned prompt did, by their KV "
-                    "blocks.",
+                    "How many pruned prompts fit in the KV blocks of one unpruned prompt.",
                     (Query(ratio(*reversed(_blocks(("model_name",)))), "{{model_name}}"),),
                     "suffix: x",
                 ),
@@ -548,7 +549,8 @@ ENGINE = Dashboard(
                 _KV_USE,
                 Panel(
                     "Finished, by reason",
-                    "`length` is `max_tokens` or the context reached; `abort` a client gone.",
+                    "`length`: `max_tokens` or the context length was reached; `abort`: the "
+                    "client went away.",
                     (
                         Query(
                             rate("vllm:request_success_total", by=["finished_reason"]),
@@ -560,13 +562,13 @@ ENGINE = Dashboard(
                 ),
                 Panel(
                     "Refused by the engine's queue limits",
-                    "--max-num-queued-reqs and --max-num-queued-tokens.",
+                    "The limits are --max-num-queued-reqs and --max-num-queued-tokens.",
                     (Query(rate("vllm:admission_rejections_total", by=["reason"]), "{{reason}}"),),
                     "reqps",
                 ),
                 Panel(
                     "Preemptions",
-                    "Requests thrown out of the KV cache, to be computed again.",
+                    "Requests that lost their KV cache blocks and are computed again.",
                     (Query(rate("vllm:num_preemptions_total", by=["engine"]), "{{engine}}"),),
                     "ops",
                 ),
@@ -577,7 +579,7 @@ ENGINE = Dashboard(
             (
                 Panel(
                     "Prompt tokens, by source",
-                    "Computed here, or found in a cache.",
+                    "Tokens computed here, and tokens found in a cache.",
                     (
                         Query(
                             rate("vllm:prompt_tokens_by_source_total", by=["source"]), "{{source}}"
@@ -587,12 +589,12 @@ ENGINE = Dashboard(
                 ),
                 Panel(
                     "Generated tokens",
-                    "Per second, all engines.",
+                    "Tokens per second over all engines.",
                     (Query(rate("vllm:generation_tokens_total"), "generated"),),
                 ),
                 Panel(
                     "Tokens per engine step",
-                    "Prefill and decode together; the most is --max-num-batched-tokens.",
+                    "Prefill and decode together, at most --max-num-batched-tokens.",
                     quantiles("vllm:iteration_tokens_total"),
                 ),
             ),
@@ -602,19 +604,20 @@ ENGINE = Dashboard(
             (
                 Panel(
                     "Time to first token",
-                    "As the engine sees it; the gateway's own adds reading and checking images.",
+                    "As the engine sees it. The gateway adds the time for reading and checking "
+                    "images.",
                     quantiles("vllm:time_to_first_token_seconds"),
                     "s",
                 ),
                 Panel(
                     "Between tokens",
-                    "Of all requests.",
+                    "Time between tokens of all requests.",
                     quantiles("vllm:inter_token_latency_seconds"),
                     "s",
                 ),
                 Panel(
                     "Whole request",
-                    "In the engine.",
+                    "Time in the engine.",
                     quantiles("vllm:e2e_request_latency_seconds"),
                     "s",
                 ),
@@ -629,13 +632,13 @@ ENGINE = Dashboard(
                 ),
                 Panel(
                     "Time per output token",
-                    "Mean of each request.",
+                    "Mean per request.",
                     quantiles("vllm:request_time_per_output_token_seconds"),
                     "s",
                 ),
                 Panel(
                     "Prompt tokens computed",
-                    "Per request, cached ones left out; logical, before pruning.",
+                    "Per request, without cached tokens; logical, before pruning.",
                     quantiles("vllm:request_prefill_kv_computed_tokens"),
                 ),
             ),
@@ -645,7 +648,7 @@ ENGINE = Dashboard(
             (
                 Panel(
                     "Prefix cache hits",
-                    "Share of the tokens asked for. From its first image on, a pruned prompt "
+                    "Share of the tokens looked up. From its first image on, a pruned prompt "
                     "neither reads nor fills this cache.",
                     (
                         Query(
@@ -683,9 +686,9 @@ ENGINE = Dashboard(
                     quantiles("vllm:request_generation_tokens"),
                 ),
                 Panel(
-                    "Requests that fit at today's mix",
-                    "Running requests over the share of the KV cache that they fill: how many such "
-                    "requests would fill it. Rough when few run.",
+                    "Requests that fit at the current mix",
+                    "Running requests divided by the share of the KV cache that they fill: the "
+                    "number of such requests that would fill it. Inexact when few run.",
                     (
                         Query(
                             "sum(avg_over_time("
@@ -715,15 +718,15 @@ ENGINE = Dashboard(
 GATEWAY = Dashboard(
     "himap-gateway",
     "HiMAP gateway",
-    "Who asks, who is refused and why, what images cost, and what the gateway itself adds before "
-    "vLLM's handler begins. Limits are per API key **and per replica**.",
+    "Who sends requests, who is refused and why, what images cost, and how much time the gateway "
+    "adds before vLLM's handler begins. Limits are per API key **and per replica**.",
     (
         Row(
             "Now",
             (
                 Panel(
                     "In flight",
-                    "Requests being worked on.",
+                    "Requests in progress.",
                     (Query(f"sum({value('himap_requests_in_flight')})"),),
                     "short",
                     "stat",
@@ -731,7 +734,7 @@ GATEWAY = Dashboard(
                 ),
                 Panel(
                     "Without a valid key",
-                    "Requests answered 401. 0 where the gateway runs without keys.",
+                    "Requests answered with 401. Without API keys this is 0.",
                     (
                         Query(
                             rate("himap_refused_requests_total", 'reason="key"') + " or vector(0)"
@@ -743,7 +746,7 @@ GATEWAY = Dashboard(
                 ),
                 Panel(
                     "Over a key's limits",
-                    "Requests answered 429.",
+                    "Requests answered with 429.",
                     (
                         Query(
                             rate("himap_refused_requests_total", 'reason=~"rate|concurrency"')
@@ -756,7 +759,7 @@ GATEWAY = Dashboard(
                 ),
                 Panel(
                     "Overhead, p95",
-                    "From a request's last byte to vLLM's handler, fetching images apart.",
+                    "Time from a request's last byte to vLLM's handler, without fetching images.",
                     (Query(quantile(0.95, "himap_gateway_overhead_seconds")),),
                     "s",
                     "stat",
@@ -765,7 +768,7 @@ GATEWAY = Dashboard(
                 ),
                 Panel(
                     "Image fetch, p95",
-                    "All images of a request.",
+                    "Time to fetch all images of a request.",
                     (Query(quantile(0.95, "himap_image_fetch_seconds")),),
                     "s",
                     "stat",
@@ -774,7 +777,7 @@ GATEWAY = Dashboard(
                 ),
                 Panel(
                     "Failed readings of the key file",
-                    "Since the process started. Above 0, look at the log.",
+                    "Failures since the process started. If there are any, look at the log.",
                     (Query(f"sum(himap_api_key_file_errors_total{{{TARGETS}}})"),),
                     "short",
                     "stat",
@@ -784,18 +787,18 @@ GATEWAY = Dashboard(
             ),
         ),
         Row(
-            "Who asks, who is refused",
+            "Clients and refusals",
             (
                 Panel(
                     "Requests by route",
-                    "`unknown`: refused before a route was looked for, or there is none.",
+                    "`unknown`: refused before routing, or no such route.",
                     (Query(rate("himap_http_requests_total", by=["route"]), "{{route}}"),),
                     "reqps",
                     stacked=True,
                 ),
                 Panel(
                     "Requests by key",
-                    "By the key's name; without one, the gateway is open or the key was refused.",
+                    "By the key's name. It is empty if the gateway is open or the key was refused.",
                     (Query(rate("himap_http_requests_total", by=["key"]), "key {{key}}"),),
                     "reqps",
                     stacked=True,
@@ -808,20 +811,20 @@ GATEWAY = Dashboard(
             (
                 Panel(
                     "Images",
-                    "That reached the engine.",
+                    "Images that reached the engine.",
                     (Query(rate("himap_images_total"), "images"),),
                     "ops",
                 ),
                 Panel(
                     "Time to fetch",
-                    "A request's images, from their hosts. Data URLs need none.",
+                    "Time to fetch a request's images from their hosts. Data URLs take none.",
                     quantiles("himap_image_fetch_seconds"),
                     "s",
                 ),
                 Panel(
                     "Refused images",
-                    "By reason. `image_host`: not a public address and not allowed by "
-                    "--image-hosts.",
+                    "By reason. `image_host`: the address is not public, and --image-hosts does "
+                    "not allow it.",
                     (
                         Query(
                             rate(
@@ -842,13 +845,13 @@ GATEWAY = Dashboard(
             (
                 Panel(
                     "Overhead",
-                    "From a request's last byte to vLLM's handler, fetching images apart.",
+                    "Time from a request's last byte to vLLM's handler, without fetching images.",
                     pruned_and_not("himap_gateway_overhead_seconds", [0.5, 0.95]),
                     "s",
                 ),
                 Panel(
                     "Overhead, share of the answer's time",
-                    "Sum of the one over sum of the other.",
+                    "Sum of the overhead divided by the sum of the answers' time.",
                     (
                         Query(
                             ratio(
@@ -862,7 +865,7 @@ GATEWAY = Dashboard(
                 ),
                 Panel(
                     "Waiting for the engine's scheduler",
-                    "The engine's part of the wait, by request.",
+                    "Time that a request waits in the engine's queue.",
                     pruned_and_not("himap_request_queue_time_seconds", [0.5, 0.95]),
                     "s",
                 ),
@@ -873,7 +876,8 @@ GATEWAY = Dashboard(
             (
                 Panel(
                     "Memory",
-                    "Of the gateway's process; engine and workers are processes of their own.",
+                    "Memory of the gateway's process. The engine and its workers have their own "
+                    "processes.",
                     (Query(f"process_resident_memory_bytes{{{TARGETS}}}", "{{instance}}"),),
                     "bytes",
                 ),
@@ -889,7 +893,7 @@ GATEWAY = Dashboard(
                 ),
                 Panel(
                     "Up since",
-                    "A restart shows as a fall.",
+                    "A restart shows as a drop.",
                     (Query(f"time() - process_start_time_seconds{{{TARGETS}}}", "{{instance}}"),),
                     "s",
                 ),
