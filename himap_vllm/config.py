@@ -24,7 +24,7 @@ _ARG_PREFIX = "himap"
 
 
 class HiMAPError(ValueError):
-    """A setting that can't be honoured; `parameter` names it."""
+    """A setting that cannot be honoured; `parameter` names it."""
 
     def __init__(self, parameter: str, message: str) -> None:
         super().__init__(message)
@@ -32,10 +32,10 @@ class HiMAPError(ValueError):
 
 
 def check_ratio(parameter: str, value: Any, maximum: float | None = None) -> float:
-    """`value` as a ratio in [0, 1), or in [0, maximum].
+    """Return `value` as a ratio in [0, 1), or in [0, maximum].
 
     Raises:
-        HiMAPError: not a number (booleans are none), NaN, or out of range.
+        HiMAPError: `value` is not a number (a boolean is not one), is NaN, or is out of range.
     """
     allowed = "[0, 1)" if maximum is None else f"[0, {maximum}]"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -60,12 +60,13 @@ class EngineSettings:
 
     Attributes:
         shallow_layer: K1, full layers run before the first cut; see `default_cuts`.
-        deep_layer: K2, layers run before the second cut; likewise.
-        shallow_ratio: R1, share of the image tokens dropped at the first cut by requests that
-            don't say. 0 here and in `deep_ratio` makes pruning opt-in.
-        deep_ratio: R2, share of the rest dropped at the second cut, likewise.
-        max_shallow_ratio: highest R1 a request may ask for; None: anything below 1.
-        max_deep_ratio: highest R2 a request may ask for; None: anything below 1.
+        deep_layer: K2, layers run before the second cut; see `default_cuts`.
+        shallow_ratio: R1, share of the image tokens dropped at the first cut, for requests that
+            do not choose. 0 here and in `deep_ratio` makes pruning opt-in.
+        deep_ratio: R2, share of the rest dropped at the second cut, for requests that do not
+            choose.
+        max_shallow_ratio: highest R1 that a request may ask for; None: anything below 1.
+        max_deep_ratio: highest R2 that a request may ask for; None: anything below 1.
         trace_requests: keep the surviving positions of this many latest pruned prompts for
             inspection (`himap_trace`); costs a copy to the host per pruned prompt.
         criterion: how survivors are chosen, a name in `himap_vllm.criteria`; all but "himap" are
@@ -163,7 +164,7 @@ def is_requested(additional_config: Any) -> bool:
 
 
 def engine_settings(additional_config: Any) -> EngineSettings | None:
-    """The settings of an engine that is configured, or None where the plugin is not asked for."""
+    """Return the settings of an engine that is configured to prune, or None for other engines."""
     if not is_requested(additional_config):
         return None
     return EngineSettings.parse(additional_config[ADDITIONAL_CONFIG_KEY])
@@ -172,7 +173,7 @@ def engine_settings(additional_config: Any) -> EngineSettings | None:
 def requested_ratios(
     settings: EngineSettings, extra_args: Mapping[str, Any] | None
 ) -> tuple[Ratios, bool]:
-    """What a request wants, and whether it said so itself.
+    """Return the ratios of a request, and whether the request itself chose any of them.
 
     Args:
         settings: the engine's settings: defaults and bounds.

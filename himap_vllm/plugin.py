@@ -2,7 +2,7 @@
 """Entry point `vllm.general_plugins`: runs in every vLLM process, possibly more than once.
 
 On a processor with AMX it asks for the permission that vLLM's kernels need (`processor.py`), for
-engines that don't prune as well. Two methods of vLLM are wrapped; both do what they always did
+engines that do not prune as well. Two methods of vLLM are wrapped. Both do the same as before
 unless `additional_config` has `himap`:
 
 * `vllm.config.VllmConfig.__post_init__` (wrapped): the plugin must check and choose (scheduler,
@@ -27,8 +27,7 @@ _MARK = "_himap_wrapped"
 def register() -> None:
     """Install the plugin in this process; repeatable.
 
-    On a vLLM whose internals it does not know, it only makes sure that an engine that asks for
-    pruning is refused.
+    If the plugin does not know this vLLM's internals, it only refuses engines that ask for pruning.
     """
     from himap_vllm.frontend.support import is_supported_vllm
     from himap_vllm.processor import allow_amx

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process must ask of Linux before vLLM's CPU kernels run in it.
+"""The permission that a process needs before vLLM's CPU kernels run in it.
 
-Linux gives AMX tile registers only to processes that asked (`arch_prctl(ARCH_REQ_XCOMP_PERM)`); in
-others the first tile instruction ends the process with SIGILL. The permission holds for all threads
-of the process and for what it forks, not for what it starts anew.
+Linux gives AMX tile registers only to processes that asked (`arch_prctl(ARCH_REQ_XCOMP_PERM)`). In
+other processes the first tile instruction ends the process with SIGILL. The permission holds for
+all threads of the process and for forked children, but not for newly started programs.
 
 * `torch.cpu._init_amx` (called): vLLM's AMX attention kernel, which runs for every bfloat16 model
-  on a processor with AMX, does not ask. It lives only if oneDNN was used before, which asks when a
-  matrix product first takes its own AMX kernel; a first prompt of up to 4 tokens does not come to
-  that, and kills the worker. This concerns every engine, so it is asked for wherever the plugin is
-  installed, pruning or not. Remove when: vLLM asks before its first AMX kernel.
-* `torch.cpu._is_amx_tile_supported` (called): what vLLM chooses its AMX kernels by. It reads the
-  processor, not the permission, so that a kernel without the permission is foreseeable.
+  on a processor with AMX, does not ask. It works only if oneDNN has asked before, which happens
+  when a matrix product first takes oneDNN's own AMX kernel. A first prompt of up to 4 tokens does
+  not use that kernel, so it kills the worker. Every engine has this fault, so the plugin asks
+  wherever it is installed, pruning or not. Remove when: vLLM asks before its first AMX kernel.
+* `torch.cpu._is_amx_tile_supported` (called): vLLM chooses its AMX kernels by it. It reads the
+  processor, not the permission, so a missing permission can be reported before a kernel runs.
   Remove when: vLLM chooses its kernels by the permission.
 """
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("vllm.himap.processor")
 
 
 def allow_amx() -> bool:
-    """Ask Linux for this process's AMX permission; whether AMX can be used. Repeatable.
+    """Ask Linux for this process's AMX permission; return whether AMX can be used. Repeatable.
 
     Does nothing on a processor without AMX.
     """

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KV cache manager of an engine whose layers are in many KV cache groups.
 
-It differs from vLLM's in how long it takes: vLLM's asks each group, four times per request and step
-(five with async scheduling), whether there is anything to do. With three stages of 2, 6 and 24
-layers there are 16 groups, and for a batch of 64 decoding requests that alone took four
+It does the same as vLLM's manager in less time. vLLM's manager asks each group, four times per
+request and step (five with async scheduling), whether there is anything to do. Three stages of 2, 6
+and 24 layers make 16 groups, and for a batch of 64 decoding requests that alone took four
 milliseconds of a step. But the groups of a stage always hold equally many blocks, and most steps of
-a request need no new one. How far a request's blocks reach is worked out when it gets them, and a
-step only compares.
+a request need no new block. This manager computes how far a request's blocks reach when it
+allocates them. A step then only compares.
 
 Seams, all on the scheduler's one instance:
 
@@ -43,7 +43,7 @@ from himap_vllm.plan.prompt import PromptPlan
 
 @dataclass(slots=True)
 class BlockHorizon:
-    """Numbers of tokens up to which a request past its prompt needs nothing of the manager.
+    """Numbers of tokens up to which a request past its prompt needs nothing from the manager.
 
     Attributes:
         slots: [stages] tokens of the sequence that have slots in the stage.
@@ -65,7 +65,7 @@ class NoBlocks(KVCacheBlocks):
 
 
 class PruningKVCacheManager(KVCacheManager):
-    """vLLM's, with a shorter way for requests that decode."""
+    """vLLM's manager with a shortcut for requests that decode."""
 
     himap_plans: Mapping[str, PromptPlan]
     himap_stages: Sequence[Sequence[StageKVCacheManager]]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the survivors of a cut are chosen: HiMAP, and what to compare it with at the same budget.
+"""How the survivors of a cut are chosen: HiMAP, and methods to compare it with at equal budgets.
 
-One method, one file. An engine has one criterion, `additional_config["himap"]["criterion"]`; all
-but HiMAP are there for research.
+Each method has its own file. An engine has one criterion,
+`additional_config["himap"]["criterion"]`. All but HiMAP are for research.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a criterion declares, and what it may look at."""
+"""The interface of a criterion: what it declares, and what it may read."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Candidates:
     """The image tokens that reach a cut, of all prompts that the step prunes.
 
     Attributes:
-        cut: where they lie and how many are to stay.
-        index: 0: the first cut, 1: the second.
-        device: where scores are wanted.
-        attention: [num flat images] float32, received from the rows that vote. None: the criterion
-            has no `select_voters`.
-        states: [num flat images, hidden_size] float32, the residual stream. None: the criterion
-            does not read it.
+        cut: where they lie, and how many stay.
+        index: 0 at the first cut, 1 at the second.
+        device: where the scores must be.
+        attention: [num flat images] float32, the attention received from the rows that vote. None
+            if the criterion has no `select_voters`.
+        states: [num flat images, hidden_size] float32, the residual stream. None if the criterion
+            does not need it.
     """
 
     cut: Cut
@@ -38,7 +38,7 @@ class Candidates:
 
     @property
     def images(self) -> Iterator[tuple[slice, int]]:
-        """Per image its flat images and how many of them stay; known on the host."""
+        """Per image: the slice of its flat images, and how many of them stay. Host only."""
         keep = iter(self.cut.keep.tolist())
         for request in self.cut.requests:
             for vote in request.votes:
@@ -48,16 +48,16 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """A way to rank image tokens. How many stay, and ties, are not its business.
+    """A way to rank image tokens. It decides neither how many stay, nor ties.
 
     Attributes:
-        name: in `additional_config["himap"]["criterion"]`.
-        score: [num flat images] float32; within each image the highest stay, and of equal ones
-            the first. Without waiting for the device.
-        select_voters: whose attention is summed up: the cuts with these voters, given the cuts with
-            HiMAP's. None: no attention is computed.
-        needs_hidden_states: whether `score` wants hidden states.
-        seeded: whether `score` wants `PrunedRequest.seed`.
+        name: its name in `additional_config["himap"]["criterion"]`.
+        score: returns [num flat images] float32. Within each image the highest scores stay; of
+            equal scores, the first. It must not wait for the device.
+        select_voters: takes the cuts with HiMAP's voters and returns them with the voters whose
+            attention is summed. None: no attention is computed.
+        needs_hidden_states: whether `score` needs `Candidates.states`.
+        seeded: whether `score` needs `PrunedRequest.seed`.
     """
 
     name: CriterionName

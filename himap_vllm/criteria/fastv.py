@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FastV: attention of the last text row. https://arxiv.org/abs/2403.06764, section 4.1.
 
-FastV has one cut; here the same row votes at both. For an image it is the last text row after it,
-or the prompt's last row where none follows.
+FastV has one cut; here the same row votes at both cuts. The last text row after an image votes for
+it, or the prompt's last row if no text follows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def last_text_row(cuts: Cuts) -> Cuts:
-    """The cuts with one voter per image."""
+    """Return the cuts with one voter per image."""
     first, second = cuts
     assert first.image_tokens is not None
     shallow, deep = [], []
@@ -30,7 +30,7 @@ def last_text_row(cuts: Cuts) -> Cuts:
         positions = first.image_tokens[before.image_tokens] - before.tokens.start
         images = [positions[vote.tokens] for vote in before.votes]
         rows = np.array([_voter(before, vote, images) for vote in before.votes])
-        # No voter lies inside an image, so what it moves up by does not depend on the data.
+        # No voter lies inside an image, so its new row does not depend on the data.
         gone = np.array([(image[-1], len(image) - next(keep)) for image in images])
         moved = rows - ((gone[:, :1] <= rows) * gone[:, 1:]).sum(0)
         shallow.append(_with_voters(before, rows))
@@ -39,7 +39,7 @@ def last_text_row(cuts: Cuts) -> Cuts:
 
 
 def _voter(request: PrunedRequest, vote: ImageVote, images: list[IntArray]) -> int:
-    """Relative to the request's rows, as `PrunedRequest.rows` is."""
+    """The voter's row, relative to the request's rows as `PrunedRequest.rows` is."""
     assert request.rows is not None
     for row in request.rows[vote.rows][::-1].tolist():
         if not any(image[0] < row < image[-1] for image in images):  # a row break, say

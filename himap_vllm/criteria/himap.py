@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HiMAP: attention of the text rows at the first cut, of the image's own rows at the second.
+"""HiMAP: attention of the text rows at the first cut, and of the image's own rows at the second.
 
 https://arxiv.org/abs/2503.13108, Eq. 8 and 9. The layout of a step names these voters.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Half of the tokens by the attention of the last text row, the other half far from these.
+"""Choose half of the tokens by the last text row's attention, the rest far from them.
 
-FastV's and DivPrune's ideas together: see `fastv` and `diversity`. Of an odd number, attention
+This combines FastV and DivPrune: see `fastv` and `diversity`. If the number is odd, attention
 chooses one more.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evenly spaced tokens of each image, in raster order: the k middles of k equal parts."""
+"""Keep evenly spaced tokens of each image, in raster order: the middles of k equal parts."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides, in the API process, what becomes of a request; the rest of the engine only obeys.
+"""Decide in the API process how a request is pruned. The rest of the engine follows the decision.
 
 Admission resolves the ratios (the request's, or the server's default) and stamps the request with
-its decision. It refuses a request that can't have the pruning that it asked for. A request that did
-not ask runs unpruned instead, and is counted as bypassed.
+its decision. If a request asks for pruning and cannot be pruned, admission refuses it. A request
+that did not ask runs unpruned instead, and is counted as bypassed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _UNPRUNED = f"set {SHALLOW_ARG} and {DEEP_ARG} to 0"
 
 
 class _Obstacle(NamedTuple):
-    """Why a prompt can't be pruned: the reason for counters, the parameter, the message."""
+    """Why a prompt cannot be pruned: the reason for counters, the parameter, the message."""
 
     reason: str
     parameter: str
@@ -53,10 +53,11 @@ class Admission:
         self._limit_name, self._step_limit = step_limit(vllm_config.scheduler_config)
 
     def admit(self, request: EngineCoreRequest) -> None:
-        """Stamp a request with what becomes of it.
+        """Stamp a request with the decision on it.
 
         Raises:
-            HiMAPError: a bad parameter, or pruning asked for that can't be done.
+            HiMAPError: a parameter is invalid, or the request asks for pruning and cannot be
+                pruned.
         """
         params = request.sampling_params
         if params is None:

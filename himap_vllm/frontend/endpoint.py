@@ -42,7 +42,7 @@ class StatsEndpoint:
 
 
 async def _stats(request: Request) -> dict[str, Any]:
-    """What pruning did since the engine started; see `himap_vllm.pruning.stats.PruningStats`."""
+    """Counters since the engine started; see `himap_vllm.pruning.stats.PruningStats`."""
     engine = request.app.state.himap_engine
     if not is_requested(engine.vllm_config.additional_config):
         raise HTTPException(404, 'pruning is off: no "himap" in --additional-config')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The workers' counters, read and taken together in the API process."""
+"""The workers' counters, read and merged in the API process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def merge_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def merge_engines(engines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The counters of data-parallel engines, which see different requests, taken together."""
+    """Sum the counters of data-parallel engines, which see different requests."""
     total = {key: sum(e[key] for e in engines) for key in engines[0] if key != "requests"}
     requests: Counter[str] = sum((Counter(e["requests"]) for e in engines), Counter())
     latest = max(engine["last_step_pruning_seconds"] for engine in engines)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks, once vLLM's configuration is complete, that all of it works together with pruning."""
+"""Check that vLLM's complete configuration works with pruning."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _WORKERS = {
 
 
 def check_and_configure(vllm_config: VllmConfig) -> None:
-    """Choose the pruning scheduler and worker, or say why this engine can't prune.
+    """Choose the pruning scheduler and worker, or say why this engine cannot prune.
 
     Does nothing without `additional_config["himap"]`. Repeatable.
 
     Raises:
-        HiMAPError: a bad setting, or a feature that does not go together with pruning.
+        HiMAPError: a setting is invalid, or a feature does not work with pruning.
     """
     if not is_requested(vllm_config.additional_config) or vllm_config.model_config is None:
         return

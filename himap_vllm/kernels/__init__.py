@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels, each with the function that launches it. Nothing here knows a model runner."""
+"""Triton kernels, each with the function that launches it. They do not depend on a model runner."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gather of a cut: hidden states, residual and positions together."""
+"""Gather hidden states, residual and positions of a cut's survivors in one launch."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def gather_rows(
     residual: torch.Tensor,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows of all three, in one launch where there is Triton.
+    """Gather the same rows of all three tensors, in one launch if Triton is available.
 
     Args:
         rows: [num_rows] int64.
         positions: [num_tokens], or [3, num_tokens] with M-RoPE.
         hidden_states: [num_tokens, hidden_size], channels contiguous.
         residual: [num_tokens, hidden_size], likewise.
-        out: positions laid out like `positions`, hidden states and residual, contiguous; where to
-            write, with `num_rows` tokens or more, of which the others stay as they are.
+        out: buffers for positions (laid out like `positions`), hidden states and residual
+            (contiguous). Each has `num_rows` tokens or more; the other tokens stay as they are.
 
     Returns:
-        positions, hidden states and residual of the rows; `out`, if there is one.
+        positions, hidden states and residual of the rows, or `out` if it is given.
     """
     width = hidden_states.shape[1]
     outputs = out or (
@@ -92,10 +92,11 @@ def gather_rows(
 
 
 def empty_positions(positions: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Room for `num_rows` positions, laid out like `positions`.
+    """Allocate `num_rows` positions, laid out like `positions`.
 
-    vLLM's M-RoPE positions are columns of a longer buffer. With its stride in every step, Triton
-    compiles the kernel once, and the compiled segments see the layout that they were traced with.
+    vLLM's M-RoPE positions are columns of a longer buffer. The result has the same stride in every
+    step, so Triton compiles the kernel once, and the compiled segments see the layout that they
+    were traced with.
     """
     if positions.ndim == 1:
         return positions.new_empty(num_rows)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scores of a cut in one kernel launch, for all pruned prompts of a step.
+"""Score a cut in one kernel launch, for all pruned prompts of a step.
 
-Work is cut into *tiles*: up to `BLOCK_ROWS` rows that vote for one image. A program takes one tile
-and one head, finds each row's softmax denominator over the keys it sees, and adds up, per image
-token, what the rows give it. Probabilities of rows that don't vote are never computed, and none is
-written out.
+Work is split into *tiles*: up to `BLOCK_ROWS` rows that vote for one image. A program takes one
+tile and one head. It computes each row's softmax denominator over the keys that the row sees, and
+sums the rows' probabilities per image token. Probabilities of rows that do not vote are never
+computed, and no probability is written to memory.
 
 Tiles of an image must be added up. Atomic additions would add in another order each time and let
 rounding decide close calls differently from run to run, so each program writes a partial sum of

@@ -14,7 +14,7 @@ PAD_SLOT = -1
 _BLOCK = 1024
 
 
-# A specialisation for the step's size would be compiled in mid-service.
+# A specialisation for the step's size would be compiled while requests wait.
 @triton.jit(do_not_specialize=["num_slots"])
 def _stage_slots_kernel(
     groups_ptr,  # [num later groups, 2]
@@ -38,13 +38,13 @@ def _stage_slots_kernel(
     slots_ptr = slot_mappings_ptr + group * slot_mappings_stride
     first = tl.load(query_start_loc_ptr)
     if request == tl.num_programs(1) - 1:
-        # Rows that the step has in the first stage only.
+        # Rows that exist in the first stage only.
         for begin in range(first, num_slots, BLOCK):
             row = begin + tl.arange(0, BLOCK)
             tl.store(slots_ptr + row, PAD, mask=row < num_slots)
         return
     end = tl.load(query_start_loc_ptr + 1)
-    # KV position of row 0, if this request had it.
+    # The KV position that row 0 would have in this request.
     offset = tl.load(seq_lens_ptr + stage * seq_lens_stride + request) - end
     block_size = tl.load(block_sizes_ptr + group)
     table_ptr = tl.load(block_table_ptrs + group).to(tl.pointer_type(tl.int32))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host arrays to the device, together, without waiting for it."""
+"""Copy host arrays to the device together, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _ALIGNMENT = 2  # elements: 16 bytes, by whose multiples Triton specialises kern
 
 
 def upload(arrays: Sequence[IntArray], device: torch.device) -> list[torch.Tensor]:
-    """The arrays on `device`, int64, shapes kept: views of one tensor, filled by one copy.
+    """Return the arrays on `device` as int64 with their shapes: views of one tensor, one copy.
 
-    Each is aligned as if it were alone, or a kernel would be compiled anew for other addresses.
+    Each view is aligned as if it were alone. Otherwise Triton would compile kernels again for
+    other alignments.
 
     * `vllm.utils.torch_utils.async_tensor_h2d` (called): it stages in pinned memory. A plain
       `.to(device)` from pageable memory would wait for everything queued on the device before it.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker process: what is changed on the loaded model."""
+"""Worker process: changes to the loaded model."""

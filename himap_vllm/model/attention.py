@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the decoder's attention layers do for pruning, and how they are told.
+"""Attention layers that belong to a stage and score image tokens.
 
-Each layer is changed in place, on the instance, after the model is loaded; the classes, and with
+Each layer is changed in place, on the instance, after the model is loaded. The classes, and with
 them every other model of the process, stay as they are.
 
 * `vllm.model_executor.layers.attention.attention.Attention.get_kv_cache_spec` (overridden):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading keys back from vLLM's paged KV cache.
+"""Read keys back from vLLM's paged KV cache.
 
-The rows that vote attend to text before the first image too. Where that text was computed in an
+The rows that vote also attend to text before the first image. If that text was computed in an
 earlier step (chunked prefill, prefix caching), its keys exist only in the cache.
 """
 
@@ -21,10 +21,10 @@ keys [n, num_kv_heads, head_size]. One gather, whatever requests the keys belong
 
 @functools.cache
 def _cpu_key_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> torch.Tensor:
-    """[block_size, head_size] where vLLM's CPU kernel puts each element of one block and head.
+    """[block_size, head_size]: where vLLM's CPU kernel puts each element of one block and head.
 
-    Numbered keys are written through the kernel to see where they went; once per process, three
-    writes into one block. Base-128 digits are exact in every dtype.
+    Once per process, three writes of numbered keys into one block show where the kernel puts each
+    element. The numbers are base-128 digits, which are exact in every dtype.
 
     * `vllm._custom_ops.cpu_attn_reshape_and_cache` (called): the kernel stores keys in an order of
       its own per instruction set, undocumented and private. Remove when: vLLM exposes a gather from

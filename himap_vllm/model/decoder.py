@@ -6,18 +6,20 @@ differs from step to step, so each segment is a graph of its own, with a dynamic
 like vLLM's. A step that prunes nothing runs the three one after the other; vLLM captures them in
 one full CUDA graph, as it does the decoder of another model.
 
-With piecewise CUDA graphs (mixed steps, by default) there are two differences. vLLM frees the
-output of a compiled module's last piece for the pieces captured next, as nothing but the model's
-output comes after it; here another segment does, so its inputs are copied to buffers of their own
-(Gemma3n, whose decoder is two compiled modules in vLLM, does the same). And behind a cut a segment
-replays the graphs of a smaller size, the one that vLLM would choose for a step with as many tokens
-as are left (vLLM's fast prefill with a shared KV cache does the same); the gather writes to the
-buffers that they read.
+With piecewise CUDA graphs (mixed steps, by default) there are two differences:
 
-For vLLM decoders of the common form: `layers` called as `(positions, hidden_states, residual) ->
-(hidden_states, residual)`, then `norm(hidden_states, residual)`. Positions are [num_tokens], or
-[3, num_tokens] with M-RoPE. Deepstack (Qwen3-VL) adds visual features after the first layers; the
-first cut must lie behind them.
+* vLLM reuses the memory of a compiled module's last output for the pieces captured next, because
+  usually nothing but the model's output follows. Here another segment follows, so its inputs are
+  copied to buffers of their own. (Gemma3n, whose decoder is two compiled modules in vLLM, does the
+  same.)
+* Behind a cut, a segment replays smaller graphs: those that vLLM would choose for a step with as
+  many tokens as are left. The gather writes to the buffers that these graphs read. (vLLM's fast
+  prefill with a shared KV cache does the same.)
+
+Supported are vLLM decoders of the common form: `layers` called as `(positions, hidden_states,
+residual) -> (hidden_states, residual)`, then `norm(hidden_states, residual)`. Positions are
+[num_tokens], or [3, num_tokens] with M-RoPE. Deepstack (Qwen3-VL) adds visual features after the
+first layers, so the first cut must lie behind them.
 
 * `vllm.compilation.decorators.support_torch_compile`, `vllm.compilation.backends.set_model_tag`
   (called): each segment is compiled by itself, under a name of its own. Remove when: vLLM compiles
@@ -122,7 +124,7 @@ class _SegmentedDecoder(nn.Module):
     himap_segments: tuple[FirstSegment, MiddleSegment, LastSegment]
     himap_context: PruningContext
     himap_later_layers: tuple[tuple[str, ...], tuple[str, ...]]
-    # Of the segments behind each cut. Two, as a segment may return what it was passed.
+    # One per segment behind a cut. They must differ: a segment may return its own input.
     himap_inputs: tuple[GraphInputs, GraphInputs]
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model families that can be pruned: what the plugin must know of each beyond vLLM's interfaces.
+"""Model families that can be pruned: what the plugin must know about each.
 
-What counts as an image token is not in here: vLLM's placeholder positions say it for every model.
-How to add a row: docs/adding-a-model.md.
+The table does not say what an image token is: vLLM's placeholder positions do, for every model.
+docs/adding-a-model.md explains how to add a row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Family:
 
     Attributes:
         architecture: name in the checkpoint's `architectures`.
-        models: known by these names.
+        models: names that people know.
         decoders: `model_type` of the text configs whose decoder has the form that
             `himap_vllm.model.decoder` needs.
         decoder: the decoder inside a loaded vLLM model of this architecture.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of a segment at addresses that stay, as its captured graphs read them.
+"""Inputs of a segment at persistent addresses, which its captured graphs read.
 
 * `vllm.compilation.cuda_graph.CUDAGraphWrapper` (read): it leaves that to whoever calls a compiled
   module, and captures up to `max_cudagraph_capture_size` tokens. Remove when: vLLM keeps the inputs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a freshly loaded vLLM model into one that can prune."""
+"""Turn a freshly loaded vLLM model into one that can prune."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one request or step looks like when it is pruned: integers and NumPy, in every process."""
+"""The plan of a pruned request and of a step: integers and NumPy, in every process."""

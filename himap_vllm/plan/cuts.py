@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the cuts lie in a decoder, and what follows for its layers. Arithmetic without vLLM."""
+"""The position of the cuts in a decoder, and the layers of each stage. Arithmetic without vLLM."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ NUM_STAGES = 3
 def kept(num_tokens: int, ratio: float) -> int:
     """Tokens left of `num_tokens` after the lowest share `ratio` in [0, 1) is dropped.
 
-    At least one token stays. The epsilon makes ratios that are exact in decimal (0.9 of 10) drop
-    what they say, although they are not exact in binary.
+    At least one token stays. The epsilon makes ratios that are exact in decimal but not in binary
+    drop the exact number (0.9 of 10 drops 9).
     """
     return max(1, num_tokens - math.floor(num_tokens * ratio + 1e-6))
 
@@ -60,9 +60,9 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """What becomes of one prompt: which positions are image tokens and how many of them stay.
+    """The plan of one prompt: which positions are image tokens, and how many of them stay.
 
-    `images` is in prompt order and not empty. `seed` is for criteria that draw lots.
+    `images` is in prompt order and not empty. `seed` is for criteria that choose at random.
     """
 
     num_prompt_tokens: int
@@ -81,7 +81,7 @@ class PromptPlan:
 
     @cached_property
     def removed(self) -> tuple[int, int, int]:
-        """Tokens of the prompt that are gone in each stage."""
+        """Tokens of the prompt that are missing in each stage."""
         seen, shallow, deep = (sum(column) for column in zip(*self.counts, strict=True))
         return 0, seen - shallow, seen - deep
 
@@ -114,18 +114,18 @@ class PromptPlan:
     def chunk(self, num_computed: int, num_new: int, step_limit: int) -> int:
         """The longest chunk of at most `num_new` tokens from `num_computed` that may be run.
 
-        A prompt that fits a step as a whole is not begun in a lesser one: with only its first words
-        computed it would hold blocks and a place among the running requests, and so would every
-        prompt behind it, as such a chunk leaves room for more.
+        If the whole prompt fits in one step, wait for such a step: starting with its leading text
+        would pin KV blocks and a running slot. The room that is left would then let every waiting
+        prompt do the same.
 
         Args:
             num_computed: tokens computed so far.
-            num_new: tokens that this step has room for.
-            step_limit: the most tokens of one request that any step has room for.
+            num_new: tokens that fit in this step.
+            step_limit: the largest number of tokens of one request that fits in any step.
 
         Returns:
-            `num_new`, or what remains of the text before the first image, or 0: wait for a step
-            with more room.
+            `num_new`, or the number of remaining text tokens before the first image, or 0 to wait
+            for a step with more room.
         """
         if num_computed + num_new >= self.num_prompt_tokens:
             return num_new
@@ -137,7 +137,7 @@ class PromptPlan:
 def make_plan(
     num_prompt_tokens: int, images: Sequence[ImageTokens], ratios: Ratios
 ) -> PromptPlan | None:
-    """The plan of a prompt, or None where nothing would be dropped."""
+    """Return the plan of a prompt, or None if nothing would be dropped."""
     images = tuple(image for image in images if image.count)
     if not images:
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's own request data say of pruning; the same for admission, scheduler and worker.
+"""Pruning plans from vLLM's own request data, for admission, scheduler and worker alike.
 
 Admission stamps each request with its decision. The stamp is one value in
-`SamplingParams.extra_args` that only this module reads and writes; clients may not send it.
+`SamplingParams.extra_args` that only this module reads and writes. Clients may not send it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _STAMP = "himap_admission"
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What admission decided on a request.
+    """Admission's decision on a request.
 
     Attributes:
-        outcome: `pruned`, `unpruned` or `bypassed_<reason>`; counters go by it.
+        outcome: `pruned`, `unpruned` or `bypassed_<reason>`; the counters use it.
         ratios: of a pruned request.
     """
 
@@ -50,10 +50,10 @@ def stamp(params: SamplingParams, decision: Decision) -> None:
 
 
 def read_stamp(params: Any) -> Decision:
-    """The decision that a request carries (vLLM's `SamplingParams`, or None).
+    """Return the decision that a request carries (vLLM's `SamplingParams`, or None).
 
-    A request that reached the engine core on another way has no stamp and runs unpruned: its
-    ratios were not checked, nor whether its prompt fits a step.
+    A request that reached the engine core in another way has no stamp and runs unpruned: neither
+    its ratios nor the length of its prompt were checked.
     """
     outcome, ratios = (getattr(params, "extra_args", None) or {}).get(_STAMP, ("unpruned", None))
     return Decision(outcome, ratios and Ratios(*ratios))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan saves, in KV entries and prefill FLOPs of the decoder. Arithmetic without vLLM."""
+"""The KV entries and the decoder's prefill FLOPs that a plan saves. Arithmetic without vLLM."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DecoderShape:
 
 @dataclass(frozen=True, slots=True)
 class PromptSavings:
-    """What pruning saves of a prompt, or of several (they add up).
+    """The cost of a prompt with and without pruning. Several prompts add up.
 
     Attributes:
         image_tokens: image tokens of the prompt.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where everything lies in one step: token ranges, sequence lengths, rows that vote.
+"""The layout of one step: token ranges, sequence lengths, rows that vote.
 
-Integer arithmetic on the host, before the forward pass; neither torch nor vLLM. Index spaces:
+This is integer arithmetic on the host, before the forward pass, without torch and vLLM. Index
+spaces:
 
 * *prompt*: position in a request's sequence, text and image tokens alike;
 * *stage s*: position in a request's KV sequence of stage s, after the cuts before it;
@@ -134,7 +135,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class PlanArrays:
-    """Plans by row, as arrays; a row without a plan has what never matters.
+    """Plans by row, as arrays. A row without a plan has values that change nothing.
 
     Attributes:
         first_image: [num_rows] tokens before the first image token.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pruning model's parts share.
+"""The state that the parts of a pruning model share.
 
 One `PruningContext` per model instance connects the model runner, which plans the step, the
 attention layers before the cuts, which score, and the decoder, which gathers.

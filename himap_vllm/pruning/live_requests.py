@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The requests that a worker has now: their plans, and which of them are counted."""
+"""The requests that a worker holds: their plans, and which of them are counted."""
 
 from __future__ import annotations
 

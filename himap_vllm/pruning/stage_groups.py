@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV cache groups of a worker: the stage of each, and what a block of theirs weighs."""
+"""The KV cache groups of a worker: the stage of each, and the memory of a block."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StageGroups:
         """The groups that vLLM made.
 
         Raises:
-            RuntimeError: they are not those that the plan of the layers demands.
+            RuntimeError: they differ from the planned groups.
         """
         stages = group_stages(kv_cache_config, stage_layers(settings, model_config))
         leaders = [stages.index(stage) for stage in range(NUM_STAGES)]

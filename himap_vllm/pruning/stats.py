@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters of what was really pruned, kept in the worker beside the blocks themselves."""
+"""Counters of what was pruned, kept in the worker, which holds the block tables."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from himap_vllm.plan.prompt import PromptPlan
 
 @dataclass
 class PruningStats:
-    """Monotonic since the worker started. A prompt counts once, whatever preemption does to it.
+    """Monotonic counters since the worker started. A preempted prompt still counts once.
 
     Attributes:
-        requests: prompts with images, by outcome: `pruned`, `unpruned` (asked for or defaulted to
-            ratio 0), or `bypassed_<reason>`: only the server's default asked for pruning, and it
-            could not be done.
+        requests: prompts with images, by outcome: `pruned`, `unpruned` (the request's or the
+            default ratios are 0), or `bypassed_<reason>` (only the server's default asked for
+            pruning, and the prompt could not be pruned).
         recomputed: pruned prompts computed again after a preemption.
         image_tokens: image tokens of pruned prompts.
         image_tokens_kept_shallow: of these, alive after the first cut.

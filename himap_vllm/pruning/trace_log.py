@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the surviving image tokens of the latest pruned prompts stood in them."""
+"""The positions of the image tokens that survived in the latest pruned prompts."""
 
 from __future__ import annotations
 

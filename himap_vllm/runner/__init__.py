@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters to vLLM's model runners and workers; nothing else knows them by name."""
+"""Adapters to vLLM's model runners and workers. No other module refers to those."""

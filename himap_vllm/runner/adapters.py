@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA: which adapter each row takes, in the stages of a step that prunes.
+"""LoRA: the adapter of each row, in the stages of a step that prunes.
 
-vLLM maps the rows of a step to adapters before the forward pass; behind a cut there are fewer rows.
-How many of each request are left is known, and all of a request take one adapter, so the mapping of
-a stage follows from the prompt alone, like everything else about it.
+vLLM maps the rows of a step to adapters before the forward pass. Behind a cut there are fewer rows.
+All rows of a request take one adapter, and the number of rows left is known. The mapping of a stage
+therefore follows from the prompt alone.
 
 * `vllm.v1.worker.lora_model_runner_mixin.LoRAModelRunnerMixin._set_active_loras`
   (overridden): both runners map a step's rows through it. Remove when: vLLM keeps the adapter of

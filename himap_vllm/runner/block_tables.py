@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block tables of all KV cache groups as one array, for Model Runner V1, which runs on CPUs.
 
-vLLM looks up the slots of a step's tokens group by group, a kernel launch each; the groups of a
-stage differ in nothing but their block ids, so one NumPy lookup does for all of them.
+vLLM looks up the slots of a step's tokens group by group, with one kernel launch each. The groups
+of a stage differ only in their block ids, so one NumPy lookup serves all of them.
 
 * `vllm.v1.worker.block_table.MultiGroupBlockTable` (subclassed): `InputBatch.block_table` is one;
   the buffers of its groups become views of the array. Remove when: Model Runner V1 goes.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the adapters to both model runners share.
+"""Code that the adapters to both model runners share.
 
 * `vllm.v1.worker.utils.AttentionGroup` (called): its builders make the metadata of a group from
   that of another of its stage. Remove when: vLLM shares metadata among KV cache groups that are

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of the later stages in tensors that stay where they are, for Model Runner V2.
+"""Batches of the later stages in persistent tensors, for Model Runner V2.
 
 * `vllm.utils.torch_utils.async_tensor_h2d` (called): copies to the device without waiting for it.
   Remove when: torch stages copies from pageable memory itself.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the kernels of a pruning step once, on nothing."""
+"""Run the kernels of a pruning step once, on a made-up prompt."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every pruning worker adds to vLLM's: it follows requests, and answers two calls.
+"""A mixin for vLLM's workers that follows requests and answers two calls.
 
 * `vllm.config.ParallelConfig.worker_cls` (read): `himap_vllm.frontend.support` names our worker
   there when himap is configured. Remove when: vLLM lets an option name the class of the model
@@ -44,7 +44,7 @@ class PruningWorkerMixin(_Base):
         return self._himap.stats.as_dict()
 
     def himap_trace(self, request_id: str) -> Trace | None:
-        """Where the surviving image tokens of a prompt stood; see `TraceLog.find`.
+        """Return the positions of a prompt's surviving image tokens; see `TraceLog.find`.
 
         Known for the latest `trace_requests` pruned prompts.
         """
