@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FastAPI app: only the routes of server/routes exist, and every error has OpenAI's shape."""
+"""The FastAPI app: it has the routes of routes/ only, and every error has OpenAI's shape.
+
+* `vllm.entrypoints.serve.exception_handling.register.init_exception_handler` (called): errors of
+  vLLM's handlers get the answers that vLLM's server gives; it reads `app.state.args`. Remove when:
+  an endpoint plugin of vLLM can wrap vLLM's routes.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +14,19 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.v1.engine.exceptions import EngineDeadError
 
 import himap_vllm
 
-from .errors import GatewayError, error_response
+from .checked_images import ImageStore
+from .errors import GatewayError, Reason, error_response
+from .gateway import Gateway
 from .lifecycle import Lifecycle
 from .media import MediaCheck, restrict_decoders
-from .record import current
 from .routes import openai, operations
 from .schemas import ErrorBody
 from .security.fetch import FetchLimits, ImageFetcher
@@ -43,29 +51,11 @@ _POST_ERRORS = _ANY_ERRORS | {
 
 
 def build_app(args: Namespace, settings: GatewaySettings, lifecycle: Lifecycle) -> FastAPI:
-    """The app; the engine puts its handlers into `app.state` when it is up."""
+    """The app, with its `Gateway` as `app.state.gateway`; the model is loaded later."""
     app = FastAPI(title="HiMAP-vLLM", version=himap_vllm.__version__, redirect_slashes=False)
-    app.state.needs_key = settings.api_keys_file is not None
     app.state.args = args
-    app.state.lifecycle = lifecycle
-    restrict_decoders()
-    app.state.media = MediaCheck(
-        ImageLimits(
-            max_bytes=settings.max_image_bytes,
-            max_pixels=settings.max_image_pixels,
-            min_side=settings.min_image_side,
-        ),
-        settings.max_images,
-        settings.max_body_bytes,  # fetched or sent along
-        ImageFetcher(
-            FetchLimits(
-                max_bytes=settings.max_image_bytes,
-                timeout_seconds=settings.image_timeout,
-                allowed_hosts=settings.image_hosts,
-            )
-        )
-        if settings.fetch_images
-        else None,
+    app.state.gateway = Gateway(
+        lifecycle, _media_check(settings), needs_key=settings.api_keys_file is not None
     )
     app.include_router(openai.router)
     app.include_router(operations.router)
@@ -73,43 +63,69 @@ def build_app(args: Namespace, settings: GatewaySettings, lifecycle: Lifecycle) 
     # vLLM handles FastAPI's own; the router raises Starlette's.
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(GatewayError, _refused)
-    # vLLM's would answer 500 and stop the server; the engine's watcher does that.
+    # vLLM's handler would answer 500 and stop the server; the engine's watcher stops it.
     app.add_exception_handler(EngineDeadError, _engine_dead)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
-async def _refused(_: Request, error: Any) -> Response:
-    record = current.get(None)
+def _media_check(settings: GatewaySettings) -> MediaCheck:
+    restrict_decoders()
+    store = ImageStore()
+    store.register()
+    fetcher = None
+    if settings.fetch_images:
+        limits = FetchLimits(
+            max_bytes=settings.max_image_bytes,
+            timeout_seconds=settings.image_timeout,
+            allowed_hosts=settings.image_hosts,
+        )
+        fetcher = ImageFetcher(limits)
+    return MediaCheck(
+        store,
+        ImageLimits(
+            max_bytes=settings.max_image_bytes,
+            max_pixels=settings.max_image_pixels,
+            min_side=settings.min_image_side,
+        ),
+        settings.max_images,
+        settings.max_body_bytes,  # fetched or sent along
+        fetcher,
+    )
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    record = getattr(request.state, "record", None)  # only requests to /v1 have one
     if record is not None and isinstance(error, GatewayError):
         record.reason = error.reason
     return error_response(error)
 
 
 async def _engine_dead(request: Request, _: Exception) -> Response:
-    return await _refused(request, GatewayError(503, "the engine is dead", reason="failed"))
+    return await _refused(request, GatewayError(503, "the engine is dead", reason=Reason.FAILED))
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with the errors that there are, and without its 422, which is not."""
+    """FastAPI's document with the bodies and errors of `/v1`, and without 422, never sent."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        schemas = document["components"]["schemas"]
-        for name in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(name, None)
-        error = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas.update(error.pop("$defs"), ErrorBody=error)
-        if app.state.needs_key:
-            document["components"]["securitySchemes"] = {
-                "key": {"type": "http", "scheme": "bearer"}
-            }
+        models: tuple[type[BaseModel], ...] = (*openai.SCHEMAS, ErrorBody)
+        _, schemas = models_json_schema(
+            [(model, "validation") for model in models],
+            ref_template="#/components/schemas/{model}",
+        )
+        components: dict[str, Any] = {"schemas": schemas["$defs"]}
+        document["components"] = components
+        needs_key = app.state.gateway.needs_key
+        if needs_key:
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
         for path, operations_ in document["paths"].items():
             for method, operation in operations_.items():
                 operation["responses"].pop("422", None)
                 if not path.startswith("/v1/"):
                     continue
-                if app.state.needs_key:
+                if needs_key:
                     operation["security"] = [{"key": []}]
                 errors = _POST_ERRORS if method == "post" else _ANY_ERRORS
                 for status, text in errors.items():

@@ -22,6 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from himap_vllm.config import engine_settings
 from himap_vllm.frontend.admission import admission_of
 
+from .gateway import Gateway, ServedModel
 from .lifecycle import GatewayServer, Lifecycle, Phase
 from .metrics import GatewayMetrics
 from .prompts import PromptObserver, placeholder_tokens
@@ -66,12 +67,13 @@ async def run_engine(
         pruning = engine_settings(config.additional_config)
         assert pruning is not None
         metrics.describe(pruning)
-        app.state.pruning = PruningPolicy(pruning)
-        app.state.media.placeholders = placeholder_tokens(engine)
+        gateway: Gateway = app.state.gateway
+        gateway.media.placeholders = placeholder_tokens(engine)
         admission = admission_of(engine.input_processor)
         assert admission is not None
         admission.second_step = PromptObserver(config, pruning, settings.max_prompt_tokens).observe
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
+        gateway.loaded = ServedModel.from_vllm(app.state, PruningPolicy(pruning))
         app.openapi()  # takes seconds, once: not while requests wait
         freeze_gc_heap()  # as vLLM's server does: what is there now stays, and need not be searched
         lifecycle.phase = Phase.READY

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors in OpenAI's shape."""
+"""Refusals, and errors in OpenAI's shape."""
 
 from __future__ import annotations
 
+import enum
 import json
 from typing import Any
 
@@ -22,11 +23,58 @@ _TYPES = {
 }
 
 
+class Reason(enum.StrEnum):
+    """Why a request was not answered.
+
+    The log has it as `reason`, and it is a label of `himap_refused_requests_total`. docs/gateway.md
+    says what each means.
+    """
+
+    KEY = "key"
+    RATE = "rate"
+    CONCURRENCY = "concurrency"
+    RATIO = "ratio"
+
+    HEADERS = "headers"
+    TYPE = "type"
+    BODY_BYTES = "body_bytes"
+    BODY_VALUES = "body_values"
+    PARTS = "parts"
+    INVALID = "invalid"
+    NOT_FOUND = "not_found"
+    METHOD = "method"
+
+    BEAM_SEARCH = "beam_search"
+    TRUNCATION = "truncation"
+    GRAMMAR = "grammar"
+    PROMPT_TOKENS = "prompt_tokens"
+    PLACEHOLDER = "placeholder"
+
+    MEDIA = "media"
+    IMAGE_COUNT = "image_count"
+    IMAGE_URL = "image_url"
+    IMAGE_HOST = "image_host"
+    IMAGE_FETCH = "image_fetch"
+    IMAGE_TYPE = "image_type"
+    IMAGE_BYTES = "image_bytes"
+    IMAGE_PIXELS = "image_pixels"
+    IMAGE_SIDE = "image_side"
+    IMAGE_BROKEN = "image_broken"
+
+    TIMEOUT = "timeout"
+    CLIENT_WENT_AWAY = "client_went_away"
+    ENGINE_BUSY = "engine_busy"
+    LOADING = "loading"
+    DRAINING = "draining"
+    FAILED = "failed"
+    ERROR = "error"
+
+
 class GatewayError(HTTPException):
     """A request that the gateway refuses.
 
     Attributes:
-        reason: why, as a word for logs and metrics (the metric's label: a fixed, small set).
+        reason: for logs and metrics.
         param: the field of the request that is at fault.
     """
 
@@ -35,7 +83,7 @@ class GatewayError(HTTPException):
         status: int,
         message: str,
         *,
-        reason: str,
+        reason: Reason,
         param: str | None = None,
         retry_after: int | None = None,
     ) -> None:
@@ -52,11 +100,11 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
 
 
 def error_response(error: HTTPException) -> JSONResponse:
-    """The answer to a request that is refused, by us or by the router (404, 405)."""
+    """The answer to a request that the gateway or the router (404, 405) refuses."""
     body = error_body(error.status_code, str(error.detail), getattr(error, "param", None))
     return JSONResponse(body, error.status_code, error.headers)
 
 
 def error_event(error: GatewayError) -> str:
-    """The end of a stream that can't go on."""
+    """The last event of a stream that ends with an error."""
     return f"data: {json.dumps(error_body(error.status_code, error.detail, error.param))}\n\n"

@@ -2,15 +2,17 @@
 """Images and text of a request's body, before anything of vLLM sees them.
 
 vLLM fetches any URL that it is given, takes media for what their keys say whatever their `type`,
-and decodes by content whatever type is declared. So the body is gone through as plain JSON: every
-image is fetched if need be, checked, and put back as a data URL; every other medium is refused; no
-text may hold a token that stands for an image.
+and decodes by content whatever type is declared. So the gateway walks the body as plain JSON. It
+fetches images that come as URLs, checks every image, and keeps it in a store, from which vLLM takes
+it (checked_images.py). It refuses every other medium, and text with a token that stands for an
+image.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,16 +20,11 @@ from typing import Any
 import vllm.multimodal.image as vllm_image
 from vllm.renderers.chat_utils import MM_PARSER_MAP, TEXT_PART_TYPES
 
-from .errors import GatewayError
+from .checked_images import ImageStore
+from .errors import GatewayError, Reason
 from .record import RequestRecord
 from .security.fetch import ImageFetcher
-from .security.images import (
-    CheckedImage,
-    ImageLimits,
-    check_image,
-    decode_data_url,
-    to_data_url,
-)
+from .security.images import ImageLimits, check_image, decode_data_url
 
 # Types of content parts, and keys by which vLLM knows a part without one; the Responses API's too.
 _IMAGE = frozenset({"image_url", "input_image"})
@@ -37,31 +34,38 @@ _OTHER_MEDIA = (frozenset(MM_PARSER_MAP) | {"input_video", "input_file", "file",
 
 
 def restrict_decoders() -> None:
-    """Let vLLM decode what `check_image` has checked, as what it has checked it.
+    """Let vLLM decode an image only as one of the formats that `check_image` knows.
 
-    vLLM seam (0.32): `open_image` hands this global to Pillow, which tries 37 formats in turn, so
-    that a file that begins as a JPEG can be opened as a FLI of other dimensions. The four begin
-    differently. Can go when vLLM has a setting for it.
+    * `vllm.multimodal.image.ALLOWED_IMAGE_FORMATS` (overridden): `open_image` hands this global to
+      Pillow, which tries 37 formats in turn, so that a file that begins as a JPEG can be opened as
+      a FLI of other dimensions. The four formats begin differently. Remove when: vLLM has a
+      setting for the formats.
     """
     vllm_image.ALLOWED_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 _MAY_HOLD_TEXT = (str, list, dict)
 
-# Parameters of sampling, whose text never comes into a prompt.
+# Sampling parameters: their text never becomes part of a prompt.
 _NO_PROMPT = frozenset({"stop", "bad_words"})
 
-# vLLM's validation and chat templates take up to a millisecond for each, on the event loop.
+# vLLM's validation and chat templates take up to a millisecond for each part, on the event loop.
 _MAX_PARTS = 4096
 
 
 class MediaCheck:
-    """Goes through the bodies of requests, and replaces their images in place."""
+    """Walks the bodies of requests, and replaces their images in place."""
 
     def __init__(
-        self, limits: ImageLimits, max_images: int, max_bytes: int, fetcher: ImageFetcher | None
+        self,
+        store: ImageStore,
+        limits: ImageLimits,
+        max_images: int,
+        max_bytes: int,
+        fetcher: ImageFetcher | None,
     ) -> None:
         """`max_bytes` is for all images of a request together, as pixels in `limits` are."""
+        self._store = store
         self._limits = limits
         self._max_images = max_images
         self._max_bytes = max_bytes
@@ -69,18 +73,27 @@ class MediaCheck:
         self.placeholders: Collection[str] = ()
         """Tokens that stand for an image in a prompt; known when the model is loaded."""
 
-    async def __call__(self, body: Any, record: RequestRecord) -> None:
-        """Check a parsed body.
+    @asynccontextmanager
+    async def admit(self, body: Any, record: RequestRecord) -> AsyncIterator[None]:
+        """Check a parsed body; its images stay in the store as long as the context is open.
 
         Raises:
-            GatewayError: something in it is refused.
+            GatewayError: something in the body is refused.
         """
+        held: list[str] = []
+        try:
+            await self._check(body, record, held)
+            yield
+        finally:
+            self._store.remove(held)
+
+    async def _check(self, body: Any, record: RequestRecord, held: list[str]) -> None:
         parts = list(islice(_parts(body), _MAX_PARTS + 1))
         if len(parts) > _MAX_PARTS:
             raise GatewayError(
                 400,
                 f"more than {_MAX_PARTS} messages and content parts",
-                reason="parts",
+                reason=Reason.PARTS,
                 param="messages" if "messages" in body else "input",
             )
         images = [(path, part) for path, part in parts if _is_image(path, part)]
@@ -89,7 +102,7 @@ class MediaCheck:
             raise GatewayError(
                 400,
                 f"{len(images)} images; a request may have at most {self._max_images}",
-                reason="image_count",
+                reason=Reason.IMAGE_COUNT,
                 param=images[self._max_images][0],
             )
         self._check_text(body, {id(part) for _, part in images})
@@ -99,7 +112,7 @@ class MediaCheck:
             async with asyncio.TaskGroup() as group:
                 budget = _Budget(self._limits.max_pixels, self._max_bytes)
                 for path, part in images:
-                    group.create_task(self._admit(path, part, budget))
+                    group.create_task(self._keep(path, part, budget, held))
         except* GatewayError as errors:
             raise errors.exceptions[0] from None
         finally:
@@ -111,38 +124,36 @@ class MediaCheck:
         if self._fetcher is not None:
             await self._fetcher.close()
 
-    async def _admit(self, path: str, part: dict[str, Any], budget: _Budget) -> None:
+    async def _keep(
+        self, path: str, part: dict[str, Any], budget: _Budget, held: list[str]
+    ) -> None:
+        """Get an image, check it, and put its URL in the store in the place of the client's."""
         url = _url(part)
         if not isinstance(url, str):
-            raise GatewayError(400, "an image must have a URL", reason="image_url", param=path)
+            raise GatewayError(400, "an image must have a URL", reason=Reason.IMAGE_URL, param=path)
+        # Decoding and checking megabytes takes milliseconds: not on the event loop.
         if _is_data_url(url):
-            # Off the event loop: megabytes take milliseconds.
-            size, checked = await asyncio.to_thread(self._check_data_url, path, url)
-            budget.take_bytes(size, path)
-            budget.take_pixels(checked.pixels, path)
-            url = f"data:image/{checked.kind};base64,{url.partition(',')[2]}"
+            data = await asyncio.to_thread(decode_data_url, url, self._limits, path)
+            budget.take_bytes(len(data), path)
         elif self._fetcher is None:
             raise GatewayError(
                 400,
                 "this server fetches no images: send a data URL, data:image/png;base64,...",
-                reason="image_url",
+                reason=Reason.IMAGE_URL,
                 param=path,
             )
         else:
             data = await self._fetcher.fetch(url, path, partial(budget.take_bytes, param=path))
-            checked = await asyncio.to_thread(check_image, data, self._limits, path)
-            budget.take_pixels(checked.pixels, path)
-            url = to_data_url(checked.kind, data)
+        checked = await asyncio.to_thread(check_image, data, self._limits, path)
+        budget.take_pixels(checked.pixels, path)
+        stored = self._store.add(data)
+        held.append(stored)
         if part.get("type") == "input_image":
             part.setdefault("detail", "auto")  # OpenAI's default; vLLM (0.32) has none
-        part["image_url"] = {"url": url} if isinstance(part["image_url"], dict) else url
-
-    def _check_data_url(self, path: str, url: str) -> tuple[int, CheckedImage]:
-        data = decode_data_url(url, self._limits, path)
-        return len(data), check_image(data, self._limits, path)
+        part["image_url"] = {"url": stored} if isinstance(part["image_url"], dict) else stored
 
     def _check_text(self, body: Any, images: Collection[int]) -> None:
-        """vLLM (and CVE-2026-44222): the token of an image, typed, is taken for an image."""
+        """Refuse typed image tokens: vLLM takes them for images (CVE-2026-44222)."""
         if not self.placeholders:
             return
         rest: list[tuple[Any, _Place | None]] = [(body, None)]
@@ -155,14 +166,14 @@ class MediaCheck:
                             400,
                             f"{token} stands for an image in this model's prompts and can't be "
                             "sent as text; send images as image_url parts",
-                            reason="placeholder",
+                            reason=Reason.PLACEHOLDER,
                             param=_path(place),
                         )
             elif isinstance(node, list):
                 rest.extend(
                     (value, (place, index))
                     for index, value in enumerate(node)
-                    if isinstance(value, _MAY_HOLD_TEXT)  # prompts come as token ids, too
+                    if isinstance(value, _MAY_HOLD_TEXT)  # not the token ids of a prompt
                 )
             elif isinstance(node, dict) and id(node) not in images:
                 rest.extend((key, place) for key in node)
@@ -174,8 +185,8 @@ class MediaCheck:
                 )
 
 
-# Where a value stands in the body: linked, because a path for each would take as many characters
-# as their keys have, times their number.
+# Where a value stands in the body. A linked list: a path for each value would take the characters
+# of all its keys each time.
 _Place = tuple[Any, str | int]
 
 
@@ -188,26 +199,28 @@ def _path(place: _Place | None) -> str:
 
 
 class _Budget:
-    """What the images of a request may still come to."""
+    """Counts the pixels and bytes of all images of a request together."""
 
-    def __init__(self, pixels: int, size: int) -> None:
-        self._limits = pixels, size
-        self._pixels = self._size = 0
+    def __init__(self, max_pixels: int, max_bytes: int) -> None:
+        self._max_pixels = max_pixels
+        self._max_bytes = max_bytes
+        self._pixels = self._bytes = 0
 
     def take_pixels(self, number: int, param: str) -> None:
-        """Refuse (400) if the request has more now than it may have."""
+        """Count pixels. Raises a GatewayError (400) if there are too many."""
         self._pixels += number
-        self._check("pixels", self._pixels, self._limits[0], 400, param)
+        if self._pixels > self._max_pixels:
+            raise self._refusal(400, Reason.IMAGE_PIXELS, f"{self._max_pixels} pixels", param)
 
     def take_bytes(self, number: int, param: str) -> None:
-        """Refuse (413) likewise; while they come in, for all images are fetched at once."""
-        self._size += number
-        self._check("bytes", self._size, self._limits[1], 413, param)
+        """Count bytes as they come. Raises a GatewayError (413) if there are too many."""
+        self._bytes += number
+        if self._bytes > self._max_bytes:
+            raise self._refusal(413, Reason.IMAGE_BYTES, f"{self._max_bytes} bytes", param)
 
-    def _check(self, what: str, spent: int, limit: int, status: int, param: str) -> None:
-        if spent > limit:
-            text = f"the images of this request have more than {limit} {what} together"
-            raise GatewayError(status, text, reason=f"image_{what}", param=param)
+    def _refusal(self, status: int, reason: Reason, limit: str, param: str) -> GatewayError:
+        text = f"the images of this request have more than {limit} together"
+        return GatewayError(status, text, reason=reason, param=param)
 
 
 def _parts(body: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -238,15 +251,15 @@ def _is_image(path: str, part: dict[str, Any]) -> bool:
         raise GatewayError(
             400,
             "media must be images: image_url parts (input_image in the Responses API) with a URL",
-            reason="media",
+            reason=Reason.MEDIA,
             param=path,
         )
     if _IMAGE.isdisjoint(names):
         return False
     if part.get("uuid") is not None:
-        # vLLM would look the image up by it, whoever sent that image.
+        # vLLM looks images up by their uuid, whoever sent them.
         raise GatewayError(
-            400, "uuid is not supported for images", reason="media", param=f"{path}.uuid"
+            400, "uuid is not supported for images", reason=Reason.MEDIA, param=f"{path}.uuid"
         )
     return True
 

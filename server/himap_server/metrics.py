@@ -22,6 +22,7 @@ from vllm.v1.metrics.buckets import (
 from himap_vllm.config import EngineSettings
 from himap_vllm.frontend.merged_stats import engine_stats
 
+from .errors import Reason
 from .lifecycle import Lifecycle
 from .record import RequestRecord
 
@@ -97,13 +98,13 @@ _INFO = Gauge(
     "himap_info", "always 1; the engine's cuts and default ratios", [*_BY_MODEL, *_SETTINGS]
 )
 
-# Why a request was not answered, where the gateway has no word of its own for it.
+# Reasons for answers that come from vLLM or the router.
 _REASONS = {
-    400: "invalid",
-    404: "not_found",
-    405: "method",
-    499: "client_went_away",
-    503: "engine_busy",
+    400: Reason.INVALID,
+    404: Reason.NOT_FOUND,
+    405: Reason.METHOD,
+    499: Reason.CLIENT_WENT_AWAY,
+    503: Reason.ENGINE_BUSY,
 }
 
 _PLAIN = {
@@ -138,7 +139,7 @@ class GatewayMetrics:
         key = record.key.name if record.key is not None else ""
         _REQUESTS.labels(model, record.route or "unknown", record.status, key).inc()
         if record.status >= 400 or record.reason is not None:
-            record.reason = record.reason or _REASONS.get(record.status, "error")
+            record.reason = record.reason or _REASONS.get(record.status, Reason.ERROR)
             _REFUSED.labels(model, record.reason).inc()
         if record.fetching:
             _FETCH.labels(model).observe(record.fetching)

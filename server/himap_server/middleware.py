@@ -20,7 +20,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import GatewayError, error_event, error_response
+from .errors import GatewayError, Reason, error_event, error_response
 from .lifecycle import Lifecycle
 from .record import RequestRecord, current
 from .security.keys import KeyRing
@@ -80,11 +80,15 @@ class RequestMiddleware:
             return
         record = RequestRecord(request_id, scope["method"])
         token = current.set(record)
-        # vLLM would name the engine's request after the header, and has no use for the key.
-        inner = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] not in _OURS]}
+        inner = {
+            **scope,
+            # vLLM would name the engine's request after the id, and has no use for the key.
+            "headers": [pair for pair in pairs if pair[0] not in _OURS],
+            "state": {**scope.get("state", {}), "record": record},  # `request.state.record`
+        }
         try:
             if too_large:
-                raise GatewayError(431, "the headers are too large", reason="headers")
+                raise GatewayError(431, "the headers are too large", reason=Reason.HEADERS)
             await self._admit(inner, headers, receive, answer, record)
         except _ClientGoneError:
             record.status = record.status or _CLIENT_WENT_AWAY
@@ -111,7 +115,7 @@ class RequestMiddleware:
     ) -> None:
         if (reason := self._lifecycle.refusal()) is not None:
             raise GatewayError(
-                503, reason, reason=self._lifecycle.phase.value, retry_after=_RETRY_SECONDS
+                503, reason, reason=Reason(self._lifecycle.phase.value), retry_after=_RETRY_SECONDS
             )
         with contextlib.ExitStack() as place:
             place.enter_context(self._authenticate(headers, record))
@@ -126,7 +130,7 @@ class RequestMiddleware:
                 if not limit.expired():
                     raise
                 text = f"the request took longer than {self._timeout:g} s"
-                raise GatewayError(408, text, reason="timeout") from None
+                raise GatewayError(408, text, reason=Reason.TIMEOUT) from None
             finally:
                 self._lifecycle.in_flight -= 1
 
@@ -141,7 +145,7 @@ class RequestMiddleware:
             raise GatewayError(
                 401,
                 "a valid API key is needed: Authorization: Bearer <key>",
-                reason="key",
+                reason=Reason.KEY,
             )
         record.key = key
         return self._limits.admit(key)
@@ -151,7 +155,7 @@ class RequestMiddleware:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise GatewayError(
-                    415, "the body must be JSON: Content-Type: application/json", reason="type"
+                    415, "the body must be JSON: Content-Type: application/json", reason=Reason.TYPE
                 )
         declared = headers.get("content-length", "")
         too_large = declared.isdecimal() and int(declared) > self._max_body_bytes
@@ -170,7 +174,7 @@ class RequestMiddleware:
                 while more:
                     _, more = await _receive_body(receive)
         raise GatewayError(
-            413, f"the body is larger than {self._max_body_bytes} bytes", reason="body_bytes"
+            413, f"the body is larger than {self._max_body_bytes} bytes", reason=Reason.BODY_BYTES
         )
 
 

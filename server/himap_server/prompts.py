@@ -14,6 +14,7 @@ from himap_vllm.plan.prompt import PromptPlan
 from himap_vllm.plan.requests import image_tokens, stage_layers
 from himap_vllm.plan.savings import DecoderShape, prompt_savings
 
+from .errors import Reason
 from .record import current
 
 # How the configurations of vLLM's models call the tokens that embeddings replace. The gateway takes
@@ -52,7 +53,7 @@ class PromptObserver:
         tokens = request.prompt_token_ids or []
         record.prompt_tokens += len(tokens)
         if self._max_tokens is not None and len(tokens) > self._max_tokens:
-            record.reason = "prompt_tokens"
+            record.reason = Reason.PROMPT_TOKENS
             raise VLLMValidationError(
                 f"this prompt has {len(tokens)} tokens, image tokens included; this server takes "
                 f"at most {self._max_tokens}",
@@ -63,7 +64,7 @@ class PromptObserver:
         # However it was spelt, in a text or as a token id. Each would be taken for an image, which
         # ended the worker in CVE-2026-44222.
         if sum(tokens.count(token) for token in self._media_ids) > count:
-            record.reason = "placeholder"
+            record.reason = Reason.PLACEHOLDER
             raise VLLMValidationError(
                 "this prompt has image tokens that belong to no image; send images as image_url "
                 "parts",

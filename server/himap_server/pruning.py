@@ -7,7 +7,7 @@ from typing import Any
 
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG, EngineSettings
 
-from .errors import GatewayError
+from .errors import GatewayError, Reason
 from .security.keys import Key
 
 
@@ -28,7 +28,7 @@ class PruningPolicy:
             raise GatewayError(
                 400,
                 "beam search is not supported",
-                reason="beam_search",
+                reason=Reason.BEAM_SEARCH,
                 param="use_beam_search",
             )
         args = dict(request.vllm_xargs or {})
@@ -60,6 +60,6 @@ class PruningPolicy:
                     403,
                     f"{field} must be in [{lowest:g}, {highest:g}] for this API key, "
                     f"got {args[name]:g}",
-                    reason="ratio",
+                    reason=Reason.RATIO,
                     param=f"himap.{field}",
                 )

@@ -13,10 +13,15 @@ from vllm.outputs import RequestOutput
 
 from himap_vllm.plan.savings import PromptSavings
 
+from .errors import Reason
 from .security.keys import Key
 
 current: ContextVar[RequestRecord] = ContextVar("himap_request")
-"""The request that this task, or the one that started it, works for."""
+"""The record of the request that this task works for, or that the task's creator works for.
+
+The request middleware sets it. Only the code that vLLM calls without an HTTP request (engine.py,
+prompts.py) reads it; routes take `RecordDep` (gateway.py).
+"""
 
 
 @dataclass(slots=True)
@@ -29,7 +34,7 @@ class RequestRecord:
         key: whose API key it was.
         status: HTTP status; 499 if the client went away before its answer was complete. Of a stream
             that failed after its 200, the status in the error that ended it.
-        reason: why the gateway refused it, as a word.
+        reason: why it was not answered.
         received: when the last byte of the body was there, after the arrival.
         overhead: from the last byte of the request to vLLM's handler, fetching images apart.
         fetching: spent on fetching images.
@@ -45,7 +50,7 @@ class RequestRecord:
     route: str = ""
     key: Key | None = None
     status: int = 0
-    reason: str | None = None
+    reason: Reason | None = None
     received: float = 0.0
     overhead: float | None = None
     fetching: float = 0.0

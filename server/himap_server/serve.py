@@ -36,6 +36,7 @@ from himap_vllm.config import ADDITIONAL_CONFIG_KEY, EngineSettings, HiMAPError
 
 from .app import build_app
 from .bundled import BundledModel, bundled_model
+from .checked_images import CONNECTOR
 from .engine import run_engine
 from .http import BoundedHttp
 from .lifecycle import GatewayServer, Lifecycle, Phase
@@ -75,6 +76,7 @@ _NOT_SERVED_ENVIRONMENT = {
     "VLLM_ENABLE_RESPONSES_API_STORE": "himap serve stores no responses",
     "VLLM_SERVER_DEV_MODE": "himap serve has none of its routes",
     "VLLM_MAX_IMAGE_PIXELS": "use --max-image-pixels",
+    "VLLM_MEDIA_CONNECTOR": "himap serve fetches images itself",
 }
 
 # What these say at INFO and WARNING can hold what clients sent.
@@ -110,8 +112,8 @@ def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
     for name, instead in _NOT_SERVED_ENVIRONMENT.items():
         if os.environ.get(name, "0") not in ("", "0"):
             parser.error(f"{name} is not supported: {instead}")
-    # Second locks behind media.py: vLLM fetches from no host but this, and checks pixels.
-    args.allowed_media_domains = ["media.invalid"]
+    # vLLM takes images from the gateway only, and as a second check counts their pixels.
+    os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
     os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(settings.max_image_pixels)
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", _MAX_N_SEQUENCES)
     # The engine core gets a signal to the whole process group, too; it must not drop requests.
@@ -233,7 +235,7 @@ async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None
             child.terminate()
         os._exit(0)
     engine.cancel()
-    await asyncio.gather(engine, app.state.media.close(), return_exceptions=True)
+    await asyncio.gather(engine, app.state.gateway.media.close(), return_exceptions=True)
     return int(lifecycle.phase is Phase.FAILED)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from himap_server.errors import GatewayError
+from himap_server.errors import GatewayError, Reason
 from himap_server.security import fetch
 from himap_server.security.fetch import FetchLimits, FreshResolver, ImageFetcher
 from yarl import URL
@@ -234,7 +234,7 @@ def test_a_budget_ends_a_fetch_that_would_exceed_it() -> None:
         nonlocal taken
         taken += number
         if taken > 200_000:
-            raise GatewayError(413, "together too large", reason="image_bytes", param=PARAM)
+            raise GatewayError(413, "too large", reason=Reason.IMAGE_BYTES, param=PARAM)
 
     async def scenario() -> None:
         async with site(handler) as port:

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 
 import vllm
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -15,7 +15,8 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 import himap_vllm
 
-from ..lifecycle import Lifecycle, Phase
+from ..gateway import GatewayDep
+from ..lifecycle import Phase
 from ..metrics import engine_metrics
 
 _SCRAPE_SECONDS = 5.0
@@ -39,20 +40,20 @@ async def live() -> dict[str, str]:
     "/health/ready",
     responses={503: {"description": "loading, draining, or the engine is dead"}},
 )
-async def ready(request: Request) -> JSONResponse:
+async def ready(gateway: GatewayDep) -> JSONResponse:
     """The model answers; 503 while it loads, while the service drains, and when it is dead."""
-    lifecycle: Lifecycle = request.app.state.lifecycle
-    status = 200 if lifecycle.phase is Phase.READY else 503
-    return JSONResponse({"status": lifecycle.phase.value}, status_code=status)
+    phase = gateway.lifecycle.phase
+    status = 200 if phase is Phase.READY else 503
+    return JSONResponse({"status": phase.value}, status_code=status)
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(request: Request) -> Response:
+async def metrics(gateway: GatewayDep) -> Response:
     """Prometheus: vLLM's own metrics, the gateway's, and the plugin's counters."""
     text = generate_latest(get_prometheus_registry())
-    if request.app.state.lifecycle.phase in (Phase.READY, Phase.DRAINING):
-        # The engine answers between steps, and a dead one never; the rest must not suffer.
+    if gateway.lifecycle.phase in (Phase.READY, Phase.DRAINING):
+        # The engine answers between steps, and a dead one never: send the other metrics then.
         with contextlib.suppress(TimeoutError, EngineDeadError):
-            engine = request.app.state.engine_client
+            engine = gateway.model.engine
             text += await asyncio.wait_for(engine_metrics(engine), _SCRAPE_SECONDS)
     return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -15,7 +15,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from ..errors import GatewayError
+from ..errors import GatewayError, Reason
 
 _PORTS = frozenset({80, 443})
 _HEADERS = {
@@ -104,11 +104,11 @@ class ImageFetcher:
         except TimeoutError:
             seconds = f"{self._limits.timeout_seconds:g} s"
             message = f"the image's URL took longer than {seconds}; send a data URL instead"
-            raise GatewayError(400, message, reason="image_fetch", param=param) from None
+            raise GatewayError(400, message, reason=Reason.IMAGE_FETCH, param=param) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             # ValueError: a host name that DNS cannot express.
             private = isinstance(getattr(error, "os_error", None), _NotPublicError)
-            reason = "image_host" if private else "image_fetch"
+            reason = Reason.IMAGE_HOST if private else Reason.IMAGE_FETCH
             raise GatewayError(400, _UNREACHABLE, reason=reason, param=param) from None
 
     async def close(self) -> None:
@@ -127,13 +127,13 @@ class ImageFetcher:
                     return await self._read(response, take)
             url = _parse(location, base=url)
         message = f"the image's URL redirects more than {self._limits.max_redirects} times"
-        raise _RefusedError("image_fetch", message)
+        raise _RefusedError(Reason.IMAGE_FETCH, message)
 
     def _session(self, url: URL) -> aiohttp.ClientSession:
         host = str(url.raw_host).rstrip(".")
         allowed = not self._allowed.isdisjoint({(host, None), (host, url.port)})
         if not allowed and url.port not in _PORTS:
-            raise _RefusedError("image_url", "the image's URL must use port 80 or 443")
+            raise _RefusedError(Reason.IMAGE_URL, "the image's URL must use port 80 or 443")
         if allowed not in self._sessions:  # not in __init__: aiohttp wants a running event loop
             self._resolver = self._resolver or FreshResolver()
             self._sessions[allowed] = aiohttp.ClientSession(
@@ -155,14 +155,14 @@ class ImageFetcher:
     async def _read(self, response: aiohttp.ClientResponse, take: Callable[[int], None]) -> bytes:
         if response.status != 200:
             message = f"the image's URL answered with status {response.status} instead of 200"
-            raise _RefusedError("image_fetch", message)
+            raise _RefusedError(Reason.IMAGE_FETCH, message)
         kind = response.headers.get("Content-Type") or "application/octet-stream"
         if not _TYPES.fullmatch(kind.partition(";")[0].strip()):
             message = "the image's URL must answer with a PNG, JPEG, WebP or GIF content type"
-            raise _RefusedError("image_type", message)
+            raise _RefusedError(Reason.IMAGE_TYPE, message)
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
             message = "the image's URL must answer without a content encoding"
-            raise _RefusedError("image_fetch", message)
+            raise _RefusedError(Reason.IMAGE_FETCH, message)
         self._check_size(response.content_length or 0)
         body = bytearray()
         async for chunk in response.content.iter_any():
@@ -174,11 +174,11 @@ class ImageFetcher:
     def _check_size(self, size: int) -> None:
         if size > self._limits.max_bytes:
             message = f"the image has more than {self._limits.max_bytes} bytes; make it smaller"
-            raise _RefusedError("image_bytes", message, 413)
+            raise _RefusedError(Reason.IMAGE_BYTES, message, 413)
 
 
 class _RefusedError(Exception):
-    def __init__(self, reason: str, message: str, status: int = 400) -> None:
+    def __init__(self, reason: Reason, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.reason = reason
         self.status = status
@@ -288,7 +288,7 @@ def _parse(text: str, base: URL | None = None) -> URL:
             raise ValueError
     except ValueError:
         message = "must be an http or https URL without credentials, or a data URL of an image"
-        raise _RefusedError("image_url", message) from None
+        raise _RefusedError(Reason.IMAGE_URL, message) from None
     return url
 
 

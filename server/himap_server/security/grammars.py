@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import GatewayError
+from ..errors import GatewayError, Reason
 
 MAX_REPETITIONS = 100_000
 """Of each field that may hold grammars."""
@@ -134,4 +134,4 @@ def _decode(text: str, field: str, begin: int | None = None) -> Any:
 
 
 def _refusal(field: str, text: str) -> GatewayError:
-    return GatewayError(400, text, reason="grammar", param=field)
+    return GatewayError(400, text, reason=Reason.GRAMMAR, param=field)

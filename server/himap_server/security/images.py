@@ -19,7 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from ..errors import GatewayError
+from ..errors import GatewayError, Reason
 
 # Pillow's own classes instead of Image.open: one format and no guessing, no multi-picture JPEG
 # (MPO), and no limit but ours. They read the header; none decodes pixels before load().
@@ -57,7 +57,7 @@ class ImageLimits:
 
 
 class CheckedImage(NamedTuple):
-    """An image that may be decoded: "png", "jpeg", "webp" or "gif", and its size."""
+    """An image that may be decoded: "png", "jpeg", "webp" or "gif", and its number of pixels."""
 
     kind: str
     pixels: int
@@ -78,7 +78,7 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
     matches = ((kind, decoder) for kind, magic, decoder in _FORMATS if magic.match(data))
     kind, decoder = next(matches, ("", None))
     if decoder is None:
-        raise _refusal("image_type", "the image must be PNG, JPEG, WebP or GIF", param)
+        raise _refusal(Reason.IMAGE_TYPE, "the image must be PNG, JPEG, WebP or GIF", param)
     try:
         if kind in _ONCE and _repeats(data, _ONCE[kind]):
             raise ValueError
@@ -90,13 +90,13 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
     except DecompressionBombError:
         too_many = True
     except Exception:  # decoders raise anything
-        raise _refusal("image_broken", "the image is damaged; save it anew", param) from None
+        raise _refusal(Reason.IMAGE_BROKEN, "the image is damaged; save it anew", param) from None
     if too_many:
         message = f"the image has more than {limits.max_pixels} pixels; scale it down"
-        raise _refusal("image_pixels", message, param)
+        raise _refusal(Reason.IMAGE_PIXELS, message, param)
     if min(width, height) < limits.min_side:
         message = f"the image must be at least {limits.min_side} pixels wide and high"
-        raise _refusal("image_side", message, param)
+        raise _refusal(Reason.IMAGE_SIDE, message, param)
     return CheckedImage(kind, width * height)
 
 
@@ -120,7 +120,7 @@ def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
     match = _DATA_URL.match(url)
     if match is None:
         message = "a data URL must begin with data:image/png;base64, (or jpeg, webp, gif)"
-        raise _refusal("image_type", message, param)
+        raise _refusal(Reason.IMAGE_TYPE, message, param)
     # Before the decoder makes a second copy.
     if len(url) - match.end() > (limits.max_bytes + 2) // 3 * 4:
         raise _too_large(limits, param)
@@ -128,18 +128,13 @@ def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
         return pybase64.b64decode(url[match.end() :], validate=True)
     except ValueError:
         message = "the image's data URL is not valid base64"
-        raise _refusal("image_broken", message, param) from None
-
-
-def to_data_url(kind: str, data: bytes) -> str:
-    """A checked image, as vLLM takes it without fetching anything."""
-    return f"data:image/{kind};base64,{pybase64.b64encode_as_string(data)}"
+        raise _refusal(Reason.IMAGE_BROKEN, message, param) from None
 
 
 def _too_large(limits: ImageLimits, param: str) -> GatewayError:
     message = f"the image has more than {limits.max_bytes} bytes; make it smaller"
-    return _refusal("image_bytes", message, param, 413)
+    return _refusal(Reason.IMAGE_BYTES, message, param, 413)
 
 
-def _refusal(reason: str, message: str, param: str, status: int = 400) -> GatewayError:
+def _refusal(reason: Reason, message: str, param: str, status: int = 400) -> GatewayError:
     return GatewayError(status, message, reason=reason, param=param)

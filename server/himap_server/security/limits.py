@@ -13,7 +13,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
-from ..errors import GatewayError
+from ..errors import GatewayError, Reason
 from .keys import Key
 
 
@@ -37,7 +37,7 @@ class KeyLimits:
             raise GatewayError(
                 429,
                 f"this API key may run {limit} request{'s' * (limit > 1)} at a time",
-                reason="concurrency",
+                reason=Reason.CONCURRENCY,
                 retry_after=1,
             )
         if key.requests_per_minute is not None:
@@ -47,7 +47,7 @@ class KeyLimits:
                 raise GatewayError(
                     429,
                     f"this API key may send {key.requests_per_minute} requests per minute",
-                    reason="rate",
+                    reason=Reason.RATE,
                     retry_after=max(1, math.ceil(reset - time.time())),
                 )
         self._running[key.name] += 1

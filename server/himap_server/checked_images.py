@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checked images on their way into vLLM: as bytes, which vLLM decodes once.
+
+The gateway replaces the URL of each image by one that only the store knows. vLLM's media connector
+is asked for that URL, and gets the bytes that were checked.
+
+* `vllm.multimodal.media.connector.MEDIA_CONNECTOR_REGISTRY` (called),
+  `vllm.multimodal.media.connector.MediaConnector` (subclassed): the registry is vLLM's extension
+  point for sources of media; a data URL would be encoded and decoded once more. Remove when: vLLM's
+  handlers take images as bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from vllm.multimodal.media.base import MediaIO
+from vllm.multimodal.media.connector import (
+    MEDIA_CONNECTOR_REGISTRY,
+    MediaConnector,
+    global_thread_pool,
+)
+
+CONNECTOR = "himap"
+"""Name of the connector, as the value of `VLLM_MEDIA_CONNECTOR`."""
+
+
+class ImageStore:
+    """Bytes of checked images, by the URLs that stand for them in requests."""
+
+    def __init__(self) -> None:
+        self._images: dict[str, bytes] = {}
+
+    def add(self, image: bytes) -> str:
+        """Keep an image; returns its URL."""
+        url = f"himap-image:{uuid.uuid4().hex}"
+        self._images[url] = image
+        return url
+
+    def get(self, url: str) -> bytes:
+        """The image of a URL.
+
+        Raises:
+            ValueError: the store has no such image.
+        """
+        if url not in self._images:
+            raise ValueError("the gateway has checked no image with this URL")
+        return self._images[url]
+
+    def remove(self, urls: Iterable[str]) -> None:
+        """Forget images."""
+        for url in urls:
+            del self._images[url]
+
+    def register(self) -> None:
+        """Let vLLM take images from this store, and from nowhere else."""
+        MEDIA_CONNECTOR_REGISTRY.name2class[CONNECTOR] = partial(_StoreConnector, self)
+
+
+class _StoreConnector(MediaConnector):
+    """Knows the URLs of a store only: it fetches nothing and reads no file or data URL."""
+
+    def __init__(self, store: ImageStore, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._store = store
+
+    def load_from_url(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
+        return media_io.load_bytes(self._store.get(url))
+
+    async def load_from_url_async(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
+        image = self._store.get(url)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(global_thread_pool, media_io.load_bytes, image)

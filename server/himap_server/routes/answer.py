@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers of `/v1`: vLLM's own handlers, called as vLLM's routes call them.
+
+Tools, structured output and streaming thereby behave as in vLLM.
+
+* `vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat.create_chat_completion`,
+  `vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion.create_completion`,
+  `vllm.entrypoints.openai.responses.serving.OpenAIServingResponses.create_responses` (called): they
+  yield server-sent events as text (those of the Responses API as objects), an error as an event
+  `{"error": ...}`, and usage in a chunk without choices. Remove when: an endpoint plugin of vLLM
+  can wrap vLLM's routes.
+* `vllm.entrypoints.serve.exception_handling.error_response.create_error_response` (called): makes
+  the same error of an exception as vLLM's routes. Remove when: as above.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMClientError
+from vllm.logger import init_logger
+
+from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
+
+from ..errors import GatewayError, Reason
+from ..pruning import PruningPolicy
+from ..record import RequestRecord
+from ..schemas import ChatRequest, ResponsesBody, TextRequest
+
+logger = init_logger("vllm.himap.server")
+
+_STRUCTURE = ("structured_outputs", "response_format", "tools", "text")
+_UNDECODABLE = "Failed to load image"
+_FIELDS = {SHALLOW_ARG: "himap.shallow_ratio", DEEP_ARG: "himap.deep_ratio"}
+_ERROR_EVENT = 'data: {"error"'
+
+Handler = Callable[[Any, Request], Awaitable[Any]]
+"""One of vLLM's: it takes a validated body and the request that brought it."""
+
+
+async def answer(
+    handler: Handler,
+    body: ChatRequest | TextRequest | ResponsesBody,
+    request: Request,
+    pruning: PruningPolicy,
+    record: RequestRecord,
+) -> Response:
+    """The answer to a checked request.
+
+    * `vllm.multimodal.cache.MultiModalProcessorSenderCache` (read): vLLM sends an image that it has
+      sent before as a hash. If the request that brought the image was refused or aborted on its
+      way, the engine has never seen it, and fails. Both sides know by then, and a second attempt
+      succeeds. Remove when: vLLM makes that attempt, or keeps both caches alike.
+
+    Raises:
+        GatewayError: the gateway or the engine refuses the request.
+    """
+    _refuse_truncation(body, record)
+    pruning.apply(body, record.key)
+    record.stream = bool(body.stream)
+    body.request_id = f"{body.ID_PREFIX}{uuid.uuid4().hex}"
+    record.hand_over()
+    for _ in range(2 if record.images else 1):
+        record.start_over()
+        try:
+            response = await _try(handler, body, request, record)
+        except Exception:
+            if not record.failed_at_once:
+                raise
+        else:
+            if not record.failed_at_once:
+                return response
+    if any(getattr(body, name, None) for name in _STRUCTURE):
+        text = "the engine can't generate what the grammar, schema or tools ask for"
+        raise GatewayError(400, text, reason=Reason.GRAMMAR)
+    raise GatewayError(500, "the engine failed at this request", reason=Reason.ERROR)
+
+
+def _refuse_truncation(body: Any, record: RequestRecord) -> None:
+    """vLLM (0.32) answers 500 if the tokens of an image are cut off."""
+    for param, off in (("truncate_prompt_tokens", None), ("truncation", "disabled")):
+        if record.images and getattr(body, param, off) not in (None, off):
+            text = f"{param} can't be combined with images"
+            raise GatewayError(400, text, reason=Reason.TRUNCATION, param=param)
+
+
+async def _try(handler: Handler, body: Any, request: Request, record: RequestRecord) -> Response:
+    try:
+        result = await handler(body, request)
+        if isinstance(result, ErrorResponse):
+            return _error(result, body)
+        if isinstance(result, BaseModel):
+            content = result.model_dump(mode="json", by_alias=True)
+            _add_savings(content, record)
+            return JSONResponse(content)
+        opening, refusal = await _open(result)
+    except VLLMClientError as error:
+        return _error(create_error_response(error), body)
+    except ValueError as error:
+        if _UNDECODABLE in str(error):
+            return _error(create_error_response(error), body)
+        raise
+    except (AssertionError, AttributeError, LookupError) as error:
+        # vLLM's parsers and templates raise these for request shapes they do not handle.
+        if record.prompt_tokens:
+            raise
+        logger.warning("no prompt could be made of a request: %s", type(error).__name__)
+        text = "no prompt can be made of this request: check the form of its messages"
+        raise GatewayError(400, text, reason=Reason.INVALID) from None
+    if refusal is not None:
+        return _error(ErrorResponse.model_validate(refusal), body)
+    return StreamingResponse(_stream(opening, result, record), media_type="text/event-stream")
+
+
+def _error(result: ErrorResponse, body: Any) -> Response:
+    error = result.error
+    if _UNDECODABLE in error.message:
+        # The decoder's own words can tell of its memory: CVE-2026-22778.
+        raise GatewayError(400, "an image can't be decoded", reason=Reason.IMAGE_BROKEN)
+    if body.himap is not None:  # fields by the names that the client gave them
+        for arg, field in _FIELDS.items():
+            error.message = error.message.replace(arg, field)
+        error.param = _FIELDS.get(error.param or "", error.param)
+    return JSONResponse(result.model_dump(), status_code=error.code)
+
+
+async def _open(events: AsyncIterator[Any]) -> tuple[list[Any], dict[str, Any] | None]:
+    """The first events of a stream, and the error among them.
+
+    A refusal before the engine's first output still gets its own status here; vLLM by itself has
+    sent 200 by then.
+    """
+    opening = []
+    async for event in events:
+        opening.append(event)
+        kind = getattr(event, "type", None)
+        if kind in ("response.created", "response.in_progress"):
+            continue
+        if kind is None and event.startswith(_ERROR_EVENT):
+            refusal: dict[str, Any] = json.loads(event.removeprefix("data: "))
+            return opening, refusal
+        break
+    return opening, None
+
+
+async def _stream(
+    opening: list[Any], events: AsyncIterator[Any], record: RequestRecord
+) -> AsyncIterator[str]:
+    for event in opening:
+        yield _to_text(event, record)
+    try:
+        async for event in events:
+            yield _to_text(event, record)
+    except Exception as error:
+        # vLLM's chat and text streams do this themselves.
+        failure = create_error_response(error)
+        record.status = failure.error.code
+        yield f"event: error\ndata: {failure.model_dump_json()}\n\n"
+
+
+def _to_text(event: Any, record: RequestRecord) -> str:
+    if isinstance(event, str):
+        if event.startswith(_ERROR_EVENT):
+            record.status = json.loads(event.removeprefix("data: "))["error"]["code"]
+        elif record.savings and '"choices":[]' in event and '"usage":{' in event:
+            chunk = json.loads(event.removeprefix("data: "))
+            _add_savings(chunk, record)
+            return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
+        return event
+    body = event.model_dump(mode="json", by_alias=True)
+    if event.type == "response.completed":
+        _add_savings(body["response"], record)
+    return f"event: {event.type}\ndata: {json.dumps(body, separators=(',', ':'))}\n\n"
+
+
+def _add_savings(body: dict[str, Any], record: RequestRecord) -> None:
+    savings = record.usage()
+    if savings is not None and body.get("usage"):
+        body["usage"]["himap"] = savings
