@@ -28,10 +28,11 @@ def gateway(
     *flags: str,
     environment: Mapping[str, str] | None = None,
     log: Path | None = None,
+    himap: Sequence[str] = (HIMAP,),
 ) -> Iterator[Server]:
     """Run `himap serve`."""
     command = [
-        HIMAP, "serve", str(checkpoint),
+        *himap, "serve", str(checkpoint),
         "--served-model-name", "tiny", "--enforce-eager",
         "--shallow-layer", str(SHALLOW_LAYER), "--deep-layer", str(DEEP_LAYER),
         "--max-deep-ratio", "0.9",
