@@ -13,11 +13,11 @@ _SETTINGS = "himap.json"
 
 @dataclass(frozen=True, slots=True)
 class BundledModel:
-    """A checkpoint and the engine settings recommended for it.
+    """The bundled checkpoint and the engine settings recommended for it.
 
     Attributes:
-        path: its folder.
-        name: under which it is served.
+        path: folder of the checkpoint.
+        name: the name under which it is served.
         engine: keys of `additional_config["himap"]`.
     """
 
@@ -29,15 +29,15 @@ class BundledModel:
 def bundled_model() -> BundledModel:
     """The model of `himap_demo`, with the settings of its `himap.json`.
 
-    Without that file the engine's defaults hold.
+    Without that file the engine's defaults apply.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: `himap_demo` is not installed.
     """
     try:
         from himap_demo import MODEL_PATH
     except ImportError as error:
-        raise ImportError(f"name a MODEL: the bundled one is not installed ({error})") from error
+        raise ImportError(f"name a MODEL: the bundled model is not installed ({error})") from error
     path = Path(MODEL_PATH)
     file = path / _SETTINGS
     settings = json.loads(file.read_text()) if file.exists() else {}

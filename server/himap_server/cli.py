@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `himap` command. A subcommand imports what it needs when it is called: vLLM takes seconds."""
+"""The `himap` command. Each subcommand imports its modules when called: vLLM takes seconds."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 
 _USAGE = """\
-usage: himap serve [MODEL] [any vllm serve flag]   the model behind an OpenAI API; without MODEL,
-                                                  the small bundled one
-       himap demo                                 ask it about pictures, pruned and not
-       himap eval                                 accuracy of a served model, pruned and not
-       himap sweep [MODEL]                        where to prune, and how much
+usage: himap serve [MODEL] [any vllm serve flag]   serve a model with an OpenAI API;
+                                                  without MODEL, the small bundled one
+       himap demo                                 ask that model about pictures, pruned and not
+       himap eval                                 measure a served model's accuracy, pruned and not
+       himap sweep [MODEL]                        find where to prune, and how much
        himap key NAME                             make an API key
-Each takes --help.
+Every command takes --help.
 """
 
 
@@ -48,7 +48,7 @@ def _key(argv: list[str]) -> int:
     parser = ArgumentParser(
         prog="himap key", description="Make an API key and its entry for --api-keys-file."
     )
-    parser.add_argument("name", help="letters, digits and ._-: for the logs and metrics")
+    parser.add_argument("name", help="name of the key in logs and metrics: letters, digits and ._-")
     try:
         token, entry = make_key(parser.parse_args(argv).name)
     except ValueError:

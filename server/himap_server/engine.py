@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine in the gateway's process: starts, puts its handlers into the app, is watched."""
+"""Starts the engine's client in this process, gives vLLM's handlers to the app, and watches both.
+
+* `vllm.entrypoints.launchers.api_server.app_state.init_app_state` (called): makes the handlers of
+  the OpenAI API as vLLM's server does. Remove when: an endpoint plugin of vLLM can wrap vLLM's
+  routes.
+* `vllm.utils.gc_utils.freeze_gc_heap` (called): as in vLLM's server, the garbage collector need not
+  search what exists once the model is loaded. Remove when: vLLM's server code starts the engine.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +44,18 @@ _PROGRESS_SECONDS = 5.0
 
 
 class _ObservedLLM(AsyncLLM):
-    """vLLM's engine client; what it yields for a request is also taken down in its record."""
+    """vLLM's engine client, which also writes what it yields into the record of the request.
+
+    * `vllm.v1.engine.async_llm.AsyncLLM.generate` (overridden): vLLM's handlers call it without the
+      HTTP request, so the record comes from `record.current`. Remove when: vLLM reports a request's
+      tokens and times to its caller.
+    """
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
         """As `AsyncLLM.generate`."""
         outputs = super().generate(*args, **kwargs)
         record = current.get(None)
-        # Closed at once when the client goes away, which is what aborts the request.
+        # Closing it at once when the client goes away aborts the request.
         async with aclosing(outputs):
             async for output in outputs if record is None else record.watch(outputs):
                 yield output
@@ -61,7 +73,7 @@ async def run_engine(
     engine: Any = None
     progress = asyncio.create_task(_tell_progress(str(args.model)))
     try:
-        # In a thread: the probes answer meanwhile.
+        # In a thread, so that the probes answer meanwhile.
         engine = await asyncio.to_thread(_start, args)
         config = engine.vllm_config
         pruning = engine_settings(config.additional_config)
@@ -74,15 +86,15 @@ async def run_engine(
         admission.second_step = PromptObserver(config, pruning, settings.max_prompt_tokens).observe
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
         gateway.loaded = ServedModel.from_vllm(app.state, PruningPolicy(pruning))
-        app.openapi()  # takes seconds, once: not while requests wait
-        freeze_gc_heap()  # as vLLM's server does: what is there now stays, and need not be searched
+        app.openapi()  # takes seconds the first time: do it before requests come
+        freeze_gc_heap()
         lifecycle.phase = Phase.READY
         progress.cancel()
         logger.info("ready: %s", args.model)
         while not engine.errored:
             await asyncio.sleep(0.5)
         if lifecycle.phase is Phase.DRAINING and not lifecycle.in_flight:
-            return  # told to stop together with this process, and done
+            return  # a signal to the process group stopped the engine, too; nothing was in flight
         logger.error("the engine is dead: %s", engine.dead_error)
         server.fail()
     except asyncio.CancelledError:

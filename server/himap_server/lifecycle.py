@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading, ready, draining, failed: what the service tells probes and clients.
+"""The phases of the service: loading, ready, draining, failed.
 
-Live from the first moment; ready while the model answers. SIGTERM: not ready, no new requests,
-those in flight finish within the grace time. A dead engine ends the process with a non-zero status,
-so that a supervisor starts it anew.
+The service is live from the start, and ready while the model answers. After SIGTERM it is not ready
+and takes no new requests; those in flight finish within the grace time. If the engine dies, the
+process ends with a non-zero status, so that its supervisor restarts it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import uvicorn
 
 
 class Phase(enum.Enum):
-    """Where the service stands."""
+    """Phase of the service."""
 
     LOADING = "loading"
     READY = "ready"
@@ -26,7 +26,7 @@ class Phase(enum.Enum):
 
 
 class Lifecycle:
-    """Phase and number of requests in flight, on the event loop's thread."""
+    """The phase and the number of requests in flight. Used on the event loop's thread only."""
 
     def __init__(self, grace_seconds: float) -> None:
         self.phase = Phase.LOADING
@@ -34,7 +34,7 @@ class Lifecycle:
         self.grace_seconds = grace_seconds
 
     def refusal(self) -> str | None:
-        """Why no request can be taken now, or None."""
+        """Why the service takes no requests now; None if it does."""
         return {
             Phase.LOADING: "the model is loading",
             Phase.READY: None,
@@ -43,7 +43,7 @@ class Lifecycle:
         }[self.phase]
 
     async def drain(self) -> None:
-        """Take no more requests and wait for those in flight, at most the grace time."""
+        """Take no more requests, and wait for those in flight, at most for the grace time."""
         self.phase = Phase.DRAINING
         deadline = time.monotonic() + self.grace_seconds
         while self.in_flight and time.monotonic() < deadline:
@@ -53,8 +53,7 @@ class Lifecycle:
 class GatewayServer(uvicorn.Server):
     """uvicorn that keeps its socket open while it drains, so that probes see "not ready".
 
-    uvicorn by itself stops listening at once, and dies by the signal in the end. A second signal
-    ends the wait.
+    uvicorn itself stops listening at once, and ends by the signal. A second signal ends the wait.
     """
 
     def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle) -> None:
@@ -75,6 +74,6 @@ class GatewayServer(uvicorn.Server):
         self.should_exit = True
 
     def fail(self) -> None:
-        """The engine is dead: answer what is in flight, then exit."""
+        """The engine is dead: answer the requests in flight, then exit."""
         self._lifecycle.phase = Phase.FAILED
         self.should_exit = True

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prometheus metrics: the gateway's own, and the plugin's counters read from the engine at scrape.
 
-Ratios are left to queries over two counters. Labels are bounded: declared routes, statuses, reasons
-from a fixed set, names of API keys.
+Queries compute ratios from two counters. Labels have few values: declared routes, statuses, reasons
+(`errors.Reason`), and names of API keys.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _QUEUE = Histogram(
 )
 _OVERHEAD = Histogram(
     "himap_gateway_overhead_seconds",
-    "from a request's last byte to vLLM's handler, fetching images apart",
+    "from a request's last byte to vLLM's handler, without fetching images",
     _BY_PRUNED,
     buckets=TIME_TO_FIRST_TOKEN_BUCKETS,
 )
@@ -123,18 +123,18 @@ _TOKENS = {
 
 
 class GatewayMetrics:
-    """Counts what becomes of requests."""
+    """Counts requests by their results, and observes their times."""
 
     def __init__(self, model_name: str, lifecycle: Lifecycle) -> None:
         self._model = model_name
         _IN_FLIGHT.labels(model_name).set_function(lambda: lifecycle.in_flight)
 
     def describe(self, settings: EngineSettings) -> None:
-        """Tell how the engine prunes by default."""
+        """Set `himap_info` to the engine's cuts and default ratios."""
         _INFO.labels(self._model, *(getattr(settings, name) for name in _SETTINGS)).set(1)
 
     def observe(self, record: RequestRecord) -> None:
-        """Take down a request that has ended."""
+        """Count a request that has ended."""
         model = self._model
         key = record.key.name if record.key is not None else ""
         _REQUESTS.labels(model, record.route or "unknown", record.status, key).inc()
@@ -149,7 +149,7 @@ class GatewayMetrics:
             (_OUTPUT_TOKEN, record.time_per_output_token),
             (_QUEUE, record.queued),
             (_OVERHEAD, record.overhead),
-            # A duration says something of an answer only.
+            # The duration of a refusal says nothing about answers.
             (_DURATION, record.duration if record.completion_tokens else None),
         ):
             if value is not None:

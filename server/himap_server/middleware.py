@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every request passes on its way in: its id, phase, API key, limits, body; then its log line.
+"""What every request to `/v1` passes: its id, phase, API key, limits and body; then its log line.
 
-Pure ASGI. The body is read here, whole, under its own limits; answers are not buffered. One task
-runs the app and one listens for the client going away, which cancels the app's, and with it the
-engine's work; so does the request's time limit.
+Pure ASGI. The middleware reads the whole body, within its limits; it does not buffer answers. One
+task runs the app, another waits for the client to go away. When the client goes away, or the
+request's time is up, the app's task is cancelled, and with it the engine's work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .security.limits import KeyLimits
 
 REQUEST_ID_HEADER = "x-request-id"
 _ACCEPTED_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_CLIENT_WENT_AWAY = 499  # nginx's number for it; goes to the log, no client sees it
+_CLIENT_WENT_AWAY = 499  # nginx's status for it, in the log and the metrics only
 _LAST_WORDS_SECONDS = 5.0
 _RETRY_SECONDS = 5
 _MAX_HEADERS = 200
@@ -43,8 +43,8 @@ _LAST_EVENTS = tuple(
 class RequestMiddleware:
     """ASGI middleware around the app.
 
-    Takes `X-Request-Id` or makes one, and echoes it. The engine gets an id of its own for every
-    request: clients may repeat theirs.
+    It takes `X-Request-Id` or makes one, and returns it with the answer. The engine gets another id
+    for every request, because clients may repeat theirs.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RequestMiddleware:
             record.status = record.status or _CLIENT_WENT_AWAY
         except GatewayError as error:
             record.reason, record.status = error.reason, error.status_code
-            # A client that reads no more must not keep this waiting.
+            # A client that has stopped reading must not block this.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_WORDS_SECONDS):
                     await _refuse(error, scope, receive, answer)
@@ -168,7 +168,7 @@ class RequestMiddleware:
         if not too_large:
             return bytes(body)
         del body
-        # Clients read the answer only when they have sent everything: let them, a while.
+        # Clients read the answer only after they have sent everything: let them, for a while.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 while more:
@@ -192,9 +192,9 @@ async def _receive_body(receive: Receive) -> tuple[bytes, bool]:
 class ResponseTracker:
     """`send` that adds the request's id, and remembers how far the answer got.
 
-    A client that has read the end of its answer may send its next request at once: what that one
-    needs is given back by `before_end`. Clients stop reading streams at `[DONE]`, or
-    at the event that ends a response of the Responses API.
+    A client that has read the end of its answer may send its next request at once. `before_end`
+    therefore runs before the end is sent: it frees the place of the API key. Clients stop reading a
+    stream at `[DONE]`, or at the event that ends a response of the Responses API.
     """
 
     def __init__(self, send: Send, request_id: str) -> None:
@@ -229,7 +229,7 @@ async def _run(
 ) -> None:
     """Run the app until it has answered, or the client has gone.
 
-    Takes the place of vLLM's `with_cancellation`, which does not end the handler when it is itself
+    It replaces vLLM's `with_cancellation`, which leaves the handler running if it is itself
     cancelled, as the time limit does.
     """
     gone = asyncio.Event()
@@ -242,7 +242,7 @@ async def _run(
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
-        # vLLM's text handler answers its own cancellation, with 400.
+        # vLLM's handler of text completions answers 400 when it is cancelled.
         if not gone.is_set():
             await answer(message)
 
@@ -254,7 +254,7 @@ async def _run(
     listening = asyncio.ensure_future(listen())
     try:
         await asyncio.wait((running, listening), return_when=asyncio.FIRST_COMPLETED)
-        # uvicorn says "disconnect" after a complete answer, too.
+        # uvicorn sends "http.disconnect" after a complete answer, too.
         if not running.done() and answer.complete:
             await asyncio.wait((running,))
     finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every prompt as the engine gets it: its length, its image tokens, what pruning saves of it."""
+"""Checks every prompt as the engine gets it, and computes what pruning saves of it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from himap_vllm.plan.savings import DecoderShape, prompt_savings
 from .errors import Reason
 from .record import current
 
-# How the configurations of vLLM's models call the tokens that embeddings replace. The gateway takes
-# no video, so none of its tokens may come.
+# Names of the tokens that embeddings replace, in configurations of vLLM's models. The gateway takes
+# no video, so a prompt may have none of its tokens.
 _MEDIA_TOKEN_ID = ("image_token_index", "image_token_id", "video_token_index", "video_token_id")
 
 
@@ -61,7 +61,7 @@ class PromptObserver:
             )
         images = image_tokens(request.mm_features)
         count = sum(image.count for image in images)
-        # However it was spelt, in a text or as a token id. Each would be taken for an image, which
+        # However a client wrote it, in a text or as a token id, vLLM takes it for an image, which
         # ended the worker in CVE-2026-44222.
         if sum(tokens.count(token) for token in self._media_ids) > count:
             record.reason = Reason.PLACEHOLDER
@@ -77,10 +77,11 @@ class PromptObserver:
 
 
 def placeholder_tokens(engine: Any) -> frozenset[str]:
-    """What stands for an image in the text of a prompt of this model.
+    """Texts that stand for an image in prompts of this model.
 
-    vLLM's chat parser writes the model's `get_placeholder_str`; the tokenizer makes the tokens of
-    `_MEDIA_TOKEN_ID` of it. Neither may come from a client.
+    * `vllm.model_executor.models.interfaces.SupportsMultiModal.get_placeholder_str` (called): it is
+      the text that vLLM's chat parser writes for an image, and that the tokenizer turns into the
+      tokens of `_MEDIA_TOKEN_ID`. Clients may send neither. Remove when: vLLM refuses both itself.
     """
     from vllm.model_executor.model_loader import get_model_cls
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request asks of pruning and may have, written to where the engine reads it."""
+"""The pruning of a request: what it asks for, within what its API key allows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .security.keys import Key
 
 
 class PruningPolicy:
-    """The server's defaults, within what the request's API key allows."""
+    """Writes the ratios of a request to where the engine reads them."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self._defaults = {SHALLOW_ARG: settings.shallow_ratio, DEEP_ARG: settings.deep_ratio}
 
     def apply(self, request: Any, key: Key | None) -> None:
-        """Turn `himap` into `vllm_xargs`, and keep API keys' prefix caches apart.
+        """Turn `himap` into `vllm_xargs`, and keep the prefix caches of API keys apart.
 
         Raises:
-            GatewayError: 403, a ratio that the key does not allow; 400, beam search, each step of
-                which vLLM runs as a new request, without the arguments of the one it belongs to.
+            GatewayError: 403 if the key does not allow a ratio; 400 for beam search, because vLLM
+                runs each of its steps as a new request without `vllm_xargs`.
         """
         if getattr(request, "use_beam_search", False):
             raise GatewayError(
@@ -36,8 +36,8 @@ class PruningPolicy:
             args.update(request.himap.as_xargs())
         if key is not None:
             self._bound(args, key)
-            # What one key's requests left in the prefix cache must not show, by its speed, in
-            # another's (vLLM RFC #16016).
+            # Otherwise the speed of an answer would tell one key what another's requests left in
+            # the prefix cache (vLLM RFC #16016).
             request.cache_salt = f"{key.name}:{request.cache_salt or ''}"
         request.vllm_xargs = args or None
 
@@ -54,7 +54,7 @@ class PruningPolicy:
                 if not lowest <= default <= highest:
                     args[name] = min(max(default, lowest), highest)
             elif not isinstance(args[name], int | float):
-                continue  # admission says what is wrong with it
+                continue  # admission refuses it with a message
             elif not lowest <= args[name] <= highest:
                 raise GatewayError(
                     403,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of one request: filled in as it passes, read by metrics, the log and the answer."""
+"""The record of one request: filled in on its way, read by metrics, the log and the answer."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ prompts.py) reads it; routes take `RecordDep` (gateway.py).
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request to `/v1`. Times in seconds, `None` where it never came to that.
+    """One request to `/v1`. Times are in seconds; `None` if the request never got that far.
 
     Attributes:
-        request_id: what the client sent as `X-Request-Id`, or what was made for it.
-        route: the path as the app declares it; "" if there is none. Bounded: it is a label.
-        key: whose API key it was.
-        status: HTTP status; 499 if the client went away before its answer was complete. Of a stream
-            that failed after its 200, the status in the error that ended it.
+        request_id: the client's `X-Request-Id`, or the id that the gateway made.
+        route: the path as the app declares it, "" if there is none. The number of routes is fixed,
+            so metrics can have it as a label.
+        key: the API key.
+        status: HTTP status; 499 if the client went away before its answer was complete. If a stream
+            failed after its 200, the status in the error that ended it.
         reason: why it was not answered.
-        received: when the last byte of the body was there, after the arrival.
-        overhead: from the last byte of the request to vLLM's handler, fetching images apart.
-        fetching: spent on fetching images.
+        received: from the request's arrival to the last byte of its body.
+        overhead: from that byte to vLLM's handler, without fetching images.
+        fetching: for fetching images.
         queued: longest wait of one of its prompts for the scheduler.
         time_to_first_token: from the request's arrival to the first prompt's first token.
-        time_per_output_token: mean of the tokens after the first, over its prompts.
+        time_per_output_token: mean over the tokens after the first, of all its prompts.
         savings: of each prompt with images.
-        failed_at_once: the engine failed one of its prompts with its first output.
+        failed_at_once: the engine's first output for one of its prompts was an error.
     """
 
     request_id: str
@@ -69,12 +70,12 @@ class RequestRecord:
 
     @property
     def elapsed(self) -> float:
-        """Since the request's arrival."""
+        """Time since the request's arrival."""
         return time.perf_counter() - self.started
 
     @property
     def pruned(self) -> bool:
-        """Whether any of its prompts was."""
+        """Whether any of its prompts was pruned."""
         return any(prompt.kept_deep < prompt.image_tokens for prompt in self.savings)
 
     @property
@@ -83,33 +84,33 @@ class RequestRecord:
         return self._decoding / self._decoded if self._decoded else None
 
     def hand_over(self) -> None:
-        """The gateway has done its part; vLLM's handler is next."""
+        """Note that the gateway's own work is done, before vLLM's handler is called."""
         self.overhead = self.elapsed - self.received - self.fetching
 
     def start_over(self) -> None:
-        """Forget what the engine made of it."""
+        """Forget what the engine did for it, before another attempt."""
         self.failed_at_once = False
         self.prompt_tokens = self.completion_tokens = 0
         self.time_to_first_token = self.queued = None
         self.savings.clear()
 
     def usage(self) -> dict[str, Any] | None:
-        """`usage.himap`: all its prompts together; None if it had no images."""
+        """`usage.himap` of all its prompts together; None if no prompt had images."""
         return sum(self.savings[1:], self.savings[0]).as_usage() if self.savings else None
 
     async def watch(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
-        """Pass on what the engine yields for one prompt, and take down tokens and times."""
+        """Pass on what the engine yields for one prompt, and record its tokens and times."""
         last: RequestOutput | None = None
         tokens = 0
         try:
             async for output in outputs:
                 if last is None:
                     self._first_output(output)
-                # Deltas in a stream, everything in the end otherwise.
+                # A stream has deltas; any other answer has all tokens in its only output.
                 tokens += sum(len(completion.token_ids) for completion in output.outputs)
                 last = output
                 yield output
-        finally:  # a client that goes away ends it early
+        finally:  # also if the client goes away
             if last is not None:
                 self.completion_tokens += tokens
                 stats: Any = last.metrics
@@ -124,7 +125,7 @@ class RequestRecord:
         stats: Any = output.metrics
         if stats is None:
             return
-        # Not streamed, the first output is the whole answer.
+        # Without streaming, the first output is the whole answer.
         first = self.elapsed - (stats.last_token_ts - stats.first_token_ts)
         self.time_to_first_token = min(self.time_to_first_token or first, first)
         self.queued = max(self.queued or 0.0, stats.scheduled_ts - stats.queued_ts)

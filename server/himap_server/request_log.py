@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One log line per request: who, what came of it, how long it took. Never what was asked.
+"""One log line per request: who sent it, its result and its times, but never its content.
 
-With the JSON formatter (the gateway's default) every field is a key of the line.
+With the JSON formatter (the gateway's default) every field is a key of the line's object.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from .record import RequestRecord
 
-# Below vLLM's, whose level, format and handler it takes.
+# A child of vLLM's logger: it has that logger's level, format and handler.
 logger = logging.getLogger("vllm.himap.request")
 
 

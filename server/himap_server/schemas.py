@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The requests of the OpenAI API with the `himap` object, and the shape of errors."""
+"""Requests of the OpenAI API with the `himap` object, and the shape of errors."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ EXAMPLES: dict[str, Any] = {
 
 
 class HiMAPOptions(BaseModel):
-    """Pruning of this request's image tokens. What is left out takes the server's default."""
+    """Pruning of this request's image tokens. A missing ratio takes the server's default."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [_HIMAP]})
 
     enabled: bool = Field(default=True, strict=True, description="false: run unpruned")
-    # Numbers only, as JSON has them: pydantic would turn "0.5" and true into numbers.
+    # Strict, because pydantic would turn "0.5" and true into numbers.
     shallow_ratio: float | None = Field(
         default=None,
         strict=True,
@@ -76,7 +76,7 @@ class HiMAPOptions(BaseModel):
     )
 
     def as_xargs(self) -> dict[str, float]:
-        """The same for the engine (`SamplingParams.extra_args`)."""
+        """The options as the engine reads them (`SamplingParams.extra_args`)."""
         if not self.enabled:
             return {SHALLOW_ARG: 0.0, DEEP_ARG: 0.0}
         given = {SHALLOW_ARG: self.shallow_ratio, DEEP_ARG: self.deep_ratio}
@@ -85,16 +85,16 @@ class HiMAPOptions(BaseModel):
 
 class _WithPruning(BaseModel):
     ID_PREFIX: ClassVar[str] = ""
-    """Of the id that vLLM takes as it is; its chat and text handlers put their own before it."""
+    """Prefix of the request id, where vLLM's handler does not add one itself."""
 
-    # A wrong one is repeated in the answer and in the log.
+    # Answer and log repeat a wrong name.
     model: str | None = Field(default=None, max_length=256)
     himap: HiMAPOptions | None = Field(
         default=None, description="pruning of image tokens; see HiMAPOptions"
     )
 
 
-# The first bad item is enough: each has hundreds of errors, one for each kind that it is not.
+# Stop at the first bad item: each has hundreds of errors, one per type that it does not match.
 class ChatRequest(_WithPruning, ChatCompletionRequest):
     """Body of `POST /v1/chat/completions`."""
 

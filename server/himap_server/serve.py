@@ -54,8 +54,8 @@ _DEFAULT_CPU_KV_BYTES = 4 << 30
 _CPU_PROCESSES_BYTES = 2 << 30  # gateway, engine core and a worker, before model and KV cache
 _MAX_N_SEQUENCES = "128"
 
-# Flags of vLLM's HTTP server that mean something here: read by its handlers, or by this module. The
-# others are refused, not ignored.
+# Flags of vLLM's HTTP server that its handlers or this module read. The others would have no
+# effect, so they are refused.
 _SERVED = frozenset({
     "chat_template", "chat_template_content_format", "default_chat_template_kwargs",
     "enable_auto_tool_choice", "enable_force_include_usage", "enable_log_deltas",
@@ -70,7 +70,8 @@ _NOT_SERVED = (
     | {"headless", "grpc", "api_server_count", "allowed_media_domains", "allowed_local_media_path"}
 )  # fmt: skip
 
-# Likewise. The store of the Responses API never forgets, and tells anyone who knows an id.
+# Environment variables that are refused. The store of the Responses API keeps everything, and shows
+# it to anyone who knows an id.
 _NOT_SERVED_ENVIRONMENT = {
     "VLLM_API_KEY": "use --api-keys-file",
     "VLLM_ENABLE_RESPONSES_API_STORE": "himap serve stores no responses",
@@ -79,15 +80,18 @@ _NOT_SERVED_ENVIRONMENT = {
     "VLLM_MEDIA_CONNECTOR": "himap serve fetches images itself",
 }
 
-# What these say at INFO and WARNING can hold what clients sent.
+# Loggers whose messages at INFO and WARNING can contain what clients sent.
 _TALKATIVE = ("vllm.renderers", "vllm.entrypoints", "vllm.tool_parsers", "vllm.reasoning")
 
 
 def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
-    """Flags of `vllm serve` with the engine's settings in them, and the gateway's settings.
+    """Parse the command line.
+
+    Returns:
+        The flags of `vllm serve` with the plugin's settings in them, and the gateway's settings.
 
     Raises:
-        SystemExit: as argparse does.
+        SystemExit: something is wrong, as argparse does.
     """
     parser = FlexibleArgumentParser(
         prog="himap serve", description="Serve a vision-language model with HiMAP pruning."
@@ -116,7 +120,7 @@ def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
     os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
     os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(settings.max_image_pixels)
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", _MAX_N_SEQUENCES)
-    # The engine core gets a signal to the whole process group, too; it must not drop requests.
+    # A signal to the process group reaches the engine core, too, which must not drop requests.
     args.shutdown_timeout = args.shutdown_timeout or math.ceil(settings.grace_seconds)
     if bundled is not None:
         _serve_bundled(args, bundled)
@@ -133,7 +137,11 @@ def _serve_bundled(args: Namespace, bundled: BundledModel) -> None:
 
 
 def _take_file(parser: FlexibleArgumentParser, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """`--config FILE`: its flags of vLLM into `argv`, before those given there; the rest apart."""
+    """Read `--config FILE`.
+
+    Returns:
+        `argv` with the file's flags of vLLM before its own, and the file's other settings.
+    """
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     found, rest = finder.parse_known_args(argv)
@@ -151,7 +159,7 @@ def _take_file(parser: FlexibleArgumentParser, argv: list[str]) -> tuple[list[st
 
 
 def _choose_cpu_memory(args: Namespace) -> None:
-    """On CPU vLLM asks for 92 % of the memory and refuses to start without; ask for less."""
+    """On CPU, vLLM does not start unless 92 % of the memory is free. Ask for less."""
     chosen = (
         args.kv_cache_memory_bytes is not None
         or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
@@ -173,7 +181,7 @@ def _choose_cpu_memory(args: Namespace) -> None:
 
 
 def _import_plugins(args: Namespace) -> None:
-    """`--tool-parser-plugin` and `--reasoning-parser-plugin`, as vLLM's own server does."""
+    """Import what `--tool-parser-plugin` and `--reasoning-parser-plugin` name, as vLLM does."""
     if args.tool_parser_plugin:
         ToolParserManager.import_tool_parser(args.tool_parser_plugin)
     if args.reasoning_parser_plugin:
@@ -181,7 +189,7 @@ def _import_plugins(args: Namespace) -> None:
 
 
 def _configure_logging(args: Namespace) -> None:
-    """JSON lines, unless the operator chose otherwise (`--logging-config`), from all processes."""
+    """Let all processes log JSON lines, unless `--logging-config` says otherwise."""
     if not hasattr(args, "logging_config"):
         args.logging_config = replace(LoggingConfig(), formatter="json")
     configure_logging_from_args(args)
@@ -195,7 +203,7 @@ def _configure_logging(args: Namespace) -> None:
 
 
 async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None) -> int:
-    """Run until stopped; returns the process's exit status."""
+    """Serve until stopped; returns the process's exit status."""
     lifecycle = Lifecycle(settings.grace_seconds)
     app = build_app(args, settings, lifecycle)
     metrics = GatewayMetrics((args.served_model_name or [args.model])[0], lifecycle)
@@ -219,18 +227,18 @@ async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None
         http=BoundedHttp,
         log_config=None,
         log_level=args.uvicorn_log_level,
-        access_log=False,  # server/himap_server/request_log.py
+        access_log=False,  # request_log.py writes it
         timeout_graceful_shutdown=2,  # the grace time is over by then
         lifespan="off",
     )
     server = GatewayServer(config, lifecycle)
     app.state.server = server
-    listener = config.bind_socket()  # first: a port in use must not wait for the model
+    listener = config.bind_socket()  # before the model loads, so that a used port is told at once
     engine = asyncio.create_task(run_engine(app, args, settings, lifecycle, metrics, server))
     await server.serve(sockets=[listener])
     if lifecycle.phase is Phase.LOADING:
-        # Stopped while loading. The thread that loads can't be cancelled, and leaving would wait
-        # for it.
+        # Stopped while loading. The loading thread can't be cancelled, and a normal exit would
+        # wait for it.
         for child in psutil.Process().children(recursive=True):
             child.terminate()
         os._exit(0)
@@ -240,7 +248,7 @@ async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None
 
 
 def main(argv: list[str]) -> int:
-    """Command line; returns the exit status."""
+    """Run `himap serve`; returns the exit status."""
     cli_env_setup()
     args, settings = parse_arguments(argv)
     _import_plugins(args)

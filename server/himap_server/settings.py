@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator's settings: flags, then environment (`HIMAP_...`), then keys of a YAML file.
 
-The first that says something wins. The same YAML file (`--config`) may hold flags of `vllm serve`.
+The first that is given wins. The YAML file (`--config`) may also hold flags of `vllm serve`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .security.fetch import host_and_port
 
 
 class SettingsError(ValueError):
-    """A setting that can't be used; the message names it."""
+    """A setting that can't be used. The message names it."""
 
 
 class _Operators(BaseSettings):
@@ -37,7 +37,7 @@ class _Operators(BaseSettings):
 
 
 class GatewaySettings(_Operators):
-    """What the gateway itself allows. Sizes are in bytes, times in seconds."""
+    """Settings of the gateway itself. Sizes are in bytes, times in seconds."""
 
     api_keys_file: Path | None = Field(
         None, description="YAML file of API keys (docs/gateway.md); without one, /v1 is open"
@@ -50,15 +50,19 @@ class GatewaySettings(_Operators):
     max_image_bytes: int = Field(20 << 20, gt=0, description="largest encoded image")
     max_image_pixels: int = Field(50_000_000, gt=0, description="largest image, width x height")
     min_image_side: int = Field(8, gt=0, description="smallest width and height")
-    fetch_images: bool = Field(True, description="fetch http(s) images; without it, data URLs only")
+    fetch_images: bool = Field(
+        True, description="fetch images by http(s); otherwise only data URLs are taken"
+    )
     image_hosts: Annotated[frozenset[str], NoDecode] = Field(
         frozenset(),
-        description="hosts (comma-separated host or host:port) that images may be fetched from "
-        "although they are not public, or on other ports than 80 and 443",
+        description="comma-separated host or host:port, from which images may be fetched even if "
+        "the host is not public or the port is not 80 or 443",
     )
-    image_timeout: float = Field(10.0, gt=0, description="for fetching one image")
-    request_timeout: float = Field(600.0, gt=0, description="for a whole request")
-    grace_seconds: float = Field(30.0, ge=0, description="for requests in flight, after SIGTERM")
+    image_timeout: float = Field(10.0, gt=0, description="seconds for fetching one image")
+    request_timeout: float = Field(600.0, gt=0, description="seconds for a whole request")
+    grace_seconds: float = Field(
+        30.0, ge=0, description="seconds for requests in flight after SIGTERM"
+    )
 
     @field_validator("image_hosts", mode="before")
     @classmethod
@@ -70,8 +74,8 @@ class GatewaySettings(_Operators):
         return names
 
 
-# The engine's settings as flags, None where the operator says nothing. Ranges are checked by
-# `EngineSettings.parse`, for the plugin without a gateway, too.
+# The engine's settings as flags; None if the operator gives none. `EngineSettings.parse` checks the
+# ranges, because the plugin also runs without the gateway.
 _ENGINE_FIELDS: dict[str, Any] = {
     field.name: (
         get_type_hints(EngineSettings)[field.name] | None,
@@ -84,7 +88,7 @@ EngineFlags: Any = create_model("EngineFlags", __base__=_Operators, **_ENGINE_FI
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    """A flag for every setting. None where it is not given; pydantic checks the values."""
+    """Add a flag for every setting. One that is not given is None; pydantic checks the values."""
     for title, model in (("himap engine", EngineFlags), ("himap gateway", GatewaySettings)):
         group = parser.add_argument_group(title)
         for name, field in model.model_fields.items():
@@ -99,12 +103,12 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def setting_names() -> frozenset[str]:
-    """Names of all settings, as keys of the YAML file and attributes of the parsed flags."""
+    """Names of all settings: keys of the YAML file, and attributes of the parsed flags."""
     return frozenset(EngineFlags.model_fields) | frozenset(GatewaySettings.model_fields)
 
 
 def split_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The YAML file's settings of the gateway, and its flags of vLLM.
+    """The settings in the YAML file, and the flags of vLLM in it.
 
     Raises:
         SettingsError: the file can't be read, or is not a mapping.
@@ -126,7 +130,7 @@ def split_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def load(
     flags: Mapping[str, Any], file: Mapping[str, Any]
 ) -> tuple[GatewaySettings, dict[str, Any]]:
-    """Settings of the gateway, and those of the engine that the operator gave.
+    """The gateway's settings, and the engine's settings that the operator gave.
 
     Raises:
         SettingsError: a value of a wrong type or out of range.

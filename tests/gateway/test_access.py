@@ -354,7 +354,7 @@ def test_failures_at_start_name_the_setting(world: World, tmp_path: Path) -> Non
         (("--api-keys-file", str(broken)), "keys.0.name"),
         (("--api-keys-file", str(tmp_path / "none")), "No such file"),
         (("--config", str(tmp_path / "none.yaml")), "No such file"),
-        (("--image-hosts", "a,b/c"), "neither a host nor host:port: 'b/c'"),
+        (("--image-hosts", "a,b/c"), "must be host or host:port, got 'b/c'"),
         (("--deep-ratio", "1.5"), "deep_ratio must be in"),
     ):
         command = [HIMAP, "serve", str(world.checkpoint("mha12")), *flags]

@@ -189,7 +189,7 @@ def test_what_the_decoder_says_stays_inside(server: Server) -> None:
                 message = answer["error"]["message"]
                 assert message in (
                     "an image can't be decoded",
-                    "the image is damaged; save it anew",
+                    "the image is damaged; save it again",
                 )
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands between a hostile request and the engine."""
+"""Checks that keep hostile requests away from the engine."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetch the images that requests name by URL, from public addresses only."""
+"""Fetches images by URL, from public addresses only."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _HEADERS = {
     "Accept-Encoding": "identity",
     "User-Agent": "himap-vllm",
 }
-# Object stores know images as octet streams; the magic bytes decide (images.py).
+# Object stores send images as octet streams. The magic bytes decide (images.py).
 _TYPES = re.compile(r"image/(png|jpe?g|webp|gif)|(application|binary)/octet-stream", re.IGNORECASE)
 _MAX_URL = 8192
 _MAX_ADDRESSES = 8
 
 _GLOBAL_UNICAST = ip_network("2000::/3")
 _NAT64 = ip_network("64:ff9b::/96")  # and not 64:ff9b:1::/48, which is for local use (RFC 8215)
-# Global to `ipaddress`, at least in some patch releases of Python, and yet not the internet.
+# Not public, although `ipaddress` calls these global, at least in some patch releases of Python.
 _NOT_PUBLIC = (
     ip_network("168.63.129.16/32"),  # Azure's platform service
     ip_network("192.0.0.0/24"),  # IETF protocol assignments; Oracle Cloud's metadata service
@@ -38,7 +38,7 @@ _NOT_PUBLIC = (
     ip_network("3fff::/20"),  # documentation
 )
 
-# One text for "not public", "unknown" and "closed": it maps nobody's internal network.
+# One text for "not public", "unknown" and "closed", so that nobody can map an internal network.
 _UNREACHABLE = (
     "the image's URL cannot be fetched: its host has no public address, or does not answer; "
     "check the URL, or send the image as a data URL"
@@ -47,12 +47,12 @@ _UNREACHABLE = (
 
 @dataclass(frozen=True, slots=True)
 class FetchLimits:
-    """What a fetch may take.
+    """Limits of a fetch.
 
     Attributes:
         timeout_seconds: for the whole fetch, redirects included.
-        allowed_hosts: "host" (any port) or "host:port", which may be private; IPv6 in brackets.
-            A name is trusted together with whoever resolves it.
+        allowed_hosts: "host" (any port) or "host:port"; they may be private. IPv6 in brackets. To
+            allow a name is to trust those who resolve it.
     """
 
     max_bytes: int
@@ -62,18 +62,19 @@ class FetchLimits:
 
 
 class ImageFetcher:
-    """Fetches images without becoming a way into the operator's network.
+    """Fetches images, and gives nobody a way into the operator's network.
 
-    One parser: the URL object that was checked is the one that is dialled (CVE-2026-24779: check
-    and client understood a backslash differently). One resolution: the address is checked where
-    aiohttp makes the socket for it, so no second look-up can answer differently (vLLM #57157: DNS
-    rebinding) and no spelling gets around the check (GHSA-3f6c-7fw2-ppm4); a name's addresses that
-    aren't public are passed over. Redirects are followed by hand, each hop checked anew. The hosts
-    that the operator allows go through a connector of their own, without the check.
+    * One parser: aiohttp connects to the URL object that was checked (CVE-2026-24779: check and
+      client read a backslash differently).
+    * One resolution: the address is checked where aiohttp makes the socket for it. So no second
+      look-up can answer differently (vLLM #57157: DNS rebinding), and no spelling evades the check
+      (GHSA-3f6c-7fw2-ppm4). Addresses of a name that are not public are skipped.
+    * Redirects: this class follows them itself, and checks each hop.
+    * Allowed hosts go through a connector of their own, without the check of the address.
     """
 
     def __init__(self, limits: FetchLimits, resolver: AbstractResolver | None = None) -> None:
-        """`resolver` is for operators with a DNS of their own; the fetcher closes it.
+        """`resolver` is for operators with their own DNS; the fetcher closes it.
 
         Raises:
             ValueError: an allowed host is neither "host" nor "host:port".
@@ -86,12 +87,12 @@ class ImageFetcher:
     async def fetch(
         self, url: str, param: str, take: Callable[[int], None] = lambda _: None
     ) -> bytes:
-        """The bytes behind a URL; `check_image` has yet to see them.
+        """The bytes of a URL, not yet checked by `check_image`.
 
         Args:
             url: as the client gave it.
             param: the field of the request that holds it.
-            take: is told of every piece's bytes as they come, and may refuse by raising.
+            take: called with the number of bytes of every piece; it may refuse by raising.
 
         Raises:
             GatewayError: HTTP 400, or 413 for too many bytes.
@@ -106,7 +107,7 @@ class ImageFetcher:
             message = f"the image's URL took longer than {seconds}; send a data URL instead"
             raise GatewayError(400, message, reason=Reason.IMAGE_FETCH, param=param) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            # ValueError: a host name that DNS cannot express.
+            # ValueError: a host name that is impossible in DNS.
             private = isinstance(getattr(error, "os_error", None), _NotPublicError)
             reason = Reason.IMAGE_HOST if private else Reason.IMAGE_FETCH
             raise GatewayError(400, _UNREACHABLE, reason=reason, param=param) from None
@@ -134,11 +135,11 @@ class ImageFetcher:
         allowed = not self._allowed.isdisjoint({(host, None), (host, url.port)})
         if not allowed and url.port not in _PORTS:
             raise _RefusedError(Reason.IMAGE_URL, "the image's URL must use port 80 or 443")
-        if allowed not in self._sessions:  # not in __init__: aiohttp wants a running event loop
+        if allowed not in self._sessions:  # not in __init__: aiohttp needs a running event loop
             self._resolver = self._resolver or FreshResolver()
             self._sessions[allowed] = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
-                    limit=0,  # who has many fetches that stall must not hold up the others
+                    limit=0,  # stalled fetches of one client must not delay the others
                     resolver=_ShortResolver(self._resolver),
                     socket_factory=None if allowed else _guarded_socket,
                     use_dns_cache=False,
@@ -185,22 +186,22 @@ class _RefusedError(Exception):
 
 
 class _NotPublicError(OSError):
-    """An OSError, because aiohttp then goes on to the name's next address."""
+    """An OSError, so that aiohttp tries the name's next address."""
 
 
 class FreshResolver(AbstractResolver):
     """aiohttp's asynchronous resolver, replaced after a number of look-ups.
 
-    c-ares keeps answers for up to an hour in a cache without bound, whatever `use_dns_cache` says,
-    and who owns a name chooses how many and how large they are. Can go when pycares (5.2) can turn
-    that off.
+    * `aiohttp.AsyncResolver` (called): c-ares keeps answers for up to an hour in a cache without a
+      limit, whatever `use_dns_cache` says, and the owner of a name chooses how many answers there
+      are and how large. Remove when: pycares (5.2) can turn the cache off.
     """
 
     _LOOK_UPS = 64
 
     def __init__(self, **options: Any) -> None:
         """`options` of `aiodns.DNSResolver`."""
-        self._options = {"tries": 3, **options}  # with any, aiohttp shares it with nobody
+        self._options = {"tries": 3, **options}  # aiohttp shares only resolvers without options
         self._running: dict[AbstractResolver, int] = {}  # look-ups; the newest resolver is last
         self._used = 0
 
@@ -230,8 +231,8 @@ class FreshResolver(AbstractResolver):
 class _ShortResolver(AbstractResolver):
     """The first few addresses of a name.
 
-    aiohttp's work grows with the square of their number, and the name's owner chooses it: with a
-    thousand (one answer holds four thousand) the event loop is busy for many seconds.
+    aiohttp's work grows with the square of their number, which the owner of the name chooses. A
+    thousand addresses keep the event loop busy for many seconds; one answer can have four thousand.
     """
 
     def __init__(self, inner: AbstractResolver) -> None:
@@ -243,19 +244,19 @@ class _ShortResolver(AbstractResolver):
         return (await self._inner.resolve(host, port, family))[:_MAX_ADDRESSES]
 
     async def close(self) -> None:
-        """The inner one outlives a connector."""
+        """Nothing: the inner resolver outlives a connector."""
 
 
 def _guarded_socket(info: aiohttp.AddrInfoType) -> socket.socket:
     if not _is_public(str(info[4][0])):
-        # One text for all: where several addresses fail alike, aiohttp raises the first error.
+        # One text for all: if several addresses fail alike, aiohttp raises the first error.
         raise _NotPublicError("not a public address")
     return socket.socket(*info[:3])
 
 
 def _is_public(host: str) -> bool:
-    """Whether it is an address (and not a name) on the internet."""
-    if "%" in host:  # a zone is for addresses on a link
+    """Whether `host` is a public address, and not a name."""
+    if "%" in host:  # only link-local addresses have a zone
         return False
     try:
         address = ip_address(host)
@@ -268,7 +269,7 @@ def _is_public(host: str) -> bool:
         if embedded is None and address not in _GLOBAL_UNICAST:
             return False
         address = embedded or address
-    # Multicast is global to `ipaddress`; Teredo is not.
+    # `ipaddress` calls multicast global, but not Teredo.
     return (
         address.is_global
         and not (address.is_multicast or address.is_reserved or address.is_link_local)
@@ -278,7 +279,7 @@ def _is_public(host: str) -> bool:
 
 def _parse(text: str, base: URL | None = None) -> URL:
     try:
-        # Spaces, control and invisible characters: what parsers disagree about (CVE-2026-24779).
+        # Parsers disagree about spaces, control and invisible characters (CVE-2026-24779).
         if len(text) > _MAX_URL or not text.isprintable() or not {" ", "\\"}.isdisjoint(text):
             raise ValueError
         url = URL(text) if base is None else base.join(URL(text))
@@ -293,7 +294,7 @@ def _parse(text: str, base: URL | None = None) -> URL:
 
 
 def host_and_port(text: str) -> tuple[str, int | None]:
-    """An allowed host's parts; None: any port.
+    """Host and port of an allowed host; None: any port.
 
     Raises:
         ValueError: neither "host" nor "host:port".
@@ -301,5 +302,5 @@ def host_and_port(text: str) -> tuple[str, int | None]:
     url = URL(f"http://{text}")
     host = str(url.raw_host).rstrip(".")
     if not host or "*" in host or url != url.origin():
-        raise ValueError(f"neither a host nor host:port: {text!r}")
+        raise ValueError(f"must be host or host:port, got {text!r}")
     return host, url.explicit_port

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grammars that would take the engine's memory: repetitions are bounded before it compiles them.
+"""Limits the repetitions of grammars, before a grammar compiler uses up the memory.
 
-vLLM's grammar compilers unroll what a schema counts: `"minItems": 1000000000`, in a request of a
-few hundred bytes, took 12 GB (vLLM 0.32), and in the compiler that `auto` falls back to a
-`maxItems` takes 1.2 kB for each, in this process. Nested counts multiply, and those side by side
-add up. The compiler after that one, which `patternProperties` leads to, writes an object out once
-for each of its optional properties. Can go when vLLM bounds them.
+vLLM's grammar compilers write repetitions out. `"minItems": 1000000000`, in a request of a few
+hundred bytes, took 12 GB (vLLM 0.32). The compiler that `auto` falls back to runs in this process,
+and takes 1.2 kB for each of `maxItems`. Nested counts multiply, others add up. The next compiler,
+which `patternProperties` leads to, writes an object out once for each of its optional properties.
+
+* `vllm.v1.structured_output.StructuredOutputManager.grammar_init` (read): it compiles whatever a
+  request has. Remove when: vLLM limits the repetitions.
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ from typing import Any
 from ..errors import GatewayError, Reason
 
 MAX_REPETITIONS = 100_000
-"""Of each field that may hold grammars."""
+"""Limit for each field that may hold grammars."""
 
-# Where requests carry schemas, regular expressions and grammars.
+# Fields of requests with schemas, regular expressions and grammars.
 _FIELDS = ("response_format", "structured_outputs", "tools", "text")
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
-# Of a schema: text or data, which nothing compiles or nothing repeats.
+# Keys of a schema whose text or data no compiler repeats.
 _PROSE = frozenset({"title", "description", "default", "const", "enum", "examples"})
 # In a string: a repetition of a regular expression or a grammar (`{2,5}`, Lark's `~ 2..5`), or a
-# count in what is JSON only to others.
-# Possessive, so that a client can't make the search itself take long.
+# count in a text that only other parsers read as JSON. Possessive, so that a client can't make the
+# search itself slow.
 _IN_TEXT = re.compile(
     r"\{\s*+(\d++)?\s*+,?\s*+(\d++)?\s*+\}"
     r"|~\s*+(\d++)(?:\s*+\.\.\s*+(\d++))?"
@@ -47,8 +49,8 @@ def check_repetitions(body: Any) -> None:
 def _check(field: str, value: Any) -> None:
     repeated = written_out = 0.0
     patterns = False
-    # With how often what holds a value is repeated, and how often it is written out. A list, for
-    # JSON may nest deeply.
+    # Values, with how often their parent is repeated and how often it is written out. A list and no
+    # recursion, because JSON may nest deeply.
     left: list[tuple[Any, float, float]] = [(value, 1, 1)]
     while left:
         node, times, copies = left.pop()
@@ -89,24 +91,24 @@ def _num_optional(node: dict[str, Any]) -> int:
 
 
 def _length(data: str | list[Any]) -> int:
-    """Characters of a text, or of the texts in a list."""
+    """Number of characters of a text, or of the texts in a list."""
     texts = [data] if isinstance(data, str) else data
     return sum(len(text) if isinstance(text, str) else 8 for text in texts)
 
 
 def _times(numbers: tuple[str, ...]) -> float:
-    # Digits are counted first: int() takes long for many.
+    # Count the digits first, because int() is slow for many.
     return max((int(n) if len(n) < 10 else 1e10) for n in numbers if n) if any(numbers) else 0
 
 
 def _as_json(text: str, field: str) -> Any:
-    """A schema that came as text, as compilers read it; None for anything else."""
+    """The schema in a text, as compilers read it; None if the text is none."""
     if not text.lstrip().startswith("{"):
         return None
     try:
         return _decode(text, field)
     except ValueError:
-        return None  # a regular expression, or a grammar
+        return None  # a regular expression or a grammar
 
 
 def _lark_schemas(text: str, field: str) -> Iterator[Any]:
@@ -122,7 +124,7 @@ def _decode(text: str, field: str, begin: int | None = None) -> Any:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if len(found) < len(pairs):  # compilers may not agree about which one counts
+        if len(found) < len(pairs):  # compilers may disagree about which one counts
             raise _refusal(field, f"{field} has a schema that gives a key twice")
         return found
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is it an image that the engine may decode? One check, for all ways an image comes in."""
+"""Checks whether the engine may decode an image, however the image came."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from ..errors import GatewayError, Reason
 
-# Pillow's own classes instead of Image.open: one format and no guessing, no multi-picture JPEG
-# (MPO), and no limit but ours. They read the header; none decodes pixels before load().
+# Pillow's own classes instead of Image.open: each reads one format, no multi-picture JPEG (MPO),
+# and has no limit of its own. They read the header; none decodes pixels before load().
 _FORMATS: tuple[tuple[str, re.Pattern[bytes], Callable[[BytesIO], ImageFile]], ...] = (
     ("png", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
     ("jpeg", re.compile(rb"\xff\xd8\xff"), JpegImageFile),
@@ -31,25 +31,25 @@ _FORMATS: tuple[tuple[str, re.Pattern[bytes], Callable[[BytesIO], ImageFile]], .
 )
 _DATA_URL = re.compile(r"data:image/(png|jpeg|jpg|webp|gif);base64,", re.IGNORECASE)
 
-# What an image has once, and hostile ones a thousand times. Pillow inflates each colour profile of
-# a PNG, up to 1 MiB (10 MB of them took 20 s), and adds each Exif segment of a JPEG to those before
-# it, which takes the square of their number (16 MB took 114 s).
+# An image has these once, a hostile one a thousand times. Pillow inflates each colour profile of a
+# PNG, up to 1 MiB (10 MB of profiles took 20 s). It appends each Exif segment of a JPEG to those
+# before it, which takes time in the square of their number (16 MB took 114 s).
 _ONCE = {"png": b"iCCP", "jpeg": b"Exif\0\0"}
 _MAX_REPEATED = 8
 _MAX_LOOK_ALIKES = 100_000
 
-# Pillow reads no further than to the size. Photos have megabytes before it, in depth maps.
+# Pillow reads up to the size only. Photos have megabytes before it, in depth maps.
 _MAX_HEADER = 8 << 20
 
-# Pillow warns about odd metadata in texts that a client can vary without end, and Python keeps
-# each text. Once and here, since catch_warnings is not safe in threads. Its errors stay.
+# Pillow warns about odd metadata. A client can vary the texts of warnings without end, and Python
+# keeps each text. The filter is global because catch_warnings is not safe in threads.
 for _category in (UserWarning, DecompressionBombWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What an image may measure; `min_side` is for width and height."""
+    """Limits of an image. `min_side` applies to width and height, in pixels."""
 
     max_bytes: int
     max_pixels: int
@@ -66,12 +66,12 @@ class CheckedImage(NamedTuple):
 def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
     """The image's format and size.
 
-    By content, whatever a header or a URL declares, and without decoding it: vLLM PR #47010 (a
-    decompression bomb), CVE-2026-22773 (a 1x1 image ended the engine).
+    They come from the content, whatever a header or a URL declares, and without decoding it: vLLM
+    PR #47010 (a decompression bomb), CVE-2026-22773 (a 1x1 image ended the engine).
 
     Raises:
-        GatewayError: HTTP 400, or 413 for too many bytes. Never with a decoder's text, which may
-            hold addresses of the heap (CVE-2026-22778).
+        GatewayError: HTTP 400, or 413 for too many bytes. Its text is never a decoder's, which may
+            contain heap addresses (CVE-2026-22778).
     """
     if len(data) > limits.max_bytes:
         raise _too_large(limits, param)
@@ -82,15 +82,15 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
     try:
         if kind in _ONCE and _repeats(data, _ONCE[kind]):
             raise ValueError
-        # The WebP decoder wants the whole file; it has no header to speak of.
+        # The WebP decoder needs the whole file.
         header = data if kind == "webp" else data[:_MAX_HEADER]
         with decoder(BytesIO(header)) as image:
             width, height = image.size
         too_many = width * height > limits.max_pixels
     except DecompressionBombError:
         too_many = True
-    except Exception:  # decoders raise anything
-        raise _refusal(Reason.IMAGE_BROKEN, "the image is damaged; save it anew", param) from None
+    except Exception:  # decoders raise all kinds of exceptions
+        raise _refusal(Reason.IMAGE_BROKEN, "the image is damaged; save it again", param) from None
     if too_many:
         message = f"the image has more than {limits.max_pixels} pixels; scale it down"
         raise _refusal(Reason.IMAGE_PIXELS, message, param)
@@ -101,7 +101,7 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
 
 
 def _repeats(data: bytes, name: bytes) -> bool:
-    """Whether a name occurs too often; `bytes.count` takes ten times as long to tell."""
+    """Whether a name occurs too often. `bytes.count` takes ten times as long."""
     values = np.frombuffer(data, np.uint8)
     found = np.flatnonzero((values[:-1] == name[0]) & (values[1:] == name[1]))
     if len(found) > _MAX_LOOK_ALIKES:
@@ -110,9 +110,9 @@ def _repeats(data: bytes, name: bytes) -> bool:
 
 
 def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
-    """The bytes of a data URL, which `check_image` has yet to see.
+    """The bytes of a data URL, not yet checked by `check_image`.
 
-    Four types only: behind `data:video/jpeg`, vLLM found thousands of frames (CVE-2026-5497).
+    It takes four types only: vLLM takes `data:video/jpeg` for thousands of frames (CVE-2026-5497).
 
     Raises:
         GatewayError: HTTP 400, or 413 for too many bytes.
@@ -121,7 +121,7 @@ def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
     if match is None:
         message = "a data URL must begin with data:image/png;base64, (or jpeg, webp, gif)"
         raise _refusal(Reason.IMAGE_TYPE, message, param)
-    # Before the decoder makes a second copy.
+    # Check before the decoder makes a second copy.
     if len(url) - match.end() > (limits.max_bytes + 2) // 3 * 4:
         raise _too_large(limits, param)
     try:

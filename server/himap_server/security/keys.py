@@ -6,11 +6,11 @@
         sha256: 9f86d081884c7d659a2f...
         requests_per_minute: 600        # this and all below may be left out
         max_concurrent: 16
-        shallow_ratio: [0, 0.5]         # what this key may ask for
+        shallow_ratio: [0, 0.5]         # ratios that requests with this key may have
         deep_ratio: [0, 0.9]
 
-A key is 256 random bits (`himap key NAME` makes one), so a plain SHA-256 can't be searched; a
-password would need more.
+A key is 256 random bits (`himap key NAME` makes one). Nobody can search for the text of a SHA-256
+hash of so many bits; a password would need a slower hash.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RatioRange = Annotated[tuple[float, float], AfterValidator(_check_range)]
 
 
 class Key(BaseModel):
-    """An API key and what it may do."""
+    """An API key and its limits."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,14 +69,14 @@ class _File(BaseModel):
 
 
 class KeyFileError(ValueError):
-    """The file can't be used; the message says why, without what is in it."""
+    """The file can't be used. The message says why, without quoting the file."""
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
     """The keys in a file.
 
     Raises:
-        KeyFileError: it can't be read, or something in it is wrong.
+        KeyFileError: the file can't be read, or something in it is wrong.
     """
     try:
         return _File.model_validate(yaml.safe_load(path.read_text())).keys
@@ -86,16 +86,15 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise KeyFileError(f"{path}: {where or 'keys'}: {first['msg']}") from error
-    # ValueError: bytes that are no text, dates that are none.
+    # ValueError: bytes that are not UTF-8, and impossible dates.
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise KeyFileError(f"{path} is not YAML") from error
 
 
 class KeyRing:
-    """The keys of a file, as it is now.
+    """The keys of a file, read again whenever the file changes.
 
-    A file that has become unreadable or wrong changes nothing: the keys known before stay, and
-    the log and a metric say so.
+    If the file becomes unreadable or wrong, the old keys stay, and the log and a metric say so.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,9 +104,9 @@ class KeyRing:
         self._keys = read_keys(path)
 
     def find(self, token: str) -> Key | None:
-        """The key that `token` is, or None.
+        """The key with this token, or None.
 
-        Takes the same time whichever it is, and if it is none.
+        The time it takes does not depend on the token.
         """
         self._refresh()
         digest = hashlib.sha256(token.encode(errors="surrogateescape")).hexdigest()
@@ -138,13 +137,13 @@ class KeyRing:
 
 
 def make_key(name: str) -> tuple[str, str]:
-    """A new key, and its entry for the file.
+    """Make a key; returns its token and its entry for the file.
 
     Raises:
-        ValueError: a name that can't be one.
+        ValueError: the name has other characters than letters, digits and ._-, or too many.
     """
     token = f"himap-{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(token.encode()).hexdigest()
     key = Key(name=name, sha256=digest)
-    # In quotes: to YAML, 123 and no are not names.
+    # Quoted, because YAML does not read 123 and no as text.
     return token, f'  - name: "{key.name}"\n    sha256: "{key.sha256}"\n'

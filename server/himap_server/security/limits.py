@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much each API key may ask for: requests per minute, and at the same time."""
+"""Limits of each API key: requests per minute, and requests at the same time."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .keys import Key
 
 
 class KeyLimits:
-    """Counts per key, in this process: several replicas count each for itself."""
+    """Counts the requests of each key in this process. Each replica counts for itself."""
 
     def __init__(self) -> None:
-        # Two counters per key, whatever its limit.
+        # This strategy needs two counters per key, whatever the limit.
         self._rates = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._running: Counter[str] = Counter()
 
     @contextmanager
     def admit(self, key: Key) -> Iterator[None]:
-        """Holds one of the key's places while a request runs.
+        """Count a request of the key while the context is open.
 
         Raises:
-            GatewayError: 429, with the time after which to try again.
+            GatewayError: HTTP 429, with the time after which to retry.
         """
         limit = key.max_concurrent
         if limit is not None and self._running[key.name] >= limit:
