@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small bundled model: what its world looks like, what is asked about it, and where it lies.
+"""The small bundled model, and the pictures and questions that it is made for.
 
-`scenes` draws pictures, `questions` asks about them and knows the answers, `heldout` is the part of
-that world that training never sees. `training/` makes the model of it.
+`scenes` draws pictures, `questions` asks about them and knows the answers, and `heldout` has those
+that training never sees. `training/` trains the model.
 """
 
 from pathlib import Path
 
 MODEL_PATH = Path(__file__).parent / "model"
-"""The checkpoint in the hub's layout: what `himap serve` serves when it is given no model."""
+"""The checkpoint, in the layout of the Hugging Face hub. `himap serve` serves it by default."""

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The questions that the model is measured on, about scenes that training never draws.
+"""The questions that measure the model, about scenes that training never draws.
 
-Every scene belongs to its seed, and the seeds are divided once and for all: training takes those
-below `FIRST_SEED`, the held-out set those from it on. What divides them is the picture: an object's
-attributes and the words of a question recur, as they are meant to.
+Every scene has a seed. Training uses seeds below `FIRST_SEED`, the held-out set those from it on.
+So the two sets share no picture. Attributes of objects and words of questions do recur, on purpose.
 """
 
 import random
@@ -20,7 +19,7 @@ FIRST_SEED = 1 << 40
 
 @dataclass(frozen=True)
 class Item:
-    """One question. Those with the same `scene` share a picture: the unit of a bootstrap."""
+    """One question. Those with one `scene` share a picture; a bootstrap draws them together."""
 
     image: Image.Image
     question: str
@@ -30,7 +29,7 @@ class Item:
 
 
 def training_seed(index: int) -> int:
-    """The seed of a training scene. Raises ValueError where it would be a held-out one."""
+    """The seed of a training scene. Raises a ValueError if it would be a held-out scene."""
     if not 0 <= index < FIRST_SEED:
         raise ValueError(f"training scenes are numbered 0 to {FIRST_SEED - 1}, not {index}")
     return index
@@ -39,8 +38,8 @@ def training_seed(index: int) -> int:
 def items(num_scenes: int, questions_per_scene: int = 2, first: int = 0) -> Iterator[Item]:
     """The questions about `num_scenes` held-out scenes from number `first` on, always the same.
 
-    Kinds take turns, so that each has about the same number of questions; where a scene offers no
-    question of a kind (no card in it, say), the next kind that it does offer is asked.
+    Kinds take turns, so that each has about the same number of questions. If a scene allows no
+    question of a kind (it has no card, for example), it gets one of the next possible kind.
     """
     turn = 0
     for seed in range(FIRST_SEED + first, FIRST_SEED + first + num_scenes):

@@ -85,7 +85,7 @@ class Scene:
     noise: float
 
     def at(self, row: int, column: int) -> Thing | None:
-        """The object in a cell; None where the cell is empty or off the grid."""
+        """The object in a cell; None if the cell is empty or off the grid."""
         return next((t for t in self.things if (t.row, t.column) == (row, column)), None)
 
 

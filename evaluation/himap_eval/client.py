@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts questions to a served model, many at a time, and keeps what comes back."""
+"""Asks a served model questions, many at a time, and collects the answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from himap_vllm.plan.prompt import Ratios
 from .errors import CommandError
 from .items import Item
 
-_RETRIES = 8  # by the client, with growing pauses: 429, 5xx, connections
+_RETRIES = 8  # by the client, with growing pauses, after 429, 5xx and connection errors
 
 
 UNPRUNED = Ratios(0.0, 0.0)
@@ -25,13 +25,13 @@ UNPRUNED = Ratios(0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back for one question.
+    """The answer to one question.
 
     Attributes:
         text: the answer.
         ttft: seconds to the first token.
-        latency: seconds to the last.
-        prompt_tokens: as the server counts, image tokens included.
+        latency: seconds to the last token.
+        prompt_tokens: the server's count, image tokens included.
         usage: the `himap` object of the usage, if the server sends one.
         error: why there is no answer.
     """
@@ -49,11 +49,11 @@ class Endpoint:
     """A served model.
 
     Attributes:
-        url: up to `/v1`.
-        model: its name there.
-        api_key: or any text, where none is needed.
-        xargs: name the ratios as plain `vllm serve` takes them, in `vllm_xargs`.
-        max_tokens: of an answer.
+        url: URL of the API, up to `/v1`.
+        model: name of the model at this URL.
+        api_key: any text if the server needs no key.
+        xargs: send the ratios as `vllm_xargs`, as a plain `vllm serve` takes them.
+        max_tokens: longest answer.
     """
 
     url: str
@@ -63,7 +63,7 @@ class Endpoint:
     max_tokens: int = 64
 
     def extra_body(self, ratios: Ratios) -> dict[str, Any]:
-        """Where the request says what is dropped."""
+        """The fields of a request that name the ratios."""
         if self.xargs:
             return {
                 "vllm_xargs": {
@@ -78,7 +78,7 @@ def first_model(url: str, api_key: str) -> str:
     """Name of the first model that an endpoint serves.
 
     Raises:
-        CommandError: it serves none, or does not answer.
+        CommandError: the endpoint serves no model, or does not answer.
     """
     try:
         with openai.OpenAI(base_url=url, api_key=api_key, max_retries=1) as client:
@@ -94,7 +94,7 @@ def ask_all(
     concurrency: int,
     quiet: bool = False,
 ) -> dict[Ratios, list[Answer]]:
-    """Every question at every setting: per setting the answers, in the order of the items."""
+    """Ask every question at every setting; the answers are in the order of the items."""
     return asyncio.run(_ask_all(endpoint, items, settings, concurrency, quiet))
 
 
@@ -108,7 +108,7 @@ async def _ask_all(
     answers: dict[Ratios, list[Answer]] = {
         ratios: [Answer("", error="not asked")] * len(items) for ratios in settings
     }
-    # Who asks about an image first pays for its encoding: settings take turns at that.
+    # The first request for an image pays for encoding it: settings take turns at being first.
     jobs = iter([
         (index, settings[(index + turn) % len(settings)])
         for index in range(len(items))

@@ -37,18 +37,20 @@ def main(argv: list[str]) -> int:
         "--ratios", type=ratio_pair, action="append", metavar="SHALLOW,DEEP",
         help=f"repeatable (default: {', '.join(map(str, _RATIOS))})",
     )  # fmt: skip
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the scenes there")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="write the scenes to this folder"
+    )
     return guarded("demo", _run, parser.parse_args(argv))
 
 
 def _run(args: Namespace) -> int:
     if args.url:
         return _show(args, args.url)
-    # Like the engine: not needed with --url.
+    # Imported here, because --url needs no engine.
     from himap_server.bundled import bundled_model
 
     print(
-        "Starting `himap serve` with the bundled model; this takes about a minute.\n"
+        "Starting `himap serve` with the bundled model. This takes about a minute.\n"
         f"Its settings: {json.dumps(bundled_model().engine)}",
         flush=True,
     )
@@ -107,5 +109,5 @@ def _line(question: str, *cells: str) -> str:
 
 
 def _short(text: str, room: int = 0) -> str:
-    """`text` in a cell, with `room` left in it."""
+    """`text` shortened to a cell, with `room` characters left."""
     return textwrap.shorten(text, _ANSWER_WIDTH - room, placeholder="...")

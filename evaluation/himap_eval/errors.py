@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the user can put right."""
+"""Errors that the user can correct."""
 
 
 class CommandError(RuntimeError):
-    """Keeps a command from its work; the message says what to do."""
+    """A command can't go on. The message says what to do."""

@@ -41,10 +41,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--url",
         default=os.environ.get("OPENAI_BASE_URL", "http://localhost:8000/v1"),
-        help="of the API, up to /v1 (default: OPENAI_BASE_URL, or http://localhost:8000/v1); "
+        help="URL of the API, up to /v1 (default: OPENAI_BASE_URL, or http://localhost:8000/v1); "
         "the key is OPENAI_API_KEY",
     )
-    parser.add_argument("--model", help="as the server names it (default: its first)")
+    parser.add_argument("--model", help="name at the server (default: the server's first model)")
     parser.add_argument(
         "--ratios", type=ratio_pair, action="append", metavar="SHALLOW,DEEP",
         help="repeatable (default: 0.5,0.75)",
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--min-retention", type=float, metavar="SHARE",
-        help="fail if a retention is lower, 0.95 say; for CI",
+        help="fail if a retention is lower, for example 0.95; for CI",
     )  # fmt: skip
     add_data_options(parser)
     return guarded("eval", _run, parser.parse_args(argv))
@@ -144,7 +144,7 @@ def _write(args: Namespace, about: dict[str, Any], results: Sequence[Result]) ->
 
 
 def _write_answers(path: Path, items: Sequence[Item], answers: dict[Ratios, list[Answer]]) -> None:
-    """Every answer, for looking at what changed."""
+    """Write every answer, to see what pruning changed."""
     scores = {ratios: scores_of(items, row) for ratios, row in answers.items()}
     with path.open("w") as file:
         for index, item in enumerate(items):

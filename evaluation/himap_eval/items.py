@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions about images, and where they come from: a JSONL file or the project's held-out set."""
+"""Questions about images, from a JSONL file or from the project's held-out set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .scoring import METRICS
 
 
 class DataError(ValueError):
-    """Data that can't be used; the message says where and why."""
+    """Data that can't be used. The message says where and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,10 @@ class Item:
 
     Attributes:
         image: a data URL, or a file.
-        question: as it is sent.
-        answers: what is accepted.
+        question: its text, as sent.
+        answers: accepted answers.
         kind: accuracy is reported per kind.
-        group: items that share an image, say: the unit that the bootstrap draws.
+        group: the bootstrap draws whole groups, for example the items that share an image.
         metric: a name in `scoring.METRICS`.
     """
 
@@ -43,7 +43,7 @@ class Item:
     metric: str = "exact"
 
     def image_url(self) -> str:
-        """The image as a data URL. Read when asked for: a data set may be larger than memory."""
+        """The image as a data URL, read only now: a data set may be larger than memory."""
         if isinstance(self.image, str):
             return self.image
         mime = mimetypes.guess_type(self.image.name)[0] or "image/jpeg"
@@ -58,7 +58,7 @@ def read_jsonl(path: Path, images: Path | None) -> Iterator[Item]:
     `metric`.
 
     Raises:
-        DataError: a line is not like that.
+        DataError: a line is wrong.
     """
     folder = images or path.parent
     for number, line in enumerate(_lines(path), start=1):
@@ -81,7 +81,7 @@ def _item(raw: dict[str, Any], folder: Path) -> Item:
     answers = raw["answers"]
     answers = (answers,) if isinstance(answers, str) else tuple(answers)
     if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError("answers must be a string, or a list of at least one")
+        raise ValueError("answers must be a string, or a list of at least one string")
     metric = raw.get("metric", "exact")
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
@@ -97,12 +97,15 @@ def _item(raw: dict[str, Any], folder: Path) -> Item:
 
 
 def held_out(num_scenes: int, first: int = 0) -> tuple[list[Item], dict[str, Image]]:
-    """The project's own: scenes that no training has seen, two questions each; and their pictures.
+    """Questions about `num_scenes` scenes of the held-out set from number `first` on.
 
-    Scenes are numbered; those from `first` on are taken.
+    No training has seen these scenes. Each has two questions.
+
+    Returns:
+        The questions, and the pictures by scene number.
 
     Raises:
-        DataError: it is not installed.
+        DataError: `himap_demo` is not installed.
     """
     try:
         from himap_demo import heldout
@@ -123,7 +126,7 @@ def held_out(num_scenes: int, first: int = 0) -> tuple[list[Item], dict[str, Ima
 
 
 def sample(items: Sequence[Item], limit: int | None, seed: int = 0) -> list[Item]:
-    """At most `limit` items, drawn by whole groups, in their order; the last group may be cut."""
+    """At most `limit` items in their order, drawn by whole groups; the last may be incomplete."""
     if limit is None or len(items) <= limit:
         return list(items)
     groups = list(dict.fromkeys(item.group for item in items))
@@ -134,7 +137,7 @@ def sample(items: Sequence[Item], limit: int | None, seed: int = 0) -> list[Item
 
 
 def check_images(items: Sequence[Item]) -> None:
-    """Raise DataError for the first image file that is not there."""
+    """Raise a DataError for the first image file that does not exist."""
     for item in items:
         if isinstance(item.image, Path) and not item.image.is_file():
             raise DataError(f"{item.image} is missing; --images names the folder of the images")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands have in common on their command lines."""
+"""Command-line options that the commands share."""
 
 from __future__ import annotations
 
@@ -22,50 +22,52 @@ def ratio(text: str) -> float:
     try:
         return check_ratio("ratio", float(text))
     except ValueError as error:
-        raise ArgumentTypeError(f"{text!r} is no ratio in [0, 1)") from error
+        raise ArgumentTypeError(f"must be a ratio in [0, 1), got {text!r}") from error
 
 
 def ratio_pair(text: str) -> Ratios:
     """`0.5,0.75`, for argparse."""
     parts = text.split(",")
     if len(parts) != 2:
-        raise ArgumentTypeError(f"{text!r} is not SHALLOW,DEEP, such as 0.5,0.75")
+        raise ArgumentTypeError(f"must be SHALLOW,DEEP such as 0.5,0.75, got {text!r}")
     return Ratios(ratio(parts[0]), ratio(parts[1]))
 
 
 def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
     return int(text)
 
 
 def natural(text: str) -> int:
     """A whole number, 0 or above, for argparse."""
     if not text.isdecimal():
-        raise ArgumentTypeError(f"{text!r} is no whole number")
+        raise ArgumentTypeError(f"must be a whole number, 0 or above, got {text!r}")
     return int(text)
 
 
 def add_data_options(parser: ArgumentParser) -> None:
-    """Which questions, and how they are asked."""
+    """Add the options that choose the questions and how they are asked."""
     group = parser.add_argument_group("data (default: the project's own held-out set)")
     group.add_argument("--data", type=Path, help="file or folder, see --format")
     group.add_argument("--format", choices=FORMATS, default="jsonl", help="default: jsonl")
-    group.add_argument("--images", type=Path, help="folder of the images, where it is another one")
+    group.add_argument("--images", type=Path, help="folder of the images, if it is another one")
     group.add_argument(
-        "--num-scenes", type=positive, default=250, help="of the held-out set (default: 250)"
+        "--num-scenes", type=positive, default=250, help="scenes of the held-out set (default: 250)"
     )
     group.add_argument(
         "--first-scene", type=natural, default=0, metavar="N",
-        help="of the held-out set, which has no end: others than what a setting was chosen by",
+        help="first scene of the held-out set (default: 0)",
     )  # fmt: skip
-    group.add_argument("--limit", type=positive, help="ask at most this many questions, a sample")
+    group.add_argument("--limit", type=positive, help="ask a sample of at most this many questions")
     group.add_argument(
         "--concurrency", type=positive, default=8, help="requests at once (default: 8)"
     )
-    group.add_argument("--max-tokens", type=positive, default=64, help="of an answer (default: 64)")
-    group.add_argument("--no-plot", action="store_true", help="don't draw; matplotlib is needed to")
+    group.add_argument(
+        "--max-tokens", type=positive, default=64, help="longest answer (default: 64)"
+    )
+    group.add_argument("--no-plot", action="store_true", help="do not plot; plots need matplotlib")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -73,7 +75,7 @@ def load_items(args: Namespace) -> list[Item]:
     """The questions that the options name.
 
     Raises:
-        DataError: there are none, or they can't be read.
+        DataError: there are no questions, or they can't be read.
     """
     if args.data is None:
         items, _ = held_out(args.num_scenes, args.first_scene)
@@ -85,7 +87,7 @@ def load_items(args: Namespace) -> list[Item]:
 
 
 def data_name(args: Namespace) -> str:
-    """The data in words."""
+    """Name of the data, for reports."""
     if args.data is None:
         scenes = f"{args.num_scenes} scenes"
         if args.first_scene:
@@ -95,7 +97,7 @@ def data_name(args: Namespace) -> str:
 
 
 def guarded(name: str, run: Callable[[Namespace], int], args: Namespace) -> int:
-    """Run a command; what the user can put right is one line and status 2."""
+    """Run a command. An error that the user can correct becomes one line and status 2."""
     try:
         if not getattr(args, "no_plot", True):
             check_matplotlib()

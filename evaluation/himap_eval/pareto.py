@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cells of a sweep: which are worth it, and at what ratios a wanted reduction is reached."""
+"""Cells of a sweep: the Pareto front, and the ratios that reach a given reduction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LARGEST_RATIO = 0.99
 
 @dataclass(frozen=True, slots=True, order=True)
 class EngineChoice:
-    """What an engine must be started with."""
+    """Settings that an engine must be started with."""
 
     criterion: str
     shallow_layer: int
@@ -33,10 +33,10 @@ class Cell:
     """One setting of a sweep.
 
     Attributes:
-        engine: its engine.
+        engine: settings of its engine.
         result: its numbers.
-        scores: [num_items] of the questions.
-        target: the reduction of image token-layers that the ratios were chosen for, in a report.
+        scores: [num_items] score of each question.
+        target: in a report, the reduction of image token-layers that the ratios were chosen for.
     """
 
     engine: EngineChoice
@@ -52,7 +52,7 @@ class Cell:
 
 
 def pareto_front(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells that no other beats: by retention, prefill FLOPs and KV tokens; cheapest first."""
+    """Cells that no other beats in retention, prefill FLOPs and KV tokens; cheapest first."""
 
     def beats(other: Cell, cell: Cell) -> bool:
         ours = (-cell.result.retention.value, *cell.costs)
@@ -64,15 +64,15 @@ def pareto_front(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def recommended(cells: Sequence[Cell], retain: float) -> Cell | None:
-    """The fewest prefill FLOPs that keep the share `retain` of the accuracy; None: no cell does."""
+    """The cell with the fewest prefill FLOPs that keeps `retain` of the accuracy, if any does."""
     good = [cell for cell in cells if cell.result.retention.value >= retain]
     return min(good, key=lambda cell: cell.costs, default=None)
 
 
 def reduction(ratio: float, layers: tuple[int, int], num_layers: int) -> float:
-    """Share of image token-layers that R1 = `ratio`, R2 = 1 - (1 - R1)^2 drop.
+    """Share of image token-layers that R1 = `ratio` and R2 = 1 - (1 - R1)^2 drop.
 
-    The paper's (0.5, 0.75) is of this family.
+    The paper's (0.5, 0.75) belongs to this family.
     """
     shallow, deep = layers
     middle = (deep - shallow) * ratio
@@ -81,7 +81,7 @@ def reduction(ratio: float, layers: tuple[int, int], num_layers: int) -> float:
 
 
 def ratios_for(target: float, layers: tuple[int, int], num_layers: int) -> Ratios | None:
-    """The ratios of that family that reach a reduction, or None if the cuts come too late."""
+    """The ratios of `reduction`'s family that reach `target`; None if the cuts are too late."""
     low, high = 0.0, _LARGEST_RATIO
     if reduction(high, layers, num_layers) < target:
         return None
@@ -95,7 +95,7 @@ def ratios_for(target: float, layers: tuple[int, int], num_layers: int) -> Ratio
 
 
 def report_layers(num_layers: int) -> list[tuple[int, int]]:
-    """The engine's default cuts; and later ones, where less can be saved."""
+    """The engine's default cuts, and later ones, which save less."""
     early = default_cuts(num_layers)
     late = (max(early[0] + 1, num_layers // 4), max(early[1] + 1, num_layers // 2))
     return [layers for layers in (early, late) if layers[1] < num_layers]

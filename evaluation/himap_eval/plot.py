@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots, with matplotlib: an extra of the installation."""
+"""Plots with matplotlib, which is an optional dependency."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .stats import Retention
 
 
 class PlotError(RuntimeError):
-    """Nothing can be drawn here; the message says what to install."""
+    """Plots are impossible here. The message says what to install."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A retention at a cost, both as shares of unpruned; labelled, if `label` is not empty."""
+    """A retention at a cost, both as shares of unpruned. An empty `label` is not drawn."""
 
     cost: float
     retention: Retention
@@ -25,12 +25,12 @@ class Point:
 
 
 def check_matplotlib() -> None:
-    """Raise PlotError, before work is done for a plot that can't be drawn."""
+    """Raise a PlotError if matplotlib is missing. Call it before work that ends in a plot."""
     try:
         import matplotlib.pyplot  # noqa: F401
     except ImportError as error:
         raise PlotError(
-            "plots need matplotlib: pip install 'himap-vllm[eval]', or say --no-plot"
+            "plots need matplotlib: pip install 'himap-vllm[eval]', or use --no-plot"
         ) from error
 
 
@@ -40,7 +40,7 @@ def scatter(
     cost: str,
     joined: bool = True,
 ) -> None:
-    """Retention against cost: a panel per title, in it a series per name."""
+    """Plot retention against cost: `panels` has series by title and name."""
     import matplotlib as mpl
 
     mpl.use("Agg")

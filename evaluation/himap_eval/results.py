@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From answers to numbers."""
+"""Computes accuracy, retention and savings from answers."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ class KindResult:
 
 @dataclass(frozen=True, slots=True)
 class Savings:
-    """What pruning saved, averaged over the questions; shares of the same without pruning.
+    """What pruning saved, averaged over the questions.
 
     Attributes:
-        image_tokens: per question.
-        kept_shallow: of these, alive between the cuts.
-        kept_deep: of these, alive after both.
-        image_token_layers: image tokens summed over the layers, what is left of them; the
-            "average reduction" of the literature is one minus this.
-        kv_tokens: KV entries of the prompt summed over the layers, text included.
-        prefill_flops: of the decoder, text included.
+        image_tokens: image tokens per question.
+        kept_shallow: those of them that are kept between the cuts.
+        kept_deep: those of them that are kept after both cuts.
+        image_token_layers: share that is left of the image tokens, summed over the layers; one
+            minus this is the "average reduction" of the literature.
+        kv_tokens: share that is left of the prompt's KV entries, summed over the layers, text
+            included.
+        prefill_flops: share that is left of the decoder's prefill FLOPs, text included.
     """
 
     image_tokens: float
@@ -48,7 +49,7 @@ class Savings:
 
     @property
     def kept(self) -> str:
-        """Image tokens after the cuts, in words."""
+        """Image tokens after the cuts, as text."""
         return f"{self.kept_shallow:.0f}, {self.kept_deep:.0f} of {self.image_tokens:.0f}"
 
     @property
@@ -62,14 +63,14 @@ class Result:
     """One setting.
 
     Attributes:
-        ratios: what was asked for.
+        ratios: ratios of the requests.
         accuracy: mean score, in [0, 1].
-        retention: of it, against unpruned.
-        agreement: share of answers that are the unpruned ones, right or wrong.
-        kinds: the same per kind.
-        savings: None where the server reports none.
+        retention: accuracy as a share of the unpruned accuracy.
+        agreement: share of answers that equal the unpruned ones, right or wrong.
+        kinds: accuracy and retention per kind of question.
+        savings: None if the server reports none.
         ttft: median seconds to the first token, under the load of this run.
-        latency: median seconds of a request, likewise.
+        latency: median seconds of a request, under the load of this run.
     """
 
     ratios: Ratios
@@ -95,7 +96,7 @@ def scores_of(items: Sequence[Item], answers: Sequence[Answer]) -> list[float]:
 
 
 def answered(items: Sequence[Item], answers: dict[Ratios, list[Answer]]) -> list[int]:
-    """Indices of the items that every setting has an answer to."""
+    """Indices of the items that have an answer at every setting."""
     return [i for i in range(len(items)) if not any(row[i].error for row in answers.values())]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is an answer right? Scores in [0, 1], by the data set's own rule."""
+"""Scores of answers, in [0, 1], by the rule of each data set."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def normalized(text: str) -> str:
 
 
 def exact(answer: str, accepted: Sequence[str]) -> float:
-    """1 if it is one of the accepted answers, once normalised."""
+    """1 if the normalised answer is one of the accepted answers."""
     return float(normalized(answer) in {normalized(right) for right in accepted})
 
 
 def yes_no(answer: str, accepted: Sequence[str]) -> float:
-    """POPE, MME: the first yes or no of the answer decides; without either it is wrong."""
+    """POPE, MME: the first yes or no of the answer decides. Without either, the answer is wrong."""
     found = re.search(r"\b(yes|no)\b", answer.lower())
     return float(found is not None and found[0] in {normalized(right) for right in accepted})
 

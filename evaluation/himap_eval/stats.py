@@ -17,7 +17,7 @@ _CHUNK = 500
 class Retention:
     """Accuracy with pruning as a share of accuracy without, and its 95 % interval.
 
-    NaN where nothing was answered without pruning.
+    NaN if no unpruned answer is right.
     """
 
     value: float
@@ -36,14 +36,14 @@ def retention(
 
     Questions about one image are not independent, so the bootstrap draws whole groups (the cluster
     bootstrap: Davison and Hinkley, Bootstrap Methods, 1997, section 3.8). Both scores of a question
-    are drawn together: what makes a question hard cancels.
+    are drawn together, so that the difficulty of a question cancels.
 
     Args:
         pruned: [num_items] scores.
         unpruned: [num_items] scores of the same questions.
-        groups: [num_items].
-        draws: resamples.
-        seed: of the resampling.
+        groups: [num_items] group of each question.
+        draws: number of resamples.
+        seed: seed of the resampling.
     """
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     num_groups = int(group.max()) + 1

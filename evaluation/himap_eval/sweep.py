@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`himap sweep`: where to prune and how much, for a model and a data set.
 
-K1, K2 and the criterion belong to an engine, so one is started for each combination; ratios belong
-to requests. Finished cells are kept as lines of a file: a sweep that was stopped goes on.
+K1, K2 and the criterion are settings of an engine, so the sweep starts one for each combination.
+Ratios belong to requests. Finished cells are lines of a file, so an interrupted sweep continues.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .results import scores_of, summarize
 from .sweep_report import Findings, write_grid, write_report
 
 _REDUCTIONS = (0.50, 0.67, 0.78, 0.89)
-_KEY = "none"  # of an engine that the sweep starts
+_KEY = "none"  # an engine that the sweep starts needs no key
 _CELL = TypeAdapter(Cell)
 _ANSWERS = TypeAdapter(list[Answer])
 
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         usage="%(prog)s [MODEL] [options] [-- flags of himap serve]",
         description="Retention against cost over K1, K2, R1, R2 and criteria.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the bundled one")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the bundled model")
     parser.add_argument(
         "--report", action="store_true",
         help="instead of a grid: all criteria at each of --reductions",
@@ -76,11 +76,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--reductions", type=lambda text: [ratio(part) for part in text.split(",")],
         default=list(_REDUCTIONS), metavar="SHARE,...",
-        help="of image token-layers, with --report (default: 0.5,0.67,0.78,0.89)",
+        help="reductions of image token-layers, with --report (default: 0.5,0.67,0.78,0.89)",
     )  # fmt: skip
     parser.add_argument(
         "--retain", type=float, default=0.98, metavar="SHARE",
-        help="of the accuracy, by the recommended setting (default: 0.98)",
+        help="share of the accuracy that the recommended setting keeps (default: 0.98)",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, default=Path("himap-sweep"), help="folder (default: himap-sweep)"
@@ -99,7 +99,7 @@ def _layers(text: str) -> tuple[int, int]:
     except ValueError:
         shallow = deep = 0
     if not 0 < shallow < deep:
-        raise ArgumentTypeError(f"{text!r} is not K1,K2 with 0 < K1 < K2, such as 2,8")
+        raise ArgumentTypeError(f"must be K1,K2 with 0 < K1 < K2, such as 2,8, got {text!r}")
     return shallow, deep
 
 
@@ -135,7 +135,7 @@ def _run(args: Namespace) -> int:
 
 
 def _plan(args: Namespace) -> tuple[dict[EngineChoice, list[Planned]], list[str]]:
-    """What to measure on which engine, and what can't be reached."""
+    """The settings to measure, by engine, and messages about reductions out of reach."""
     from himap_vllm.criteria import CRITERIA
 
     num_layers = _num_layers(args.model)
@@ -146,7 +146,7 @@ def _plan(args: Namespace) -> tuple[dict[EngineChoice, list[Planned]], list[str]
     criteria = args.criteria or (list(CRITERIA) if args.report else ["himap"])
     for criterion in criteria:
         if criterion not in CRITERIA:
-            raise CommandError(f"criterion {criterion!r} is none of {', '.join(CRITERIA)}")
+            raise CommandError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
     unreachable: list[str] = []
     ratios_of: dict[tuple[int, int], list[Planned]] = {}
     for pair in layers:
@@ -195,7 +195,7 @@ def _measure(
     items: Sequence[Item],
     cells: Store,
 ) -> None:
-    """Start an engine, ask, keep."""
+    """Start an engine, ask all questions, and keep the results."""
     flags = [
         *engine_flags({**asdict(engine), "shallow_ratio": 0, "deep_ratio": 0}),
         *(["--enforce-eager"] if args.model is None and not args.flags else args.flags),
@@ -220,7 +220,7 @@ def _measure(
 
 
 def _about(args: Namespace, items: Sequence[Item]) -> dict[str, Any]:
-    """What cells of one file have in common."""
+    """What all cells of one file share."""
     questions = hashlib.sha256()
     for item in items:
         image = str(item.image)
@@ -237,11 +237,11 @@ def _about(args: Namespace, items: Sequence[Item]) -> dict[str, Any]:
 
 
 class Store:
-    """Finished cells, one a line; the first line says what they are cells of.
+    """The file of finished cells, one per line; its first line says what they measure.
 
     Attributes:
         about: the first line.
-        unpruned: the unpruned answers, once there are.
+        unpruned: the unpruned answers; None until they are asked for.
         found: the cells.
     """
 
@@ -253,7 +253,7 @@ class Store:
         if not path.exists():
             self._append({"about": about})
             return
-        # What was being written when it was stopped has no end of line.
+        # A line without an end was being written when the sweep was interrupted.
         text = path.read_text()
         whole = text[: text.rfind("\n") + 1]
         path.write_text(whole)
@@ -272,12 +272,12 @@ class Store:
                 self.found[cell.engine, cell.result.ratios] = cell
 
     def keep_unpruned(self, answers: list[Answer]) -> None:
-        """Remember what all cells are compared with."""
+        """Add the answers that all cells are compared with."""
         self.unpruned = answers
         self._append({"unpruned": [asdict(answer) for answer in answers]})
 
     def keep(self, cell: Cell) -> None:
-        """Remember a cell."""
+        """Add a cell."""
         self.found[cell.engine, cell.result.ratios] = cell
         self._append({"cell": asdict(cell)})
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sweep found: Markdown, JSON, plots."""
+"""Reports of a sweep: Markdown, JSON, plots."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Findings:
 
     Attributes:
         about: model and data.
-        reference: unpruned.
+        reference: the unpruned result.
         cells: the settings.
-        groups: [num_items] the bootstrap's units.
+        groups: [num_items] the bootstrap's group of each question.
         retain: share of the accuracy that the recommended setting keeps.
     """
 
@@ -38,7 +38,7 @@ class Findings:
 
 
 def write_grid(folder: Path, findings: Findings, draw: bool) -> str:
-    """Pareto front and recommended setting of a grid; returns the text for the terminal."""
+    """Write a grid's Pareto front and recommended setting; returns the text for the terminal."""
     cells = findings.cells
     front = pareto_front(cells)
     lines = [
@@ -64,7 +64,7 @@ def write_grid(folder: Path, findings: Findings, draw: bool) -> str:
 
 
 def write_report(folder: Path, findings: Findings, draw: bool) -> str:
-    """Criteria side by side at equal budgets; returns the text for the terminal."""
+    """Write a comparison of criteria at equal budgets; returns the text for the terminal."""
     cells = findings.cells
     lines = [
         "# Criteria at equal budgets",
@@ -104,7 +104,7 @@ def _intro(findings: Findings) -> str:
 
 
 def _recommendation(findings: Findings, folder: Path) -> str:
-    """In words; and in a file, as engine settings."""
+    """The recommended setting in words; also writes it to a file, as engine settings."""
     cells, retain = findings.cells, findings.retain
     best = recommended(cells, retain)
     if best is None:
@@ -164,7 +164,7 @@ def _cells_table(cells: Sequence[Cell]) -> str:
 
 
 def _rows(cells: Sequence[Cell]) -> dict[float, dict[str, Cell]]:
-    """Cells by reduction aimed at and criterion."""
+    """Cells by target reduction and criterion."""
     rows: dict[float, dict[str, Cell]] = {}
     for cell in cells:
         assert cell.target is not None
@@ -187,7 +187,7 @@ def _criteria_table(cells: Sequence[Cell]) -> str:
 
 
 def _against_chance(cells: Sequence[Cell], groups: Sequence[str]) -> str:
-    """Accuracy of each criterion as a share of `random`'s: is it better than chance?"""
+    """A table of each criterion's accuracy as a share of `random`'s."""
     criteria = list(dict.fromkeys(cell.engine.criterion for cell in cells))
     if _BASELINE not in criteria:
         return ""

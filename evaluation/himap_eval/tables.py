@@ -14,7 +14,7 @@ from .stats import Retention
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """`0.5` as `50.0 %`; a dash where there is no number."""
+    """`0.5` as `50.0 %`; a dash for None and NaN."""
     return "-" if share is None or math.isnan(share) else f"{100 * share:.{digits}f} %"
 
 
@@ -26,13 +26,13 @@ def interval(value: Retention) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, first column left, others right."""
+    """A table with its first column aligned left and the others right."""
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def to_json(value: Any) -> str:
-    """JSON without NaN, which is none."""
+    """JSON, with null for NaN."""
     return json.dumps(_finite(value), indent=2) + "\n"
 
 
@@ -45,7 +45,7 @@ def _finite(value: Any) -> Any:
 
 
 def settings_table(results: Sequence[Result]) -> str:
-    """One row per setting: what it costs and what it saves."""
+    """A table with accuracy, savings and times, one row per setting."""
     head = [
         "ratios", "accuracy", "retention (95 %)", "same answer", "image tokens kept",
         "image token-layers", "KV tokens", "prefill FLOPs", "TTFT", "latency",
@@ -67,7 +67,7 @@ def settings_table(results: Sequence[Result]) -> str:
 
 
 def kinds_table(results: Sequence[Result]) -> str:
-    """Accuracy per kind of question; results[0] is unpruned."""
+    """A table of accuracy per kind of question; results[0] is unpruned."""
     names = ["unpruned", *(str(result.ratios) for result in results[1:])]
     rows = [
         [kind, str(own.num_items), *(percent(result.kinds[kind].accuracy) for result in results)]

@@ -115,9 +115,9 @@ def test_failed_requests_are_counted(server: Server, questions: Path, tmp_path: 
     ("arguments", "reason"),
     [
         (("eval", "--data", "none.jsonl"), "none.jsonl can't be read"),
-        (("eval", "--ratios", "0.5"), "'0.5' is not SHALLOW,DEEP"),
-        (("eval", "--ratios", "0.5,1"), "'1' is no ratio in"),
-        (("sweep", "MODEL", "--layers", "8,2"), "'8,2' is not K1,K2"),
+        (("eval", "--ratios", "0.5"), "must be SHALLOW,DEEP such as 0.5,0.75, got '0.5'"),
+        (("eval", "--ratios", "0.5,1"), "must be a ratio in [0, 1), got '1'"),
+        (("sweep", "MODEL", "--layers", "8,2"), "such as 2,8, got '8,2'"),
         (("sweep", "MODEL", "--report", "--ratios", "0,0.5"), "--report chooses the ratios"),
         (("unheard-of",), "usage: himap serve"),
     ],
