@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import World
 from tests.gateway.conftest import PICTURES, ImageHost
 from tests.gateway.support import client, gateway
 from tests.servers import Server, picture_message
+from tests.world import World
 
 
 @pytest.fixture(scope="module")
