@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV blocks per request, and how many requests fit a fixed KV budget, from a running engine.
 
-`measure` runs `python -m bench.capacity` in a process of its own; there the engine runs in-process
-(`VLLM_ENABLE_V1_MULTIPROCESSING=0`), so that its scheduler can be looked at between steps.
+`measure` runs the engine in a `Worker`, there in-process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), so
+that its scheduler can be looked at between steps.
+
+* `vllm.v1.core.sched.scheduler.Scheduler.running`,
+  `vllm.v1.core.sched.scheduler.Scheduler.waiting`,
+  `vllm.v1.core.block_pool.BlockPool.get_num_free_blocks` (read): blocks and requests between two
+  steps. Remove when: vLLM reports blocks per request.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.arithmetic import Cuts, blocks_per_request
-from bench.model import THIN
+from bench.model import THIN, Cuts, blocks_per_request
+from bench.worker import Worker
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
-from himap_vllm.plan.prompt import NUM_STAGES, Ratios
+from himap_vllm.plan.prompt import NUM_STAGES
 
 BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes (its default is 128)
 OUTPUT_TOKENS = 16
@@ -45,7 +45,7 @@ class Setting:
 
     image_tokens: int = THIN.image_tokens
     num_layers: int = THIN.num_layers
-    token_bytes: int = THIN.kv_bytes_per_token("float32") // THIN.num_layers
+    token_bytes: int = THIN.kv_bytes("float32")
     kv_bytes: int = KV_BYTES
     block_size: int = BLOCK_SIZE
     batched_tokens: int = 4096
@@ -119,7 +119,7 @@ def measure(
     pruning: bool,
     log: Path,
     setting: Setting | None = None,
-    timeout: float | None = None,
+    timeout: float = 3600.0,
 ) -> Capacity:
     """Fill the KV budget of an engine.
 
@@ -127,38 +127,27 @@ def measure(
         checkpoint: of `THIN`, or what `setting` describes.
         cuts: what pruning does; stock vLLM gets the same prompts, whose length depends on it.
         pruning: False: stock vLLM, without the plugin.
-        log: where the engine's output goes; its answer is written beside it.
+        log: where the engine's output goes.
         setting: by default for `THIN`.
         timeout: in seconds.
 
     Raises:
-        RuntimeError: the engine failed.
-        subprocess.TimeoutExpired: it took too long, and was killed.
+        WorkerError: the engine failed, or took too long and was killed.
     """
-    setting = setting or Setting()
-    answer = log.with_suffix(".json")
-    command = [
-        sys.executable, "-m", "bench.capacity", str(checkpoint), str(answer),
-        "--cuts", json.dumps(asdict(cuts)), "--setting", json.dumps(asdict(setting)),
-    ]  # fmt: skip
-    if pruning:
-        command.append("--pruning")
     environment = {
-        **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_PLUGINS": "himap" if pruning else "",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    with log.open("wb") as output:
-        done = subprocess.run(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout
-        )
-    if done.returncode:
-        raise RuntimeError(f"the engine failed; see {log}")
-    fields: dict[str, Any] = json.loads(answer.read_text())
-    fields |= {name: tuple(fields[name]) for name in ("tokens", "groups")}
-    return Capacity(**fields)
+    worker = Worker(
+        Filling, checkpoint, cuts, pruning, setting or Setting(), log=log, environment=environment
+    )
+    try:
+        capacity: Capacity = worker.call(timeout, "fill")
+    finally:
+        worker.stop()
+    return capacity
 
 
 def _text_tokens(cuts: Cuts, setting: Setting, minimum: int = 30) -> int:
@@ -174,111 +163,115 @@ def _text_tokens(cuts: Cuts, setting: Setting, minimum: int = 30) -> int:
     raise ValueError("the stages' last blocks have no common room; use --no-capacity")
 
 
-def _fill(checkpoint: Path, cuts: Cuts, pruning: bool, setting: Setting) -> Capacity:
-    """Inside the process of the engine."""
-    from PIL import Image
-    from vllm import LLM, SamplingParams
+class Filling:
+    """An engine and the requests that fill its KV cache; lives in a `Worker`."""
 
-    from himap_vllm.core.kv_cache import bytes_per_block, group_stages
+    def __init__(self, checkpoint: Path, cuts: Cuts, pruning: bool, setting: Setting) -> None:
+        from vllm import LLM
 
-    himap = {
-        "shallow_layer": cuts.shallow_layer,
-        "deep_layer": cuts.deep_layer,
-        "shallow_ratio": 0,
-        "deep_ratio": 0,
-    }
-    llm = LLM(
-        str(checkpoint),
-        enforce_eager=True,
-        max_model_len=1024,
-        max_num_seqs=256,
-        max_num_batched_tokens=setting.batched_tokens,
-        block_size=setting.block_size,
-        kv_cache_memory_bytes=setting.kv_bytes,
-        limit_mm_per_prompt={"image": 1},
-        enable_prefix_caching=False,  # requests are alike, and shared blocks would count once
-        additional_config={"himap": himap} if pruning else {},
-        **setting.engine,
-    )
-    engine: Any = llm.llm_engine
-    scheduler: Any = engine.engine_core.engine_core.scheduler
-    kv_cache: Any = scheduler.kv_cache_config
-    stage_layers = cuts.stage_layers(setting.num_layers)
-    if pruning:
-        groups = tuple(group_stages(kv_cache, stage_layers))
-        ratios = {SHALLOW_ARG: cuts.ratios.shallow, DEEP_ARG: cuts.ratios.deep}
-    else:
+        self._cuts, self._pruning, self._setting = cuts, pruning, setting
+        himap = {
+            "shallow_layer": cuts.shallow_layer,
+            "deep_layer": cuts.deep_layer,
+            "shallow_ratio": 0,
+            "deep_ratio": 0,
+        }
+        self._llm: Any = LLM(
+            str(checkpoint),
+            enforce_eager=True,
+            max_model_len=1024,
+            max_num_seqs=256,
+            max_num_batched_tokens=setting.batched_tokens,
+            block_size=setting.block_size,
+            kv_cache_memory_bytes=setting.kv_bytes,
+            limit_mm_per_prompt={"image": 1},
+            enable_prefix_caching=False,  # requests are alike, and shared blocks would count once
+            additional_config={"himap": himap} if pruning else {},
+            **setting.engine,
+        )
+        self._scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
+        self._text = _text_tokens(cuts, setting)
+
+    def close(self) -> None:
+        """Nothing to end: the engine ends with the process."""
+
+    def fill(self) -> Capacity:
+        """Run as many requests at once as the KV cache holds."""
+        from himap_vllm.core.kv_cache import bytes_per_block, group_stages
+
+        setting, cuts = self._setting, self._cuts
+        kv_cache = self._scheduler.kv_cache_config
+        layers = cuts.stage_layers(setting.num_layers)
         groups = (0,) * len(kv_cache.kv_cache_groups)
-        ratios = {}
-    layers_per_block = max(len(group.layer_names) for group in kv_cache.kv_cache_groups)
+        if self._pruning:
+            groups = tuple(group_stages(kv_cache, layers))
+        per_block = max(len(group.layer_names) for group in kv_cache.kv_cache_groups)
+        # The last token of an answer is never computed.
+        whole = setting.image_tokens + self._text + setting.output_tokens - 1
+        left = cuts.stage_tokens(whole, setting.image_tokens)
+        tokens = tuple(map(int, left)) if self._pruning else (whole,) * NUM_STAGES
+        block = setting.block_size
+        # A group with fewer layers than a block has room for takes whole blocks all the same.
+        padding = per_block if self._pruning else 1
+        token_layers = sum(
+            -(-t // block) * block * -(-n // padding) * padding
+            for t, n in zip(tokens, layers, strict=True)
+        )
+        expected = sum(blocks_per_request(tokens, groups, block))
+        num_blocks = self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        self._add_requests(num_blocks // expected + 4)
+        peak, blocks, preemptions = self._run(num_blocks)
+        return Capacity(
+            tokens=tokens,
+            groups=groups,
+            layers_per_block=per_block,
+            bytes_per_block=bytes_per_block(kv_cache),
+            num_blocks=num_blocks,
+            budget=setting.kv_bytes,
+            blocks=blocks,
+            blocks_expected=expected,
+            kv_bytes_expected=setting.token_bytes * token_layers,
+            peak=peak,
+            peak_expected=num_blocks // expected,
+            preemptions=preemptions,
+            stats=self._llm.collective_rpc("himap_stats")[0] if self._pruning else None,
+        )
 
-    text = _text_tokens(cuts, setting)
-    prompt = setting.image_tokens + text
-    whole = prompt + setting.output_tokens - 1  # the last token is never computed
-    left = cuts.stage_tokens(whole, setting.image_tokens) if pruning else (whole,) * NUM_STAGES
-    tokens = tuple(int(t) for t in left)
-    block = setting.block_size
-    # A group with fewer layers than a block has room for takes whole blocks all the same.
-    padding = layers_per_block if pruning else 1
-    token_layers = sum(
-        -(-t // block) * block * -(-n // padding) * padding
-        for t, n in zip(tokens, stage_layers, strict=True)
-    )
-    expected = sum(blocks_per_request(tokens, groups, setting.block_size))
-    pool = scheduler.kv_cache_manager.block_pool
-    num_blocks = pool.get_num_free_blocks()
-    peak_expected = num_blocks // expected
+    def _add_requests(self, number: int) -> None:
+        from PIL import Image
+        from vllm import SamplingParams
 
-    image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
-    params = SamplingParams(
-        temperature=0, max_tokens=setting.output_tokens, ignore_eos=True, extra_args=ratios or None
-    )
-    # The tokenizer has a token per character, and puts <s> in front.
-    content = {"prompt": "<image>" + "x" * (text - 1), "multi_modal_data": {"image": image}}
-    for index in range(peak_expected + 4):
-        engine.add_request(str(index), content, params)
-    peak, blocks = 0, 0.0
-    preempted: dict[str, int] = {}
-    while engine.has_unfinished_requests():
-        engine.step()
-        running = scheduler.running
-        # A prompt that waits for room in a step may already run, with the text before its image.
-        if len(running) > peak and all(request.num_output_tokens for request in running):
-            assert {request.num_prompt_tokens for request in running} == {prompt}
-            peak = len(running)
-            blocks = (num_blocks - pool.get_num_free_blocks()) / peak
-        for request in (*running, *scheduler.waiting):
-            preempted[request.request_id] = request.num_preemptions
-    return Capacity(
-        tokens=tokens,
-        groups=groups,
-        layers_per_block=layers_per_block,
-        bytes_per_block=bytes_per_block(kv_cache),
-        num_blocks=num_blocks,
-        budget=setting.kv_bytes,
-        blocks=blocks,
-        blocks_expected=expected,
-        kv_bytes_expected=setting.token_bytes * token_layers,
-        peak=peak,
-        peak_expected=peak_expected,
-        preemptions=sum(preempted.values()),
-        stats=llm.collective_rpc("himap_stats")[0] if pruning else None,
-    )
+        ratios = {SHALLOW_ARG: self._cuts.ratios.shallow, DEEP_ARG: self._cuts.ratios.deep}
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=self._setting.output_tokens,
+            ignore_eos=True,
+            extra_args=ratios if self._pruning else None,
+        )
+        image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
+        # The tokenizer has a token per character, and puts <s> in front.
+        prompt = {
+            "prompt": "<image>" + "x" * (self._text - 1),
+            "multi_modal_data": {"image": image},
+        }
+        for index in range(number):
+            self._llm.llm_engine.add_request(str(index), prompt, params)
 
-
-def main() -> None:
-    """Entry point of the engine's process."""
-    parser = argparse.ArgumentParser(description="used by bench.serve")
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("answer", type=Path)
-    parser.add_argument("--cuts", type=json.loads, required=True)
-    parser.add_argument("--setting", type=json.loads, required=True)
-    parser.add_argument("--pruning", action="store_true")
-    args = parser.parse_args()
-    cuts = Cuts(**{**args.cuts, "ratios": Ratios(**args.cuts["ratios"])})
-    capacity = _fill(args.checkpoint, cuts, args.pruning, Setting(**args.setting))
-    args.answer.write_text(json.dumps(asdict(capacity)))
-
-
-if __name__ == "__main__":
-    main()
+    def _run(self, num_blocks: int) -> tuple[int, float, int]:
+        """The most requests at once, blocks of each at that time, and preemptions."""
+        engine, scheduler = self._llm.llm_engine, self._scheduler
+        prompt = self._setting.image_tokens + self._text
+        pool = scheduler.kv_cache_manager.block_pool
+        peak, blocks = 0, 0.0
+        preempted: dict[str, int] = {}
+        while engine.has_unfinished_requests():
+            engine.step()
+            running = scheduler.running
+            # A prompt that waits for room in a step may already run, with its leading text.
+            if len(running) > peak and all(request.num_output_tokens for request in running):
+                assert {request.num_prompt_tokens for request in running} == {prompt}
+                peak = len(running)
+                blocks = (num_blocks - pool.get_num_free_blocks()) / peak
+            for request in (*running, *scheduler.waiting):
+                preempted[request.request_id] = request.num_preemptions
+        return peak, blocks, sum(preempted.values())

@@ -11,6 +11,12 @@ Time is the CPU time of the engine's thread, which hardly depends on what else t
 Each engine runs in a process of its own; Model Runner V2 runs under Triton's interpreter. The
 requests have images; `himap, pruned` keeps a half and an eighth of their tokens, `himap, ratios 0`
 prunes none.
+
+* `vllm.v1.engine.core.EngineCore.step` (called): one step at a time, timed on its own thread.
+  Remove when: vLLM reports the host time of a step.
+* `vllm.v1.core.sched.scheduler.Scheduler.schedule`,
+  `vllm.v1.core.sched.scheduler.Scheduler.update_from_output` (wrapped): the scheduler's part of a
+  step. Remove when: vLLM reports the host time of a step.
 """
 
 from __future__ import annotations
@@ -34,7 +40,8 @@ from tests.engines import BLOCK_SIZE, Case, Engine
 import torch
 
 from bench.environment import environment
-from bench.report import CELLS, PRUNED, STOCK, table
+from bench.report import CELLS, PRUNED, STOCK
+from bench.tables import table
 from tests.checkpoints import build_llava, sample_images
 
 RUNNERS = ("V1", "V2")

@@ -3,6 +3,9 @@
 
 Its command line and its code, but without starting Python and importing vLLM anew for each of the
 many short measurements.
+
+* `vllm.benchmarks.serve.add_cli_args`, `vllm.benchmarks.serve.main_async` (called): to run the
+  command in this process. Remove when: it has a documented Python interface.
 """
 
 from __future__ import annotations

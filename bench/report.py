@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
-from bench.arithmetic import PrefillBound
 from bench.capacity import BLOCK_SIZE, KV_BYTES, OUTPUT_TOKENS, Capacity
-from bench.model import THIN
+from bench.model import THIN, PrefillBound
+from bench.tables import Check, Spread, report, table, verdicts
 
 STOCK, UNPRUNED, PRUNED = "stock", "himap, ratios 0", "himap, pruned"
 CELLS = (STOCK, UNPRUNED, PRUNED)
@@ -67,18 +67,6 @@ def tokens_per_second(measurement: Measurement) -> float:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """Median of the ratios of the rounds, and their extremes."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-
-@dataclass(frozen=True)
 class Results:
     """Everything measured, with what is needed to read it.
 
@@ -106,11 +94,10 @@ class Results:
         """Median over the rounds."""
         return median(metric(m) for m in self._rounds(cell, concurrency))
 
-    def ratio(self, metric: Metric, cell: str, base: str, concurrency: int) -> Ratio:
+    def ratio(self, metric: Metric, cell: str, base: str, concurrency: int) -> Spread:
         """`cell` over `base`, round by round."""
         pairs = zip(self._rounds(cell, concurrency), self._rounds(base, concurrency), strict=True)
-        ratios = [metric(a) / metric(b) for a, b in pairs]
-        return Ratio(median(ratios), min(ratios), max(ratios))
+        return Spread.of([metric(a) / metric(b) for a, b in pairs])
 
     def speedup(self, metric: Metric) -> float:
         """Stock over pruned at the lowest concurrency."""
@@ -119,15 +106,6 @@ class Results:
     def share(self, metric: Metric) -> float:
         """How much of the bound the speed-up reaches."""
         return self.speedup(metric) / self.bound.speedup
-
-
-@dataclass(frozen=True)
-class Check:
-    """One claim and whether it held."""
-
-    claim: str
-    passed: bool
-    found: str
 
 
 def mean_prompt_tokens(measurements: list[Measurement]) -> float:
@@ -182,12 +160,6 @@ def checks(results: Results) -> list[Check]:
     return found
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """In Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _speed(results: Results) -> str:
     rows = []
     for concurrency in results.concurrencies:
@@ -218,24 +190,30 @@ def _bound(results: Results) -> str:
     )
 
 
-def _kv(results: Results) -> str:
-    rows = []
-    for cell, capacity in results.capacity.items():
-        rows.append(
-            [
-                cell,
-                " / ".join(str(tokens) for tokens in capacity.tokens),
-                f"{len(capacity.groups)} x {capacity.layers_per_block}",
-                f"{capacity.blocks:g} ({capacity.blocks_expected})",
-                f"{capacity.kv_bytes / 2**20:.2f} ({capacity.kv_bytes_expected / 2**20:.2f})",
-                f"{capacity.pool_share:.1%}",
-                f"{capacity.peak} ({capacity.peak_expected})",
-                str(capacity.preemptions),
-            ]
-        )
-    header = ["cell", "tokens per stage", "groups x layers", "blocks per request (arithmetic)"]
+def capacity_table(title: str, rows: Iterable[tuple[str, Capacity]], digits: int) -> str:
+    """Capacities by name, each number beside the arithmetic one."""
+    header = [title, "tokens per stage", "groups x layers", "blocks per request (arithmetic)"]
     header += ["KV of a request, MiB (arithmetic)", "blocks, of the budget"]
-    rendered = table([*header, "requests that fit (arithmetic)", "preemptions"], rows)
+    return table(
+        [*header, "requests that fit (arithmetic)", "preemptions"],
+        [
+            [
+                name,
+                " / ".join(str(tokens) for tokens in found.tokens),
+                f"{len(found.groups)} x {found.layers_per_block}",
+                f"{found.blocks:g} ({found.blocks_expected})",
+                f"{found.kv_bytes / 2**20:.{digits}f} "
+                f"({found.kv_bytes_expected / 2**20:.{digits}f})",
+                f"{found.pool_share:.1%}",
+                f"{found.peak} ({found.peak_expected})",
+                str(found.preemptions),
+            ]
+            for name, found in rows
+        ],
+    )
+
+
+def _kv(results: Results) -> str:
     stock, pruned = results.capacity[STOCK], results.capacity[PRUNED]
     stats = pruned.stats
     assert stats is not None
@@ -244,7 +222,7 @@ def _kv(results: Results) -> str:
         f"Block size {BLOCK_SIZE}, KV budget {KV_BYTES / 2**20:.0f} MiB, {OUTPUT_TOKENS} output "
         f"tokens, {THIN.num_layers} layers one head wide, float32: blocks follow from layers and "
         "tokens alone. A block holds the layers of one group.\n\n"
-        f"{rendered}\n\n"
+        f"{capacity_table('cell', results.capacity.items(), 2)}\n\n"
         f"KV of a pruned request: {pruned.kv_bytes / stock.kv_bytes:.1%} of stock. Requests that "
         f"fit: x {pruned.peak / stock.peak:.2f}. The plugin's own counters, per pruned prompt "
         f"({count}): {stats['kv_blocks'] / count:g} blocks, "
@@ -270,15 +248,10 @@ def _setting(description: dict[str, Any]) -> str:
 
 def markdown(results: Results) -> str:
     """The report."""
-    verdicts = "\n".join(
-        f"- {'PASS' if check.passed else 'FAIL'}: {check.claim}: {check.found}"
-        for check in checks(results)
-    )
-    sections = {
+    return report({
         "Setting": _setting(results.description),
         "Latency and throughput": _speed(results),
         "Prefill against the bound": _bound(results),
         "KV cache": _kv(results) if results.capacity else "Not measured.",
-        "Checks": verdicts,
-    }
-    return "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
+        "Checks": verdicts(checks(results)),
+    })  # fmt: skip

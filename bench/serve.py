@@ -24,11 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import load
-from bench.arithmetic import Cuts, prefill_bound
 from bench.capacity import Capacity, measure
 from bench.environment import environment
 from bench.load import Load
-from bench.model import DTYPE_BYTES, FULL, QUICK, THIN, Model
+from bench.model import DTYPE_BYTES, FULL, QUICK, THIN, Cuts, Model, prefill_bound
 from bench.report import (
     CELLS,
     PRUNED,
@@ -39,13 +38,15 @@ from bench.report import (
     markdown,
     mean_prompt_tokens,
 )
-from bench.server import Server
+from bench.server import VLLM, Server
+from bench.tables import progress
 from himap_vllm.config import ADDITIONAL_CONFIG_KEY, DEEP_ARG, SHALLOW_ARG
 from himap_vllm.plan.prompt import Ratios
 
 CONCURRENCIES = (1, 2, 4, 8, 16)
 MAX_SEQS = 16
 BLOCK_SIZE = 128  # tokens, vLLM's default on CPU
+DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1"}  # has the /reset_* endpoints; local port only
 PREFILL_METRIC = "vllm:request_prefill_time_seconds"
 
 
@@ -92,13 +93,12 @@ class Bench:
             "deep_ratio": 0,
         }
         options = self._server_options()
-        self.stock = Server(checkpoint, options, "", work_dir / "server-stock.log")
-        self.himap = Server(
-            checkpoint,
-            [*options, "--additional-config", json.dumps({ADDITIONAL_CONFIG_KEY: himap})],
-            "himap,himap_stats",
-            work_dir / "server-himap.log",
-        )
+        pruning = ["--additional-config", json.dumps({ADDITIONAL_CONFIG_KEY: himap})]
+        log = work_dir / "server-stock.log"
+        self.stock = Server(VLLM, checkpoint, options, log, {**DEV_MODE, "VLLM_PLUGINS": ""})
+        plugins = {**DEV_MODE, "VLLM_PLUGINS": "himap,himap_stats"}
+        log = work_dir / "server-himap.log"
+        self.himap = Server(VLLM, checkpoint, [*options, *pruning], log, plugins)
 
     def _server_options(self) -> list[str]:
         plan = self._plan
@@ -106,7 +106,7 @@ class Bench:
         longest = plan.model.image_tokens + 2 * plan.text_tokens + 64 + plan.output_tokens
         num_seqs = max(MAX_SEQS, *plan.concurrencies)
         blocks = (num_seqs + 1) * -(-longest // BLOCK_SIZE)
-        kv_bytes = blocks * BLOCK_SIZE * plan.model.kv_bytes_per_token(plan.dtype)
+        kv_bytes = blocks * BLOCK_SIZE * plan.model.num_layers * plan.model.kv_bytes(plan.dtype)
         return [
             "--dtype", plan.dtype,
             "--max-model-len", "1024",
@@ -176,11 +176,6 @@ class Bench:
 
     def _pruned(self) -> int:
         return int(self.himap.pruning_stats()["requests"].get("pruned", 0))
-
-
-def progress(text: str) -> None:
-    """Say on stderr what happens; stdout has the tables only."""
-    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
 def measure_capacity(plan: Plan, work_dir: Path) -> dict[str, Capacity]:

@@ -1,113 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `vllm serve` process on a free local port, its caches and its metrics."""
+"""`vllm serve` or `himap serve` on a free local port, its caches, counters and metrics."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+from himap_eval.local_server import launch
+from prometheus_client.parser import text_string_to_metric_families
+
+VLLM, HIMAP = "vllm", "himap"
 START_SECONDS = 900.0  # the first start compiles
-STOP_SECONDS = 60.0
+READY = {VLLM: "/health", HIMAP: "/health/ready"}
 
 
 class Histogram(NamedTuple):
-    """What is left of a Prometheus histogram without its buckets."""
+    """Sum and count of a Prometheus histogram."""
 
     total: float
     number: int
 
 
 class Server:
-    """vLLM's OpenAI-compatible server; a context manager that starts and stops it."""
+    """An OpenAI-compatible server; a context manager that starts and stops it."""
 
-    ready_path = "/health"  # answers 200 when the model does
+    url: str
 
-    def __init__(self, model: Path, arguments: Sequence[str], plugins: str, log: Path) -> None:
-        """Prepare, but don't start yet.
+    def __init__(
+        self,
+        program: str,
+        model: Path,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str],
+    ) -> None:
+        """Prepare; `__enter__` starts it.
 
         Args:
+            program: `VLLM` or `HIMAP`, the command beside this interpreter.
             model: checkpoint directory; its name is the served model's name.
-            arguments: options of `vllm serve`.
-            plugins: `VLLM_PLUGINS`, empty for none.
+            arguments: options of `serve`.
             log: where its output goes.
+            environment: variables to set; `VLLM_PLUGINS` among them.
         """
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
         self.model_name = model.name
         self.log = log
-        # The command beside this interpreter, so that both are of one environment.
-        vllm = shutil.which("vllm", path=str(Path(sys.executable).parent)) or "vllm"
         self.command = [
-            vllm, "serve", str(model), "--served-model-name", self.model_name,
-            "--host", "127.0.0.1", "--port", str(port), *arguments,
+            str(Path(sys.executable).with_name(program)), "serve", str(model),
+            "--served-model-name", self.model_name, *arguments,
         ]  # fmt: skip
-        self._environment = {
-            **os.environ,
-            "VLLM_PLUGINS": plugins,
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_SERVER_DEV_MODE": "1",  # for the /reset_* endpoints; local port only
-        }
-        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = READY[program]
+        self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+        self._running = ExitStack()
 
     def __enter__(self) -> Server:
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self.command,
-                env=self._environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a process group to stop as a whole
+        with ExitStack() as stack:
+            server = stack.enter_context(
+                launch(self.command, self._environment, self.log, own_session=True)
             )
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self._stop()
-            raise
+            server.wait_for(self._ready, START_SECONDS)
+            self._running = stack.pop_all()
+        self.url = server.url
+        self.process = psutil.Process(server.process.pid)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def _wait_until_ready(self) -> None:
-        assert self._process is not None
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
-                raise RuntimeError(f"the server ended during start-up; {self.log} ends:\n{tail}")
-            with contextlib.suppress(OSError):  # URLError, refused connections
-                self._request("GET", self.ready_path)
-                return
-            time.sleep(1)
-        raise TimeoutError(f"the server was not ready after {START_SECONDS:.0f} s; see {self.log}")
-
-    def _stop(self) -> None:
-        process = self._process
-        if process is None:
-            return
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            print(f"the server did not stop by itself, killing it; see {self.log}", file=sys.stderr)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        self._process = None
+        self._running.close()
 
     def _request(self, method: str, path: str, body: Any = None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
@@ -118,7 +84,7 @@ class Server:
         return reply
 
     def empty_caches(self) -> None:
-        """Forget prompts, images and their embeddings: cells share a server and its requests."""
+        """Forget prompts, images and their embeddings; needs `VLLM_SERVER_DEV_MODE`."""
         reply = json.loads(self._request("POST", "/reset_prefix_cache"))
         if not reply["success"]:
             raise RuntimeError("the prefix cache could not be emptied: requests are running")
@@ -130,24 +96,28 @@ class Server:
         body = {"model": self.model_name, "prompt": "Hello", "max_tokens": 4}
         self._request("POST", "/v1/completions", body)
 
+    def metric(self, name: str) -> float:
+        """Sum of a metric's series."""
+        text = self._request("GET", "/metrics").decode()
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name
+        )
+
     def histogram(self, name: str, count: int = 0) -> Histogram:
         """A Prometheus histogram of this server, once it has counted up to `count`.
 
         Raises:
-            TimeoutError: it did not get there.
+            TimeoutError: it did not get there in five seconds.
         """
         for _ in range(50):
-            values = {"sum": 0.0, "count": 0.0}
-            for line in self._request("GET", "/metrics").decode().splitlines():
-                sample, _, value = line.rpartition(" ")
-                metric = sample.partition("{")[0]
-                for field in values:
-                    if metric == f"{name}_{field}":
-                        values[field] += float(value)
-            if values["count"] >= count:
-                return Histogram(values["sum"], int(values["count"]))
+            number = int(self.metric(f"{name}_count"))
+            if number >= count:
+                return Histogram(self.metric(f"{name}_sum"), number)
             time.sleep(0.1)
-        raise TimeoutError(f"{name} has counted {values['count']:.0f}, not {count}")
+        raise TimeoutError(f"{name} has counted {number}, not {count}")
 
     def pruning_stats(self) -> dict[str, Any]:
         """The plugin's counters."""

@@ -37,10 +37,10 @@ from bench.gpu.plan import PREFILL, TTFT, Plan, System, full, seconds_needed, ti
 from bench.gpu.probe import Probe
 from bench.gpu.report import markdown
 from bench.gpu.results import Results
-from bench.gpu.shape import NOMINAL
-from bench.gpu.worker import Worker, WorkerError
+from bench.model import NOMINAL
 from bench.report import UNPRUNED
-from bench.serve import progress
+from bench.tables import progress
+from bench.worker import Worker, WorkerError
 
 BUDGET_SECONDS = 470.0
 GRACE_SECONDS = 15.0  # for what runs when the time is up
@@ -80,8 +80,8 @@ class Run:
             if self.results.peaks is None and plan.device == "cuda":
                 self.results.peaks = NOMINAL["NVIDIA H200"]  # rather than no bounds at all
             progress("writing checkpoints (without weights)")
-            checkpoint = plan.shape.checkpoint(self._work_dir)
-            kv_checkpoint = plan.kv_shape.checkpoint(self._work_dir)
+            checkpoint = plan.shape.checkpoint(self._work_dir, weights=False)
+            kv_checkpoint = plan.kv_shape.checkpoint(self._work_dir, weights=False)
             # Starting is mostly compilation on the host: at once on a GPU machine.
             with ThreadPoolExecutor(1 if plan.device == "cpu" else 2) as pool:
                 started = {
@@ -166,16 +166,17 @@ class Run:
         # Stock vLLM gets prompts of the length that the first ratios want.
         cuts = (system if system.ratios else plan.systems[2]).cuts(plan)
         on_gpu = plan.device == "cuda"
+        dtype = "bfloat16" if on_gpu else "float32"
         setting = Setting(
             image_tokens=plan.kv_shape.image_tokens,
             num_layers=plan.kv_shape.num_layers,
-            token_bytes=plan.kv_shape.kv_bytes if on_gpu else 2 * plan.kv_shape.kv_bytes,
+            token_bytes=plan.kv_shape.kv_bytes(dtype),
             kv_bytes=plan.capacity_kv_bytes,
             block_size=16 if on_gpu else 32,
             batched_tokens=16384,
             output_tokens=8,
             engine={
-                "dtype": "bfloat16" if on_gpu else "float32",
+                "dtype": dtype,
                 "load_format": "dummy",
                 "gpu_memory_utilization": 0.05,
                 "async_scheduling": False,  # between two steps, all tokens are there

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -20,20 +19,13 @@ from bench.gpu.results import (
     ttft_ms,
 )
 from bench.report import STOCK, UNPRUNED
+from bench.tables import Check
 
 SHARE_WANTED = 0.90
 ALLOWED = 1.01  # x stock, where nothing is pruned
 CAPACITY_ALLOWED = 0.02
-PASS, FAIL, UNKNOWN = "PASS", "FAIL", "NOT MEASURED"
 
-
-@dataclass(frozen=True)
-class Check:
-    """A claim, `PASS`, `FAIL` or why neither, and what it goes by."""
-
-    claim: str
-    verdict: str
-    found: str
+Finding = tuple[bool | None, str] | None
 
 
 def checks(results: Results) -> list[Check]:
@@ -69,10 +61,6 @@ def reachable(results: Results, system: System, text: int, tower: bool) -> float
     return least[0] / least[1] / of_flops
 
 
-def _verdict(passed: bool) -> str:
-    return PASS if passed else FAIL
-
-
 def _speedups(results: Results) -> Iterator[Check]:
     plan = results.plan
     stock = plan.systems[0]
@@ -91,13 +79,12 @@ def _speedups(results: Results) -> Iterator[Check]:
                 )
                 of_flops = flops(results, stock, text, tower) / flops(results, system, text, tower)
                 share = before / after / of_flops
-                verdict = _verdict(share >= SHARE_WANTED)
-                if max(share, ceiling) < SHARE_WANTED:
-                    verdict = f"not reachable on this device (at most {ceiling:.0%})"
-                yield Check(f"{claim} FLOP bound", verdict, f"{share:.3f}")
+                passed = None if max(share, ceiling) < SHARE_WANTED else share >= SHARE_WANTED
+                why = f"not reachable on this device (at most {ceiling:.0%})"
+                yield Check(f"{claim} FLOP bound", passed, f"{share:.3f}", why)
                 share /= ceiling
-                verdict = _verdict(share >= SHARE_WANTED)
-                yield Check(f"{claim} FLOP and bandwidth bound", verdict, f"{share:.3f}")
+                passed = share >= SHARE_WANTED
+                yield Check(f"{claim} FLOP and bandwidth bound", passed, f"{share:.3f}")
 
 
 def _near_stock(results: Results) -> Iterator[Check]:
@@ -130,7 +117,7 @@ def _within(results: Results, claim: str, metric: Metric, key: tuple[Any, ...]) 
         found += f"{spread:.1%})"
     else:
         found += " (one round)"
-    yield Check(claim, _verdict(ratio <= ALLOWED), found)
+    yield Check(claim, ratio <= ALLOWED, found)
 
 
 def _throughput(results: Results) -> Iterator[Check]:
@@ -145,7 +132,7 @@ def _throughput(results: Results) -> Iterator[Check]:
                         f"{text} text tokens, concurrency {concurrency}, {system.name}: "
                         "throughput above stock"
                     )
-                    yield Check(claim, _verdict(own > base), f"{own / base:.3f}")
+                    yield Check(claim, own > base, f"{own / base:.3f}")
 
 
 def _capacity(results: Results) -> Iterator[Check]:
@@ -154,7 +141,7 @@ def _capacity(results: Results) -> Iterator[Check]:
         yield Check(
             f"KV capacity of {name}: requests that fit within {CAPACITY_ALLOWED:.0%} of the "
             "arithmetic, and memory as it says",
-            _verdict(abs(ratio - 1) <= CAPACITY_ALLOWED and capacity.memory_agrees),
+            abs(ratio - 1) <= CAPACITY_ALLOWED and capacity.memory_agrees,
             f"{ratio:.3f}, {capacity.pool_share:.1%} of the budget in blocks, "
             f"{capacity.kv_bytes / 2**20:.1f} of {capacity.kv_bytes_expected / 2**20:.1f} MiB",
         )
@@ -169,11 +156,11 @@ def _counted(results: Results) -> Iterator[Check]:
         (f"no compilation in {REQUESTS} different ratios and lengths", "recompilation", _compiled),
     ):
         found = judge(counted[part]) if part in counted else None
-        verdict, text = found or (UNKNOWN, "not on this device, or it failed (below)")
-        yield Check(claim, verdict, text)
+        passed, text = found or (None, "not on this device, or it failed (below)")
+        yield Check(claim, passed, text)
 
 
-def _launches(found: dict[str, Any]) -> tuple[str, str] | None:
+def _launches(found: dict[str, Any]) -> Finding:
     pruned = {name: row for name, row in found.items() if name not in (STOCK, UNPRUNED)}
     if not pruned:
         return None
@@ -182,10 +169,10 @@ def _launches(found: dict[str, Any]) -> tuple[str, str] | None:
         counts = [row["kernels"].get(kernel, 0) for kernel in KERNELS]
         passed &= row["steps"] > 0 and all(count == 2 * row["steps"] for count in counts)
         texts.append(f"{name}: {' and '.join(map(str, counts))} in {row['steps']} steps")
-    return _verdict(passed), "; ".join(texts)
+    return passed, "; ".join(texts)
 
 
-def _replays(found: dict[str, Any]) -> tuple[str, str] | None:
+def _replays(found: dict[str, Any]) -> Finding:
     if STOCK not in found or len(found) < 2:
         return None
     replays = {name: row["decode_calls"].get(GRAPH_LAUNCH, 0.0) for name, row in found.items()}
@@ -194,27 +181,27 @@ def _replays(found: dict[str, Any]) -> tuple[str, str] | None:
     text = "; ".join(f"{name}: {n:g} per step" for name, n in replays.items())
     captured = ", ".join(map(str, graphs.values()))
     passed = alike and replays[STOCK] > 0 and graphs[STOCK] > 0
-    return _verdict(passed), f"{text}; full graphs captured: {captured}"
+    return passed, f"{text}; full graphs captured: {captured}"
 
 
-def _waits(found: dict[str, Any]) -> tuple[str, str] | None:
+def _waits(found: dict[str, Any]) -> Finding:
     if len(found) < 2:
         return None
     more = sorted(found["himap"].keys() - found["stock"].keys())
-    return _verdict(not more), _listed(more) if more else f"{len(found['stock'])} places in both"
+    return not more, _listed(more) if more else f"{len(found['stock'])} places in both"
 
 
-def _compiled(found: dict[str, Any]) -> tuple[str, str] | None:
+def _compiled(found: dict[str, Any]) -> Finding:
     if "himap" not in found:
         return None
     before, added = found["himap"]["before"], found["himap"]["added"]
     if not before["vllm num_models_seen"]:
-        return UNKNOWN, "this engine compiles nothing"  # so nothing could fail
+        return None, "this engine compiles nothing"  # so nothing could fail
     in_stock = found.get("stock", {}).get("added", {})
     more = sorted(name for name, count in added.items() if count > in_stock.get(name, 0))
     if more:
-        return FAIL, _listed(more)
-    return PASS, f"as in stock: {_listed(sorted(added))}" if added else "no counter moved"
+        return False, _listed(more)
+    return True, f"as in stock: {_listed(sorted(added))}" if added else "no counter moved"
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

@@ -3,6 +3,18 @@
 
 vLLM mixes `Counters` into the worker class, of stock and plugin alike (`worker_extension_cls`), and
 `collective_rpc` calls its methods by name, on the thread that runs the steps.
+
+* `vllm.compilation.counter.compilation_counter` (read): what vLLM compiles. Remove when: `/metrics`
+  has it.
+* `vllm.utils.jit_monitor.activate` (called): it makes Triton's hook survive kernels whose constants
+  cannot be serialised. Remove when: Triton does.
+* `vllm.utils.gpu_sync_debug.enable_gpu_sync_check`,
+  `vllm.utils.gpu_sync_debug.with_gpu_sync_check` (called): to switch the check of waits on
+  after the timed part. Remove when: vLLM can switch it on while it runs.
+* `vllm.utils.gpu_sync_debug._SYNC_CHECK_MODE` (overridden): to switch the same check on. Remove
+  when: vLLM can switch it on while it runs.
+* `vllm.v1.worker.gpu.cudagraph_utils.CudaGraphManager.graphs` (read): how many full graphs were
+  captured. Remove when: vLLM reports it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 from bench.gpu.counters import GRAPH_LAUNCH
 from bench.gpu.engine import Load
 from bench.gpu.plan import Plan, System
-from bench.gpu.worker import Worker
+from bench.worker import Worker
 
 REQUESTS = 50  # of different ratios and lengths
 DECODE_STEPS = 16

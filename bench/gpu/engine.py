@@ -17,8 +17,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.arithmetic import Cuts
-from bench.gpu.shape import Shape
+from bench.model import Cuts, Model
 from himap_vllm.config import ADDITIONAL_CONFIG_KEY, DEEP_ARG, SHALLOW_ARG
 
 MAX_SEQS = 128
@@ -40,7 +39,7 @@ class Options:
         arguments: further ones of `AsyncEngineArgs`.
     """
 
-    shape: Shape
+    shape: Model
     checkpoint: str
     cuts: Cuts | None
     kv_bytes: int

@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.arithmetic import Cuts
 from bench.gpu.engine import MAX_SEQS, Load
-from bench.gpu.shape import LLAVA_7B, LLAVA_7B_KV, TINY, Shape
+from bench.model import LLAVA_7B, LLAVA_7B_KV, TINY, Cuts, Model
 from bench.report import STOCK, UNPRUNED
 from himap_vllm.plan.prompt import Ratios
 
@@ -62,8 +61,8 @@ class Plan:
         reserve_seconds: of these, for what follows the rounds: counters, KV capacity.
     """
 
-    shape: Shape
-    kv_shape: Shape
+    shape: Model
+    kv_shape: Model
     device: str
     kv_bytes: int
     capacity_kv_bytes: int
@@ -107,9 +106,9 @@ class Plan:
 
     def room(self, text_tokens: int) -> int:
         """Unpruned requests whose prompt and answer the KV cache of an engine holds."""
-        block, element_bytes = (16, 2) if self.device == "cuda" else (128, 4)
+        block, dtype = (16, "bfloat16") if self.device == "cuda" else (128, "float32")
         tokens = self.shape.image_tokens + text_tokens + self.tokens[1] - 1
-        of_token = self.shape.num_layers * self.shape.kv_bytes * element_bytes // 2
+        of_token = self.shape.num_layers * self.shape.kv_bytes(dtype)
         return (self.kv_bytes // (of_token * block) - 1) // -(-tokens // block)
 
     def loads(self) -> Iterator[tuple[str, Load]]:

@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench.arithmetic import Cuts
-from bench.gpu.shape import Peaks, Shape
+from bench.model import Cuts, Model, Peaks
 
 
 class Probe:
@@ -46,7 +45,7 @@ class Probe:
         bandwidth = max(2 * elements / copy, elements / read)
         return name, Peaks(flops=2 * size**3 / product, bandwidth=bandwidth)
 
-    def scoring(self, shape: Shape, cuts: Cuts, text_tokens: int, prompts: int) -> dict[str, float]:
+    def scoring(self, shape: Model, cuts: Cuts, text_tokens: int, prompts: int) -> dict[str, float]:
         """Milliseconds, for a step of `prompts` pruned prompts.
 
         Returns:

