@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """`himap serve` against `vllm serve` with the plugin, side by side: `python -m bench.gateway`.
 
-Both run the same engine (checkpoint, flags, cuts, default ratios), so what differs is the API
-server process; the model is so small that its work is a large part of a request's. Both servers run
-throughout (an idle one takes about 1 % of a core; the report says how much it took); short loads
-alternate between them and take turns at being first. Compared is what is of one round: loads of the
-same requests, seconds apart.
+Both run the same engine (checkpoint, flags, cuts, default ratios), so they differ only in the API
+server process. The model is so small that this process does a large part of the work. Both servers
+run throughout (an idle one takes about 1 % of a core; the report says how much). Short loads
+alternate between them, and they take turns at being first. Comparisons stay within a round: loads
+of the same requests, seconds apart.
 
 Loads come from three sources:
 
 * `vllm bench serve`, in this process.
 * AIPerf, if `--aiperf` names its command (`pip install aiperf` into an environment of its own:
   its dependencies are not vLLM's).
-* Blocks: one client that sends ten requests to one server and the same to the other, over and
-  over. It sees small differences that the others lose in the noise of the machine.
+* Blocks: one client sends ten requests to one server and the same ten to the other, over and
+  over. This shows small differences that the others lose in the noise of the machine.
 
-The engines' processes yield to everybody else (`SCHED_IDLE`): they wait for each other in loops of
-`sched_yield`, and on two cores Linux may let such a loop keep a load generator from running for
-seconds. Seen with both servers: times to first token of 0.1 to 5 s at 32 streams, and connections
-that uvicorn closes as idle because it reads the next request too late.
+The engines' processes yield to all others (`SCHED_IDLE`). They wait for each other in loops of
+`sched_yield`, and on two cores such a loop may keep a load generator from running for seconds.
+Without this, both servers showed times to first token of 0.1 to 5 s at 32 streams, and connections
+that uvicorn closed as idle because it read the next request too late.
 
 Chunks are counted as they arrive: a server that falls behind merges tokens into fewer of them. CPU
 time is that of the API server process, without the engine's, from before a load to a second after
@@ -50,9 +50,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -80,7 +78,7 @@ from bench.contestants import (
     Metric,
 )
 from bench.environment import environment
-from bench.tables import Check, Spread, progress, report, table, verdicts
+from bench.tables import Check, Spread, add_run_options, progress, report, table, verdicts
 
 TTFT_ALLOWED_MS = 2.0
 CHUNKS_WANTED = 0.95
@@ -278,18 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, help="folder for gateway.md and, with all raw numbers, gateway.json"
     )
-    parser.add_argument(
-        "--work-dir",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "himap-bench",
-        help="checkpoint, kept for the next run, and logs (default %(default)s)",
-    )
-    parser.add_argument("--check", action="store_true", help="exit with 1 unless all checks pass")
+    add_run_options(parser)
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (2 if args.quick else 6)
     args.blocks = args.blocks or (2 if args.quick else 6)
-    # Terminated, too, this process stops its servers.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = run(args)
     found = checks(results)
     text = markdown(results)

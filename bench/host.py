@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host time of a decode step, with and without pruning: `python -m bench.host`.
 
-64 requests, all past their prompts, on a decoder of 32 layers; a step is what the engine core does
-for one token of each: schedule, prepare, sample, update. The forward pass is a device's work, or
-replayed as a CUDA graph; so are Triton's kernels, for which an interpreter stands in here. Both
-are replaced by their results of an earlier step, as computing them would also empty the caches of
-the very core that is measured; what putting these in place takes is not counted.
-Time is the CPU time of the engine's thread, which hardly depends on what else the machine does.
+64 requests decode on a decoder of 32 layers. A step is what the engine core does for one token of
+each: schedule, prepare, sample, update. The forward pass and Triton's kernels are work of the
+device, and here the results of an earlier step replace them: computing them on the measured core
+would empty its caches. Putting these results in place is not counted. Time is the CPU time of the
+engine's thread, which hardly depends on other load of the machine.
 
 Each engine runs in a process of its own; Model Runner V2 runs under Triton's interpreter. The
 requests have images; `himap, pruned` keeps a half and an eighth of their tokens, `himap, ratios 0`

@@ -2,9 +2,9 @@
 """Stock vLLM against vLLM with pruning, side by side: `python -m bench.serve`.
 
 Three cells are measured: stock vLLM without the plugin; the plugin with every ratio 0; the plugin
-with the ratios given. Two servers run throughout (an idle one takes no CPU time worth mentioning)
-and short loads alternate between the cells, so that a slow spell of the machine hits all of them;
-ratios are taken within a round, between cells that saw the same requests minutes apart.
+with the given ratios. Two servers run throughout; an idle one takes hardly any CPU time. Short
+loads alternate between the cells, so that a slow spell of the machine hits all of them. Ratios are
+taken within a round, between cells that saw the same requests minutes apart.
 
 Prints Markdown; `--output` keeps every raw number. The servers' logs and the checkpoint stay in
 `--work-dir`.
@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -39,7 +37,7 @@ from bench.report import (
     mean_prompt_tokens,
 )
 from bench.server import VLLM, Server
-from bench.tables import progress
+from bench.tables import add_run_options, progress
 from himap_vllm.config import ADDITIONAL_CONFIG_KEY, DEEP_ARG, SHALLOW_ARG
 from himap_vllm.plan.prompt import Ratios
 
@@ -249,13 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-capacity", action="store_true", help="leave the KV cache part out")
     parser.add_argument("--output", type=Path, help="JSON file for all raw numbers")
-    parser.add_argument(
-        "--work-dir",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "himap-bench",
-        help="checkpoints, kept for the next run, and logs (default %(default)s)",
-    )
-    parser.add_argument("--check", action="store_true", help="exit with 1 unless all checks pass")
+    add_run_options(parser)
     args = parser.parse_args(arguments)
     plan = Plan(
         model=QUICK if args.quick else FULL,
@@ -267,8 +259,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output_tokens=args.output_tokens,
         seed=args.seed,
     )
-    # Terminated, too, this process stops its servers.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = run(plan, args.work_dir, capacity=not args.no_capacity)
     found = checks(results)
     if args.output:

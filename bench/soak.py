@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Good, hostile and broken-off requests by the thousand: `python -m bench.soak --requests 10000`.
 
-Starts `himap serve` on a tiny checkpoint and sends it a seeded mix at a fixed concurrency, all on
-loopback. Then the service must be as it was: ready, idle, its KV cache empty, a good request
-answered as before the first one, no larger than after the warm-up. Prints Markdown; the exit status
-is 1 where a check failed. The server's log stays in `--work-dir`.
+The soak starts `himap serve` on a tiny checkpoint and sends it a seeded mix of requests at a fixed
+concurrency, all on loopback; hostile ones come from `tests.gateway.hostile`. Afterwards the service
+must be as before: ready, idle, with an empty KV cache, with the same answer to a good request, and
+no larger than after the warm-up. It prints Markdown. The exit status is 1 if a check failed. The
+server's log stays in `--work-dir`.
 
-Memory: the caches that have a bound, of processed images and of kernels, are set so small that they
-are full before the warm-up is over.
+Bounded caches (processed images, kernels) are set so small that they are full before the warm-up
+ends: what grows after that is a leak.
 """
 
 from __future__ import annotations

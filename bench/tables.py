@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import argparse
+import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 
@@ -69,3 +73,15 @@ def report(sections: Mapping[str, str]) -> str:
 def progress(text: str) -> None:
     """Print what happens to stderr; stdout has the tables only."""
     print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of benchmarks that start servers; SIGTERM, too, ends with the servers stopped."""
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "himap-bench",
+        help="checkpoints, kept for the next run, and logs (default %(default)s)",
+    )
+    parser.add_argument("--check", action="store_true", help="exit with 1 unless all checks pass")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
