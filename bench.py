@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock vLLM against vLLM with pruning: `python bench.py [MODEL]`. `bench/` has more benchmarks."""
+"""Stock vLLM against vLLM with pruning: `python bench.py [MODEL]`. `bench/` has more benchmarks.
+
+Each engine gets the same pictures and a KV cache of the same size. Blocks of the pruned engine hold
+fewer layers, hence there are more of them: compare the shares in use.
+"""
 
 import argparse
 import json

@@ -29,8 +29,8 @@ WEIGHTS = {
 """How often each kind is asked: more of what is learnt late."""
 
 OPTION = 0.2
-"""Weight of the letters B, C and D before their options: to foresee them, each option must know its
-own letter, which multiple choice starts with."""
+"""Loss weight of the letters B, C and D before their options. To predict them, each option must
+encode its own letter, which multiple choice needs first."""
 
 _WORDS = (tuple(COLORS), (*SHAPES, CARD), NUMBERS)
 _HUES = list(COLORS)
@@ -58,7 +58,7 @@ def patch_labels(scene: Scene) -> Tensor:
 
 
 def match(rng: random.Random) -> Question:
-    """Multiple choice that needs no image: how a letter is found, before the answer can be seen."""
+    """Multiple choice that needs no image: it teaches how to find the letter of an option."""
     options = tuple(rng.sample(rng.choice(_WORDS), rng.randint(2, 4)))
     right = rng.choice(options)
     return choose(f"What is the letter of {right}?", options, right)
@@ -67,7 +67,7 @@ def match(rng: random.Random) -> Question:
 def drill(rng: random.Random) -> Question:
     """Lettered options, then each option with its letter, twice in random order.
 
-    Only the letters are learnt: the oldest way to make a model look up what it has read.
+    The loss covers the letters only: a drill of looking up what was read.
     """
     options = rng.sample(rng.choice(_WORDS), 4)
     lettered = list(zip(LETTERS, options, strict=True))
@@ -82,8 +82,8 @@ def drill(rng: random.Random) -> Question:
 def spell_out(question: Question) -> Question:
     """A multiple-choice question answered by the option and then its letter.
 
-    From a word just said to its letter is a short way, and found thousands of steps before the one
-    from the question to the letter, which goes on from it.
+    The model learns to go from a word that it just said to the letter thousands of steps earlier
+    than from the question to the letter; the second skill builds on the first.
     """
     letter, option = question.answers[1].split(". ")
     # In words that the tokenizer knows whole.

@@ -28,7 +28,7 @@ VISION_WIDTH = 128
 MATMUL = "matmul"
 """Name of the attention used in training."""
 LABELS = {"color": 1 + len(COLORS), "shape": 2 + len(SHAPES), "digit": 11, "cell": GRID * GRID}
-"""What each patch is asked in training, and how many answers there are (0: no object, no digit)."""
+"""Labels of a patch in training, with the number of classes of each (0: no object, no digit)."""
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
