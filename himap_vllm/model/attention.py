@@ -47,9 +47,9 @@ def install_stage(attention: Attention, stage: int, context: PruningContext) -> 
     """Make `attention` a layer of `stage`: its KV cache spec and its metadata builder.
 
     Raises:
-        ValueError: the layer is not plain full attention, or of another backend than are supported.
+        ValueError: the layer is not plain full attention, or its backend is not supported.
     """
-    # Also where nothing votes: other backends' metadata holds lengths and blocks elsewhere.
+    # Checked even if nothing votes: other backends keep lengths and blocks elsewhere.
     key_reader(attention.attn_backend.get_name())
     base_spec = attention.get_kv_cache_spec
 
@@ -71,8 +71,8 @@ def install_votes(attention: Attention, cut: int, context: PruningContext) -> No
     """Score the image tokens for `cut` whenever `attention` runs in a step that prunes.
 
     Raises:
-        ValueError: the layer's attention is more than a softmax of scaled products, which is what
-            the scores are computed from.
+        ValueError: the layer's attention is not a plain softmax of scaled products. Scores are
+            computed from such a softmax.
     """
     impl = attention.impl
     for extra in ("logits_soft_cap", "alibi_slopes", "sinks"):
@@ -134,7 +134,7 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         def update_block_table(
             self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
         ) -> Any:
-            """Metadata of a group from that of another of its stage, for both model runners."""
+            """Derive a group's metadata from another group of its stage, for both model runners."""
             if base_builder.supports_update_block_table:
                 return super().update_block_table(metadata, blk_table, slot_mapping)
             metadata = shallow_copy(metadata)

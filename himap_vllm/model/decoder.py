@@ -154,7 +154,7 @@ class _SegmentedDecoder(nn.Module):
         return output
 
     def _hand_over(self, stage: int, *stream: torch.Tensor) -> Rows:
-        """Inputs of a later stage's segment: where they are, or where captured graphs read them."""
+        """Return the inputs of a later stage's segment, at the addresses that graphs read."""
         positions, hidden_states, residual = stream
         if get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
             return positions, hidden_states, residual
@@ -171,7 +171,7 @@ class _SegmentedDecoder(nn.Module):
         deepstack_input_embeds: IntermediateTensors | None,
     ) -> torch.Tensor:
         first, middle, last = self.himap_segments
-        # Each segment may be padded to a captured size; no row that survives is padding.
+        # Each segment may be padded to a captured size, but no surviving row is padding.
         hidden_states, residual = first(positions, inputs_embeds, deepstack_input_embeds)
         rows = step.cut(0, hidden_states, residual)
         with self._stage(step, 1):
@@ -180,7 +180,7 @@ class _SegmentedDecoder(nn.Module):
             again = step.cut(1, hidden_states, residual)
         with self._stage(step, 2):
             hidden_states = last(*self._gather(step, 2, again, inputs[0], hidden_states, residual))
-        # The runner's indices of rows to sample from count every token of the step.
+        # The runner's sampling indices count every token of the step.
         full = hidden_states.new_zeros(len(inputs_embeds), hidden_states.shape[-1])
         full.index_copy_(0, rows.index_select(0, again), hidden_states[: len(again)])
         return full
@@ -202,7 +202,7 @@ class _SegmentedDecoder(nn.Module):
 
     @contextmanager
     def _stage(self, step: PruningStep, stage: int) -> Iterator[None]:
-        """vLLM's forward context for the tokens that a later stage has.
+        """Set vLLM's forward context for the tokens of a later stage.
 
         * `vllm.forward_context.ForwardContext.slot_mapping` (overridden): slot mappings of the
           stage's layers are cut to length, as the kernels that write the KV cache take one row per

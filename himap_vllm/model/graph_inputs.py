@@ -19,7 +19,7 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class GraphInputs:
-    """Room for as many tokens as the largest graph has."""
+    """Buffers for as many tokens as the largest graph has."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         model_config = vllm_config.model_config
@@ -28,7 +28,7 @@ class GraphInputs:
         if vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
             self._num_tokens = vllm_config.compilation_config.max_cudagraph_capture_size
         shape = (self._num_tokens, model_config.get_hidden_size())
-        # Two tensors: in a view of one, torch.compile might take the place in it for fixed.
+        # Two tensors: in views of one tensor, torch.compile might treat the offset as constant.
         self._hidden_states = torch.zeros(shape, dtype=model_config.dtype, device=device)
         self._residual = torch.zeros_like(self._hidden_states)
         self._positions: torch.Tensor | None = None

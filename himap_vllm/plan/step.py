@@ -39,7 +39,7 @@ class StageBatch:
 
     @property
     def positions(self) -> IntArray:
-        """[num_tokens] KV position of each new token, in stage s; worked out when asked for."""
+        """[num_tokens] KV position of each new token, in stage s; computed on first use."""
         lengths = np.diff(self.query_start_loc)
         first = self.seq_lens - self.query_start_loc[1:]
         return np.repeat(first, lengths) + np.arange(self.num_tokens, dtype=np.int64)
@@ -59,7 +59,7 @@ class StageBatch:
 
 @dataclass(frozen=True, slots=True)
 class ImageVote:
-    """Who votes on one image: slices into the request's `rows` and `image tokens`."""
+    """The voters of one image: slices into the request's `rows` and `image_tokens`."""
 
     rows: slice
     tokens: slice
@@ -94,8 +94,8 @@ class Cut:
 
     Attributes:
         requests: the prompts pruned in this step.
-        image_tokens: [num flat images s] their rows in step s; None after the first cut, where
-            which rows they are depends on the data (how many does not).
+        image_tokens: [num flat images s] their rows in step s. None at the second cut: there the
+            rows depend on the data (their number does not).
         padded: [num_images, longest image] index into flat images s; padding points one past it.
         keep: [num_images] tokens that survive.
         protected: indices into flat images s that survive whatever their score: a prompt's last
@@ -129,7 +129,7 @@ class StepPlan:
 
     @property
     def pruned_requests(self) -> tuple[PrunedRequest, ...]:
-        """The prompts that are, as the first cut has them."""
+        """The prompts that are pruned in this step, as the first cut has them."""
         return () if self.cuts is None else self.cuts[0].requests
 
 
@@ -195,7 +195,7 @@ def plan_batch(
     plans: PlanArrays,
     plan_of_row: Callable[[int], PromptPlan | None],
 ) -> StepPlan:
-    """As `plan_step`, which see, of requests whose plans are rows of arrays already."""
+    """Like `plan_step`, for requests whose plans are already rows of arrays."""
     start = np.asarray(num_computed, dtype=np.int64)
     end = start + np.asarray(num_scheduled, dtype=np.int64)
     reached = end > plans.first_image
@@ -215,7 +215,7 @@ def plan_batch(
     lengths = ends - starts
     query_start_loc = np.zeros((NUM_STAGES, len(start) + 1), dtype=np.int32)
     np.cumsum(lengths, axis=1, out=query_start_loc[:, 1:])
-    # In C order, whatever NumPy made of the above: kernels read a stage's row by its address.
+    # In C order, because kernels read a stage's row by its address.
     seq_lens = ends.astype(np.int32, order="C")
     stages = tuple(
         StageBatch(query_start_loc=query_start_loc[stage], seq_lens=seq_lens[stage])

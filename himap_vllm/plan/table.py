@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plans of live requests, as arrays: the few operations that each step needs."""
+"""The plans of live requests as arrays, for the few operations that each step needs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from himap_vllm.plan.step import PlanArrays, StepPlan, plan_batch
 class ActivePlans:
     """The plans of live requests.
 
-    Kept as arrays, so that planning a step costs the same few array operations for one planned
-    request as for hundreds: all but the steps that prune are decode steps.
+    They are arrays, so that planning a step costs the same few array operations for one planned
+    request and for hundreds. Most steps are decode steps.
     """
 
     _NO_PLAN = 0  # the first row
@@ -65,7 +65,7 @@ class ActivePlans:
         num_computed: npt.ArrayLike,
         num_scheduled: npt.ArrayLike,
     ) -> StepPlan | None:
-        """The plan of a batch's step, or None if no request of it has a plan."""
+        """Return the plan of a batch's step, or None if no request in it has a plan."""
         find = self._row.get
         found = list(map(find, request_ids, repeat(self._NO_PLAN)))
         if not any(found):

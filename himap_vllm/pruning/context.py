@@ -34,7 +34,7 @@ class Heads:
 
 @dataclass
 class PruningContext:
-    """Per model instance.
+    """The shared state of one model instance.
 
     Attributes:
         settings: the engine's.
@@ -44,8 +44,8 @@ class PruningContext:
         requests: live requests and their plans.
         traces: what survived of the latest pruned prompts.
         step: the running step, if it prunes a prompt.
-        stage_metadata: [NUM_STAGES] the running step as each stage sees it. None, for one stage or
-            for all: as vLLM does, which is so in the first stage, and where no request has a plan.
+        stage_metadata: [NUM_STAGES] the running step as each stage sees it. A stage has None if it
+            sees the step as vLLM does: the first stage always, and all if no request has a plan.
         enter_stage: called with the batch of each later stage of a step that prunes, before its
             layers run. None without LoRA.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One cut of a running step: the layer before it has it score, the decoder has it choose."""
+"""One cut of a running step. The layer before the cut calls `score`, the decoder calls `choose`."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class CutTensors:
 
     @staticmethod
     def arrays(cut: Cut, tiles: VoteTiles) -> list[IntArray]:
-        """What `take` needs on the device."""
+        """Return the host arrays that `take` needs on the device."""
         voters = np.empty(0, dtype=np.int64) if tiles.rows is None else tiles.rows
         return [cut.padded, cut.keep, cut.protected, tiles.tiles, voters]
 
     @classmethod
     def take(cls, tiles: VoteTiles, tensors: Iterator[torch.Tensor]) -> CutTensors:
-        """From the next `tensors`: those of `arrays`."""
+        """Take the next tensors of `tensors`, in the order of `arrays`."""
         padded, keep, protected, of_tiles, voters = islice(tensors, 5)
         return cls(
             padded=padded,
@@ -69,7 +69,7 @@ class CutTensors:
 
 
 class PruningCut:
-    """One cut of a step that prunes, and the scores it chooses by.
+    """One cut of a step that prunes, and the scores that decide it.
 
     Attributes:
         image_tokens: [num flat images] rows of the image tokens, in the step before the cut. Those
@@ -139,25 +139,25 @@ class PruningCut:
             scores = importance(query, key, cached, scale, self.cut, self.image_tokens)
         self.seconds += time.perf_counter() - began
         if get_tensor_model_parallel_world_size() > 1:
-            # Heads are spread over the ranks; all must choose the same tokens. An all-reduce may
-            # add in another order on each rank (vLLM's on CPU does), and rounding would decide
-            # close calls differently.
+            # Heads are spread over the ranks, but all ranks must choose the same tokens. An
+            # all-reduce may add in another order on each rank (vLLM's on CPU does), and rounding
+            # would then decide close calls differently.
             scores = tensor_model_parallel_all_gather(scores[None], dim=0).sum(0)
         self._attention = scores
 
     def choose(self, *stream: torch.Tensor) -> torch.Tensor:
-        """The rows that survive, among the step's rows before the cut.
+        """Choose the rows that survive, among the step's rows before the cut.
 
         Args:
             stream: [num_tokens, hidden_size] each; their sum is the residual stream at the cut.
 
         Returns:
-            [cut.num_tokens] int64, ascending; `survivors` from now on.
+            [cut.num_tokens] int64, ascending. It becomes `survivors`.
         """
         began = time.perf_counter()
         scores = self._criterion.score(self._candidates(stream))
         if self._criterion.needs_hidden_states:
-            # States may differ in rounding from rank to rank; all must choose the same tokens.
+            # Rounding of states may differ from rank to rank, but all must choose the same tokens.
             scores = get_tp_group().broadcast(scores)
         self.survivors = surviving_rows(
             scores,

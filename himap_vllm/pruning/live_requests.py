@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LiveRequests:
-    """Per model instance; worker and model runner tell it what happens.
+    """The live requests of a model instance. Worker and model runner report what happens.
 
     Attributes:
         plans: of live requests.
@@ -31,10 +31,10 @@ class LiveRequests:
         self._counted: set[str] = set()  # live requests that are in `stats.requests`
 
     def on_request(self, request: Any) -> None:
-        """A request has arrived (vLLM's `NewRequestData`).
+        """Note a request that has arrived (vLLM's `NewRequestData`).
 
-        Model Runner V2 sees a preempted request arrive again, and both see the next chunk of a
-        streaming-input session under the same id: such a request is counted already.
+        In Model Runner V2 a preempted request arrives again. In both runners the next chunk of a
+        streaming-input session arrives under the same id. Such a request is counted already.
         """
         if not request.mm_features:
             return
@@ -49,7 +49,7 @@ class LiveRequests:
             self._stats.requests[read_stamp(request.sampling_params).outcome] += 1
 
     def on_pruned(self, request_id: str, blocks: Sequence[int], groups: StageGroups) -> None:
-        """A prompt is pruned in the running step.
+        """Note a prompt that is pruned in the running step.
 
         Args:
             request_id: its id.
@@ -64,6 +64,6 @@ class LiveRequests:
         self._stats.count_blocks(blocks, groups.stages, groups.bytes_per_block)
 
     def on_finished(self, request_id: str) -> None:
-        """A request has ended."""
+        """Note a request that has ended."""
         self.plans.discard(request_id)
         self._counted.discard(request_id)

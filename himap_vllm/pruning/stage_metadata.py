@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StageAttentionMetadata:
-    """What differs from vLLM's own; block tables and slot mappings are the runner's.
+    """The parts that differ from vLLM's own. The runner supplies block tables and slot mappings.
 
     Attributes:
         seq_lens: [>= num_reqs] int32, on the device.
-        seq_lens_cpu: the same on the host; None: as vLLM has it.
-        batch: the stage's, on the host. None: vLLM's maxima hold, as in a full CUDA graph.
+        seq_lens_cpu: the same on the host. None: vLLM's value is right.
+        batch: the stage's batch, on the host. None: vLLM's maxima hold, as in a full CUDA graph.
         query_start_loc: [num_reqs + 1] int32, on the device. None: the stage has every new token of
             the step, as in each step that prunes nothing.
     """
@@ -33,7 +33,7 @@ class StageAttentionMetadata:
 
     @classmethod
     def of(cls, batch: StageBatch, device: torch.device, prunes: bool) -> StageAttentionMetadata:
-        """With tensors of its own, of a step that prunes or does not."""
+        """Make the metadata of a stage's batch, in tensors of its own."""
         seq_lens = torch.from_numpy(batch.seq_lens)
         query_start_loc = None
         if prunes:
@@ -41,7 +41,7 @@ class StageAttentionMetadata:
         return cls(seq_lens.to(device), seq_lens, batch, query_start_loc)
 
     def apply(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """A copy of `common` for this stage.
+        """Return a copy of `common` for this stage.
 
         * `vllm.v1.attention.backend.CommonAttentionMetadata` (read): a stage has its own lengths
           and rows, and vLLM has no method that derives one from another. Remove when: vLLM offers
@@ -59,7 +59,7 @@ class StageAttentionMetadata:
                 common.query_start_loc_cpu = torch.from_numpy(batch.query_start_loc)
                 common.num_actual_tokens = batch.num_tokens
                 common.max_query_len = batch.max_query_len
-        # In terms of stage 0; no builder of a supported backend wants them.
+        # These describe stage 0. No builder of a supported backend needs them.
         common.positions = None
         common._num_computed_tokens_cache = None
         common._token_to_req_indices_cache = None

@@ -19,9 +19,9 @@ from himap_vllm.pruning.cut import CutTensors, PruningCut
 
 
 class PruningStep:
-    """Everything that the cuts need from the host goes to the device here, in one copy.
+    """Copy everything that the cuts need from the host to the device, in one copy.
 
-    From then on no operation waits for the device, and none is repeated per prompt.
+    After that no operation waits for the device, and none is repeated per prompt.
 
     Attributes:
         plan: the step's batches and cuts, on the host.

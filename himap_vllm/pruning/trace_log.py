@@ -17,7 +17,7 @@ Trace = dict[str, list[list[int]]]
 
 
 class TraceLog:
-    """Of the latest `size` prompts; 0 keeps none and costs nothing.
+    """The traces of the latest `size` pruned prompts. A size of 0 keeps none and costs nothing.
 
     * `vllm.utils.gpu_sync_debug.gpu_sync_allowed` (called): tells vLLM's check for waits that this
       copy to the host is wanted. Remove when: vLLM drops that check.
@@ -30,7 +30,7 @@ class TraceLog:
     def find(self, request_id: str) -> Trace | None:
         """The trace of a request, if it is known.
 
-        vLLM adds a random suffix to request ids on their way in; the id may be given without it.
+        vLLM adds a random suffix to request ids. `request_id` may be given without it.
         """
         for known, trace in reversed(self._traces.items()):
             if known == request_id or known.rpartition("-")[0] == request_id:
@@ -38,7 +38,7 @@ class TraceLog:
         return None
 
     def on_pruned(self, request_id: str, plan: PromptPlan, step: PruningStep, row: int) -> None:
-        """The forward pass of a step that pruned a prompt has been launched.
+        """Record a pruned prompt, after the forward pass of its step was launched.
 
         Args:
             request_id: of the prompt.

@@ -25,7 +25,7 @@ from himap_vllm.plan.step import StepPlan
 
 
 class StageBlockTables(MultiGroupBlockTable):
-    """vLLM's, for groups in the order of their stages.
+    """vLLM's block tables, for groups in the order of their stages.
 
     Attributes:
         himap_step_plan: of the step that is prepared; None if every stage sees the same tokens.
@@ -42,7 +42,7 @@ class StageBlockTables(MultiGroupBlockTable):
     _himap_groups: Sequence[slice]  # of each stage
 
     def append_row(self, block_ids: tuple[list[int], ...], row_idx: int) -> None:
-        """As `MultiGroupBlockTable.append_row`, but the groups of a stage get equally many."""
+        """As `MultiGroupBlockTable.append_row`; the groups of a stage get equally many blocks."""
         for groups in self._himap_groups:
             count = len(block_ids[groups.start])
             if count:
@@ -59,7 +59,7 @@ class StageBlockTables(MultiGroupBlockTable):
             for groups, stage in zip(self._himap_groups, plan.stages, strict=True):
                 self._look_up(groups, _rows(stage.query_start_loc), stage.positions)
             return
-        # The same tokens everywhere, at positions that differ by what a request has lost.
+        # Every stage has the same tokens, at positions that differ by the dropped tokens.
         rows, where = _rows(query_start_loc[: num_reqs + 1].numpy()), positions.numpy()
         if plan is not None:
             lengths = np.stack([stage.seq_lens for stage in plan.stages])
@@ -77,7 +77,7 @@ class StageBlockTables(MultiGroupBlockTable):
         slots += offsets
 
     def commit_block_table(self, num_reqs: int) -> None:
-        """Nothing: the device's tables are the host's."""
+        """Do nothing: the device's tables are the host's."""
 
 
 def make_stage_block_tables(tables: MultiGroupBlockTable, stages: Sequence[int]) -> None:
@@ -111,7 +111,7 @@ def _rows(query_start_loc: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def _stacked(buffers: Sequence[CpuGpuBuffer]) -> torch.Tensor:
-    """One tensor of which the buffers become views, host's and device's alike."""
+    """Return one tensor whose views become the buffers of host and device."""
     with torch.inference_mode(False):
         stacked = torch.stack([buffer.cpu for buffer in buffers])
     for buffer, view in zip(buffers, stacked, strict=True):

@@ -43,9 +43,9 @@ def share_metadata(
         block_tables: [num_groups] the batch's.
         slot_mappings: [num_groups] the step's.
         ubatch_idx: vLLM's.
-        replays: the step replays a full CUDA graph, which reads what its capture did. Only tensors
-            that builders keep matter then (a FlashAttention schedule, say), and those of a leader
-            serve the others.
+        replays: the step replays a full CUDA graph, which reads the tensors of its capture. Only
+            tensors that builders keep matter then (a FlashAttention schedule, for example), and a
+            leader's tensors serve the other groups.
     """
     for index, leader in enumerate(leaders):
         if index == leader:
@@ -53,7 +53,7 @@ def share_metadata(
         (of_leader,) = attn_groups[leader]
         built = metadata[of_leader.layer_names[0]]
         for group in attn_groups[index]:
-            # Where the kernel's blocks are smaller than the manager's, a tensor of the group's.
+            # The group has its own tensor if the kernel's blocks are smaller than the manager's.
             table = group.map_to_kernel_block_table(block_tables[index], ubatch_idx)
             if not replays:
                 builder = group.get_metadata_builder(ubatch_idx)

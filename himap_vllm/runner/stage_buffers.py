@@ -19,10 +19,10 @@ _ALIGNMENT = 64  # elements
 
 
 class StageBuffers:
-    """A captured CUDA graph reads sequence lengths where they were when it was captured.
+    """Persistent buffers: a captured CUDA graph reads sequence lengths at the captured addresses.
 
-    Lengths and first rows lie side by side, so that one copy fills them, each stage's aligned as a
-    tensor of its own would be.
+    Lengths and first rows are adjacent, so that one copy fills them. Each stage's part is aligned
+    like a tensor of its own.
 
     Attributes:
         seq_lens: [NUM_STAGES - 1, max_num_reqs] int32.
@@ -37,7 +37,7 @@ class StageBuffers:
         self.query_start_loc = self._tensor[:, self._half :]
 
     def copy(self, plan: StepPlan) -> None:
-        """From the host, without waiting; requests that only pad the batch get length 0."""
+        """Copy from the host without waiting. Requests that only pad the batch get length 0."""
         packed = np.zeros(self._tensor.shape, dtype=np.int32)
         for row, stage in zip(packed, plan.stages[1:], strict=True):
             num_reqs = len(stage.seq_lens)
@@ -46,7 +46,7 @@ class StageBuffers:
         async_tensor_h2d(packed, out=self._tensor)
 
     def copy_first_stage(self, seq_lens: torch.Tensor) -> None:
-        """From the first stage's lengths, where the stages don't differ."""
+        """Copy the first stage's lengths, for a step in which the stages do not differ."""
         self.seq_lens[:, : len(seq_lens)] = seq_lens
 
     def metadata(self, plan: StepPlan | None) -> list[StageAttentionMetadata]:

@@ -108,7 +108,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
     def _build_attention_metadata(
         self, *, num_reqs: int, slot_mappings: dict[int, torch.Tensor], **kwargs: Any
     ) -> tuple[Any, Any]:
-        """vLLM's, for a group of each stage; the others differ in blocks and slots only."""
+        """Build one group's metadata per stage. Other groups differ only in blocks and slots."""
         tables, leaders = self.input_batch.block_table, self.himap_groups.leaders
         seen = self.kv_cache_config, self.attn_groups
         self.kv_cache_config, self.attn_groups = self.himap_leading

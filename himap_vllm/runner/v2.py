@@ -86,7 +86,7 @@ class PruningModelState(DefaultModelState):
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        # A step that prunes has fewer tokens behind each cut, in no full graph.
+        # A step that prunes has fewer tokens behind each cut, so no full graph can hold it.
         mode = self.vllm_config.compilation_config.cudagraph_mode
         if mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
             raise ValueError(
@@ -106,7 +106,7 @@ class PruningModelState(DefaultModelState):
 
     @property
     def _block_tables(self) -> Any:
-        # Not kept: vLLM makes new ones after its trial run, whose must be gone by then.
+        # Not kept: vLLM makes new ones after its trial run, and must be able to free these.
         return self._runner.block_tables
 
     def prepare_attn(
@@ -150,7 +150,7 @@ class PruningModelState(DefaultModelState):
         return metadata
 
     def _begin_step(self, input_batch: Any, slot_mappings: torch.Tensor, full_graph: bool) -> None:
-        """Plan a step; dummy batches have no plans."""
+        """Plan a step. Dummy batches have no plans."""
         context, later = self.himap, self._later
         context.end_step()
         plan = context.requests.plans.plan_step(
@@ -194,7 +194,7 @@ class PruningModelState(DefaultModelState):
         )
 
     def _graph_sizes(self, plan: StepPlan, num_reqs: int) -> list[int | None]:
-        """Sizes of the piecewise graphs that vLLM would choose for steps as large as the stages."""
+        """Return the sizes of the piecewise graphs that vLLM would choose for each stage's size."""
         sizes: list[int | None] = [None] * NUM_STAGES  # the first stage's is chosen by vLLM itself
         # LoRA's kernels read another mapping per stage.
         if not plan.prunes or self.himap.enter_stage is not None:
@@ -211,7 +211,7 @@ class PruningModelState(DefaultModelState):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile our kernels, which the first pruned prompt would wait for otherwise."""
+        """Compile our kernels. Otherwise the first pruned prompt would wait for that."""
         rope = self.rope_state  # only with M-RoPE
         positions = (
             torch.arange(NUM_TOKENS, device=self.device)
