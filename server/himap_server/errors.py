@@ -43,6 +43,7 @@ class Reason(enum.StrEnum):
     INVALID = "invalid"
     NOT_FOUND = "not_found"
     METHOD = "method"
+    WEBSOCKET = "websocket"
 
     BEAM_SEARCH = "beam_search"
     TRUNCATION = "truncation"
@@ -86,8 +87,10 @@ class GatewayError(HTTPException):
         reason: Reason,
         param: str | None = None,
         retry_after: int | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
-        headers = None if retry_after is None else {"retry-after": str(retry_after)}
+        if retry_after is not None:
+            headers = {"retry-after": str(retry_after)}
         super().__init__(status, message, headers)
         self.reason = reason
         self.param = param

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP/1.1 as uvicorn speaks it, with limits on what it keeps before the app sees it."""
+"""HTTP/1.1 as uvicorn speaks it, with limits on what it keeps before the app sees it.
+
+Requests to upgrade to another protocol are answered in HTTP/1.1 (RFC 9110, section 7.8: a server
+may ignore Upgrade).
+"""
 
 from __future__ import annotations
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 128 << 10
@@ -10,13 +15,18 @@ MAX_PIPELINED = 16
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's protocol for one connection, with two limits.
+    """uvicorn's protocol for one connection, with two limits, and without upgrades.
 
     * `uvicorn.protocols.http.httptools_impl.HttpToolsProtocol` (subclassed): uvicorn (0.54) has no
       limit for a request line, headers and trailers, and none for the number of requests that come
       before earlier ones are answered. The app's own limits apply only when the headers are
       complete. Remove when: uvicorn limits both for httptools, as `h11_max_incomplete_event_size`
       does for h11.
+    * `uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.data_received` (overridden): at a
+      request with `Connection: Upgrade` httptools stops. uvicorn drops the body that came so far,
+      and parses the rest as another request. Here a new parser gets the head again without
+      `Connection: Upgrade`, and then the body. Remove when: uvicorn reads the body of a request
+      whose upgrade it ignores.
     """
 
     _incomplete = 0
@@ -24,13 +34,24 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes from the client; too many of them get 400, and the connection ends."""
+        self._unset_keepalive_if_required()
         self._incomplete += len(data)
-        super().data_received(data)
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            message = "Invalid HTTP request received."
+            self.logger.warning(message)
+            self.send_400_response(message)
+            return
         if self._incomplete > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"The headers are larger than {MAX_HEAD_BYTES} bytes.")
 
     def on_headers_complete(self) -> None:
         """Called by the parser; uvicorn answers 400 to any exception from here."""
+        if self.parser.get_method() == b"CONNECT":
+            raise ValueError("this server is no proxy")
+        if self.parser.should_upgrade():
+            return  # the next parser gets this request again
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many requests at once")
         self._incomplete = 0
@@ -43,5 +64,30 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Called by the parser at the end of a request."""
+        if self.parser.should_upgrade():
+            return
         self._incomplete = 0
         super().on_message_complete()
+
+    def _parse(self, data: bytes) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as stop:
+                data = self._head_without_upgrade() + data[stop.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                # As uvicorn sets it.
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def _head_without_upgrade(self) -> bytes:
+        """The head of the request that the parser stopped at, without `Connection: Upgrade`."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = {option.strip().lower() for option in value.split(b",")}
+                value = b", ".join(sorted(options & {b"close", b"keep-alive"}))
+            if value or name != b"connection":
+                lines.append(b"%s: %s" % (name, value))
+        return b"\r\n".join([*lines, b"", b""])

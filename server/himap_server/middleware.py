@@ -89,6 +89,13 @@ class RequestMiddleware:
         try:
             if too_large:
                 raise GatewayError(431, "the headers are too large", reason=Reason.HEADERS)
+            if _is_websocket(scope, headers):
+                raise GatewayError(
+                    426,
+                    "this server has no WebSockets: send a POST and set `stream`",
+                    reason=Reason.WEBSOCKET,
+                    headers={"upgrade": "HTTP/1.1"},
+                )
             await self._admit(inner, headers, receive, answer, record)
         except _ClientGoneError:
             record.status = record.status or _CLIENT_WENT_AWAY
@@ -275,6 +282,11 @@ async def _refuse(
         await error_response(error)(scope, receive, answer)
     elif answer.is_stream and not answer.complete:
         await answer({"type": "http.response.body", "body": error_event(error).encode()})
+
+
+def _is_websocket(scope: Scope, headers: Headers) -> bool:
+    """Whether it is the handshake of a WebSocket. Clients use HTTP after status 426 or 404 only."""
+    return scope["method"] == "GET" and headers.get("upgrade", "").strip().lower() == "websocket"
 
 
 def _request_id(headers: Mapping[str, Any]) -> str:

@@ -225,6 +225,7 @@ async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None
         host=args.host or "0.0.0.0",
         port=args.port,
         http=BoundedHttp,
+        ws="none",
         log_config=None,
         log_level=args.uvicorn_log_level,
         access_log=False,  # request_log.py writes it

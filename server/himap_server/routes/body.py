@@ -20,7 +20,8 @@ from ..security.grammars import check_repetitions
 
 _MAX_VALUES = 1_000_000
 _MAX_INTEGER = 2**63 - 1
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF_A_PAIR = "the body has half of a surrogate pair, which is no character"
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -72,8 +73,9 @@ def _parse(raw: bytes) -> Any:
     if not raw:
         return None
     try:
-        body = json.loads(raw, parse_constant=_refuse_constant, parse_int=_integer)
-        if _SURROGATE.search(raw):
+        text = _decode(raw)
+        body = json.loads(text, parse_constant=_refuse_constant, parse_int=_integer)
+        if _ESCAPED_SURROGATE.search(text):
             json.dumps(body, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise RequestValidationError(
@@ -89,13 +91,24 @@ def _parse(raw: bytes) -> Any:
             body=error.doc,
         ) from None
     except UnicodeEncodeError:
-        text = "the body has half of a surrogate pair, which is no character"
-        raise GatewayError(400, text, reason=Reason.INVALID) from None
-    except UnicodeDecodeError:
-        raise GatewayError(400, "the body is not UTF-8", reason=Reason.INVALID) from None
+        raise GatewayError(400, _HALF_A_PAIR, reason=Reason.INVALID) from None
     except RecursionError:
         raise GatewayError(400, "the body nests too deeply", reason=Reason.INVALID) from None
     return body
+
+
+def _decode(raw: bytes) -> str:
+    """The text of a body. `json.loads` would take bytes of half a surrogate pair."""
+    encoding = json.detect_encoding(raw)
+    message = _HALF_A_PAIR
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError:
+        try:
+            raw.decode(encoding, "surrogatepass")
+        except UnicodeDecodeError:
+            message = "the body is not UTF-8"
+    raise GatewayError(400, message, reason=Reason.INVALID)
 
 
 def _num_values(raw: bytes) -> int:
