@@ -1,78 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One `himap serve` for the tests of this folder, and a host to fetch images from."""
+"""One `himap serve` for the tests of this folder, and what all its clients are asked."""
 
 from __future__ import annotations
 
-import functools
-import http.server
-import io
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import pytest
 
-from tests.checkpoints import sample_images
+from tests.gateway.clients import (
+    DATA_URL,
+    GREEDY,
+    HIMAP,
+    KEPT_DEEP,
+    NUM_TOKENS,
+    Expected,
+    chat_messages,
+    responses_input,
+)
 from tests.gateway.hostile import CHAT, GOOD
+from tests.gateway.images import ImageHost, serving_images
 from tests.gateway.support import gateway, metric, post
 from tests.servers import Server
 from tests.world import World
 
-PICTURES = tuple(sample_images(4, seed=3))
-
-
-@dataclass
-class ImageHost:
-    """A loopback HTTP server with a PNG at every `/N.png`; `/stall` never answers."""
-
-    address: str
-    paths: list[str] = field(default_factory=list)
-    stalled: threading.Event = field(default_factory=threading.Event)
-
-    def url(self, path: str) -> str:
-        return f"http://{self.address}/{path}"
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    def __init__(self, host: ImageHost, *args: object) -> None:
-        self.host = host
-        super().__init__(*args)  # type: ignore[arg-type]
-
-    def do_GET(self) -> None:
-        self.host.paths.append(self.path)
-        if self.path == "/stall":
-            self.host.stalled.wait(60)
-            return
-        if self.path.startswith("/redirect"):
-            self.send_response(302)
-            self.send_header("location", "http://127.0.0.1:1/0.png")
-            self.end_headers()
-            return
-        buffer = io.BytesIO()
-        PICTURES[int(self.path[1])].save(buffer, "PNG")
-        self.send_response(200)
-        self.send_header("content-type", "image/png")
-        self.send_header("content-length", str(buffer.tell()))
-        self.end_headers()
-        self.wfile.write(buffer.getvalue())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture(scope="package")
 def image_host() -> Iterator[ImageHost]:
-    host = ImageHost("")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, host))
-    host.address = f"127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield host
-    host.stalled.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving_images() as host:
+        yield host
 
 
 @pytest.fixture(scope="package")
@@ -96,7 +52,7 @@ def server(world: World, image_host: ImageHost) -> Iterator[Server]:
 
 @pytest.fixture
 def goes_on(server: Server) -> Iterator[None]:
-    """After the test the server is ready and idle, and answers."""
+    """Afterwards the server is ready and idle, and answers."""
     yield
     assert server.status("/health/ready") == 200
     status, _, body = post(server, CHAT, GOOD[CHAT])
@@ -105,3 +61,28 @@ def goes_on(server: Server) -> Iterator[None]:
     while metric(server, "himap_requests_in_flight"):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.fixture(scope="package")
+def expected(server: Server) -> Expected:
+    """What a raw request is answered."""
+    body = {**GREEDY, "messages": chat_messages(DATA_URL), "himap": HIMAP}
+    status, _, chat = post(server, "/v1/chat/completions", body)
+    assert status == 200
+    assert chat["usage"]["himap"]["kept_deep"] == KEPT_DEEP
+    text: str = chat["choices"][0]["message"]["content"]
+    assert len(text) == NUM_TOKENS
+    body = {
+        "model": "tiny", "max_output_tokens": NUM_TOKENS, "temperature": 0, "himap": HIMAP,
+        "input": responses_input(DATA_URL),
+    }  # fmt: skip
+    status, _, response = post(server, "/v1/responses", body)
+    assert status == 200
+    responses_text = response["output"][0]["content"][0]["text"]
+    return Expected(text, responses_text, chat["usage"])
+
+
+@pytest.fixture(params=["data", "http"])
+def url(request: pytest.FixtureRequest, image_host: ImageHost) -> str:
+    """The same picture both ways."""
+    return DATA_URL if request.param == "data" else image_host.url("0.png")

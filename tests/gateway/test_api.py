@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.engines import IMAGE_TOKENS, Case
-from tests.gateway.conftest import PICTURES
+from tests.gateway.images import PICTURES
 from tests.gateway.support import answer_as_the_oracle, client, metric, post
 from tests.servers import Server, picture_message
 from tests.world import World

@@ -26,7 +26,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.checkpoints import IMAGE_ID
-from tests.gateway.conftest import ImageHost
+from tests.gateway.images import ImageHost
 from tests.gateway.hostile import (
     BODIES,
     CHAT,

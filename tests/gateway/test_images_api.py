@@ -20,7 +20,7 @@ from himap_server.security.images import ImageLimits, check_image
 from PIL import Image
 
 from tests.checkpoints import IMAGE_ID
-from tests.gateway.conftest import PICTURES, ImageHost
+from tests.gateway.images import PICTURES, ImageHost
 from tests.gateway.support import client, metric, post
 from tests.gateway.test_api import MESSAGES, QUESTION
 from tests.servers import Server

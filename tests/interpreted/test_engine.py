@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import sample_images
-from tests.engine import test_compilation, test_criteria, test_lora, test_oracle, test_serving
+from tests.engine import (
+    test_compilation,
+    test_criteria,
+    test_lora,
+    test_oracle,
+    test_request_options,
+    test_serving,
+)
 from tests.engines import BLOCK_SIZE, IMAGE_TOKENS, Case, watched
 from tests.interpreted.cuda_graphs import runner_of
 from tests.world import World, assert_equals_oracle
@@ -45,7 +52,7 @@ def test_other_criteria_equal_the_oracle(world: World, criterion: str) -> None:
     [
         test_serving.test_long_prompts_are_chunked_and_pruned_ones_only_before_the_image,
         test_serving.test_prefix_cache_serves_what_precedes_the_image,
-        test_serving.test_prompt_logprobs_and_pruning_exclude_each_other,
+        test_request_options.test_prompt_logprobs_and_pruning_exclude_each_other,
     ],
 )
 def test_as_on_v1_with_graphs(world: World, test: Any) -> None:
@@ -55,7 +62,7 @@ def test_as_on_v1_with_graphs(world: World, test: Any) -> None:
 @pytest.mark.parametrize(
     "test",
     [
-        test_serving.test_counters_tell_what_was_done,
+        test_request_options.test_counters_tell_what_was_done,
         test_serving.test_a_prompt_that_never_fits_a_step,
         test_serving.test_a_request_that_was_not_admitted_runs_unpruned,
         test_compilation.test_fifty_ratios_and_lengths_without_a_recompilation,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
 import socket
 import subprocess
 import threading
@@ -23,7 +22,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.gateway.conftest import PICTURES, ImageHost, image_host
+from tests import programs
+from tests.gateway.conftest import image_host
+from tests.gateway.images import PICTURES, ImageHost
 from tests.gateway.support import gateway, post
 from tests.servers import Server, picture_message
 from tests.world import World
@@ -37,10 +38,16 @@ _WAIT_SECONDS = 60.0
 _IDLE_SECONDS = 10.0
 
 
+def pytest_collection_modifyitems() -> None:
+    """End the run before it begins where programs are missing."""
+    if (complaint := programs.complaint({"ops"})) is not None:
+        raise pytest.UsageError(complaint)
+
+
 def program(name: str) -> str:
-    """Path of a program that these tests can't do without."""
-    path = shutil.which(name)
-    assert path is not None, f"{name} is missing; .ci/run installs it"
+    """Path of a program."""
+    path = programs.find(name)
+    assert path is not None, f"{name} is missing"
     return path
 
 

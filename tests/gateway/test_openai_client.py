@@ -1,120 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gateway through the clients that its users have.
-
-The model's weights are random and its answers greedy, so every client must come back with the same
-text for the same image: that of a raw request. Pruning is asked for with other ratios than the
-server's defaults, which the usage of each answer then shows.
-"""
+"""The gateway through the OpenAI SDK."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import shutil
-import socket
-import subprocess
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI
-from pydantic import BaseModel
 
-from tests.gateway.conftest import PICTURES, ImageHost
-from tests.gateway.support import client, post
-from tests.servers import Server, picture_message
-
-QUESTION = "What is this?"
-DATA_URL: str = picture_message(PICTURES[0], QUESTION)["content"][0]["image_url"]["url"]
-HIMAP = {"deep_ratio": 0}
-KEPT_DEEP = 18  # 5 by default
-NUM_TOKENS = 8
-GREEDY: dict[str, Any] = {"model": "tiny", "max_tokens": NUM_TOKENS, "temperature": 0}
-# Room for the spaces that a random model puts wherever JSON may have them.
-ROOM = 200
-
-NODE_PACKAGE = "openai@7.55.0"  # exact: a new release must not turn CI red by itself
-
-
-class Paint(BaseModel):
-    """Few enough answers that a random model gives one of them."""
-
-    colour: Literal["red", "green", "blue"]
-    large: bool
-
-
-class Expected(NamedTuple):
-    """The answer that all clients get to the first picture."""
-
-    text: str
-    responses_text: str
-    usage: dict[str, Any]
-
-
-def chat_messages(url: str) -> Any:
-    return [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image_url", "image_url": {"url": url}},
-                {"type": "text", "text": QUESTION},
-            ],
-        }
-    ]
-
-
-def responses_input(url: str) -> Any:
-    content = [
-        {"type": "input_image", "image_url": url, "detail": "auto"},
-        {"type": "input_text", "text": QUESTION},
-    ]
-    return [{"role": "user", "content": content}]
-
-
-def tool(**function: Any) -> Any:
-    # Strict: the schema binds what the model writes.
-    schema = {**Paint.model_json_schema(), "additionalProperties": False}
-    function = {"name": "paint", "parameters": schema, "strict": True, **function}
-    return {"type": "function", "function": function}
-
-
-@pytest.fixture(scope="module")
-def expected(server: Server) -> Expected:
-    body = {**GREEDY, "messages": chat_messages(DATA_URL), "himap": HIMAP}
-    status, _, chat = post(server, "/v1/chat/completions", body)
-    assert status == 200
-    assert chat["usage"]["himap"]["kept_deep"] == KEPT_DEEP
-    text: str = chat["choices"][0]["message"]["content"]
-    assert len(text) == NUM_TOKENS
-    body = {
-        "model": "tiny", "max_output_tokens": NUM_TOKENS, "temperature": 0, "himap": HIMAP,
-        "input": responses_input(DATA_URL),
-    }  # fmt: skip
-    status, _, response = post(server, "/v1/responses", body)
-    assert status == 200
-    responses_text = response["output"][0]["content"][0]["text"]
-    return Expected(text, responses_text, chat["usage"])
-
-
-@pytest.fixture(params=["data", "http"])
-def url(request: pytest.FixtureRequest, image_host: ImageHost) -> str:
-    """The same picture both ways."""
-    return DATA_URL if request.param == "data" else image_host.url("0.png")
-
-
-@pytest.fixture
-def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Client libraries must not look elsewhere for prices, or tell anyone of the tests."""
-    resolve = socket.getaddrinfo
-
-    def resolve_loopback(host: Any, *args: Any, **kwargs: Any) -> Any:
-        assert host in ("127.0.0.1", b"127.0.0.1", "localhost"), f"wants to reach {host!r}"
-        return resolve(host, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "getaddrinfo", resolve_loopback)
-
+from tests.gateway.clients import (
+    DATA_URL,
+    GREEDY,
+    HIMAP,
+    KEPT_DEEP,
+    NUM_TOKENS,
+    ROOM,
+    Expected,
+    Paint,
+    chat_messages,
+    responses_input,
+    tool,
+)
+from tests.gateway.images import ImageHost
+from tests.gateway.support import client
+from tests.servers import Server
 
 # The OpenAI SDK: chat
 
@@ -429,138 +340,3 @@ def test_openai_errors(server: Server) -> None:
             )
         assert bad.value.param == "himap.deep_ratio"
     assert asking.models.list().data[0].id == "tiny"
-
-
-# LangChain
-
-
-@pytest.mark.usefixtures("only_loopback")
-def test_langchain(
-    server: Server, url: str, expected: Expected, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LANGSMITH_TRACING", "false")
-    from langchain_core.messages import HumanMessage
-    from langchain_openai import ChatOpenAI
-
-    def model(**options: Any) -> ChatOpenAI:
-        settings: dict[str, Any] = {
-            "model": "tiny", "base_url": f"{server.url}/v1", "api_key": "none", "temperature": 0,
-            "max_tokens": NUM_TOKENS, "max_retries": 0, "extra_body": {"himap": HIMAP}, **options,
-        }  # fmt: skip
-        return ChatOpenAI(**settings)
-
-    message = HumanMessage(chat_messages(url)[0]["content"])
-    answer = model().invoke([message])
-    assert answer.content == expected.text
-    assert answer.response_metadata["token_usage"]["himap"] == expected.usage["himap"]
-
-    # LangChain keeps of a stream's usage what it knows.
-    chunks = list(model(stream_usage=True).stream([message]))
-    assert "".join(str(chunk.content) for chunk in chunks) == expected.text
-    usages = [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata]
-    assert usages[0]["input_tokens"] == expected.usage["prompt_tokens"]
-
-    answer = model(use_responses_api=True).invoke([message])
-    assert answer.text == expected.responses_text
-
-    structured = model(max_tokens=ROOM).with_structured_output(Paint, method="json_schema")
-    assert isinstance(structured.invoke([message]), Paint)
-    calling = model(max_tokens=ROOM).bind_tools(
-        [Paint], tool_choice="any", strict=True, parallel_tool_calls=False
-    )
-    (call,) = calling.invoke([message]).tool_calls
-    assert call["name"] == "Paint"
-    assert Paint.model_validate(call["args"])
-
-
-# LiteLLM
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own use of pydantic
-@pytest.mark.usefixtures("only_loopback")
-def test_litellm(
-    server: Server, url: str, expected: Expected, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else fetched when imported
-    monkeypatch.setenv("LITELLM_MODE", "PRODUCTION")  # else it reads .env files
-    import litellm
-
-    litellm.telemetry = False
-    litellm.suppress_debug_info = True
-    request: dict[str, Any] = {
-        "model": "openai/tiny", "api_base": f"{server.url}/v1", "api_key": "none",
-        "messages": chat_messages(url), "max_tokens": NUM_TOKENS, "temperature": 0,
-        "max_retries": 0, "extra_body": {"himap": HIMAP},
-    }  # fmt: skip
-    answer: Any = litellm.completion(**request)
-    assert answer.choices[0].message.content == expected.text
-    assert answer.usage.himap == expected.usage["himap"]
-
-    # LiteLLM keeps of a stream's usage what it knows.
-    chunks: list[Any] = list(
-        litellm.completion(**request, stream=True, stream_options={"include_usage": True})
-    )
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
-    assert chunks[-1].usage.prompt_tokens == expected.usage["prompt_tokens"]
-
-    with pytest.raises(litellm.exceptions.BadRequestError, match="deep_ratio"):
-        litellm.completion(**{**request, "extra_body": {"himap": {"deep_ratio": 0.95}}})
-
-
-# Node
-
-
-@pytest.fixture(scope="module")
-def node_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the Node SDK and our script."""
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI must have Node and npm")
-        pytest.skip("needs Node and npm")
-    directory = tmp_path_factory.mktemp("node")
-    # Without a lock file in the repository: it would hold the addresses of a registry.
-    subprocess.run(
-        [npm, "install", "--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts",
-         "--prefix", str(directory), NODE_PACKAGE],
-        check=True, timeout=120,
-    )  # fmt: skip
-    # Beside its modules: that is where Node looks for what a module imports.
-    shutil.copy(Path(__file__).with_name("node_client.mjs"), directory)
-    return directory
-
-
-def test_node(server: Server, url: str, expected: Expected, node_directory: Path) -> None:
-    given = {
-        "baseURL": f"{server.url}/v1",
-        "himap": HIMAP,
-        "chat": {**GREEDY, "messages": chat_messages(url)},
-        "tools": [tool()],
-        "room": ROOM,
-        "response": {
-            "model": "tiny", "input": responses_input(url), "max_output_tokens": NUM_TOKENS,
-            "temperature": 0,
-        },
-    }  # fmt: skip
-    ran = subprocess.run(
-        ["node", "node_client.mjs"],
-        input=json.dumps(given), cwd=node_directory, capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    got = json.loads(ran.stdout)
-    assert got["models"] == ["tiny"]
-    assert got["chat"]["choices"][0]["message"]["content"] == expected.text
-    assert got["chat"]["usage"]["himap"] == expected.usage["himap"]
-    assert got["streamed"] == expected.text
-    assert got["streamUsage"]["himap"] == expected.usage["himap"]
-    assert got["tool"]["name"] == "paint"
-    assert Paint.model_validate_json(got["tool"]["arguments"])
-    assert Paint.model_validate(got["parsed"])
-    assert got["response"]["output_text"] == expected.responses_text
-    assert got["response"]["usage"]["himap"]["kept_deep"] == KEPT_DEEP
-    assert got["responseStreamed"] == expected.responses_text
-    assert len(got["text"]) == NUM_TOKENS
-    assert got["error"]["name"] == "BadRequestError"
-    assert got["error"]["status"] == 400
-    assert "deep_ratio" in got["error"]["message"]
