@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from tests.world import World
 
 __all__ = ["environment"]  # imported for its effect
+pytest_plugins = ("tests.workers",)
 
 # Their asserts tell what they compared, as those of test files do.
-pytest.register_assert_rewrite("tests.engines", "tests.gateway.support", "tests.world")
+pytest.register_assert_rewrite(
+    "tests.engines", "tests.gateway.hostile", "tests.gateway.support", "tests.world"
+)
 
 if not interpreter.WANTED:
     collect_ignore = ["interpreted"]

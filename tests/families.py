@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 
@@ -388,3 +389,8 @@ TINY: dict[str, Tiny] = {
     "pixtral": Tiny(pixtral, "[IMG]"),
     "mistral3": Tiny(mistral3, "[IMG]"),
 }
+
+# A test for each; with several workers, those of a family run on the same one.
+every_family = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TINY]
+)

@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from himap_vllm.model.families import FAMILIES
 from tests.checkpoints import sample_images
 from tests.engines import Case, Engine
-from tests.families import QWEN_IMAGE, TINY
+from tests.families import QWEN_IMAGE, TINY, every_family
 from tests.world import World, assert_equals_oracle
 
 RATIOS = ((0.25, 0.5), (0.5, 0.75), (0.75, 0.25), (0.9, 0.9), (0.5, 0.0))
@@ -62,7 +62,7 @@ def equal_oracle(world: World, engine: Engine, name: str, mixed: list[Case]) -> 
     assert ties <= len(mixed) // 6
 
 
-@pytest.mark.parametrize("name", TINY)
+@every_family
 def test_a_mixed_batch_equals_the_oracle(world: World, name: str) -> None:
     equal_oracle(world, world.engine(name), name, cases(TINY[name].image))
 
@@ -73,7 +73,7 @@ def test_compiled(world: World, name: str) -> None:
     equal_oracle(world, world.engine(name, compiled=True), name, cases(TINY[name].image))
 
 
-@pytest.mark.parametrize("name", TINY)
+@every_family
 def test_ratio_zero_equals_stock(world: World, name: str) -> None:
     prompts = [
         Case(prompt.format(TINY[name].image), pictures(j, count), (0.0, 0.0), max_tokens=20)

