@@ -6,14 +6,14 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint unit test serve bench
+.PHONY: help setup lint unit test latest constraints serve bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup:  ## editable installation with all development tools
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -e '.[cpu,dev]'
+	$(BIN)/pip install -e '.[cpu,dev]' -c constraints.txt
 
 lint:  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check
@@ -23,8 +23,18 @@ lint:  ## ruff and mypy, as CI runs them
 unit:  ## tests without an engine, under a minute
 	$(BIN)/pytest tests/unit
 
-test:  ## the whole suite
-	$(BIN)/pytest
+test:  ## the whole suite, and what it needs; more options in ARGS
+	$(BIN)/python -m tests $(ARGS)
+
+latest:  ## tests without an engine, on the newest versions that the project allows
+	rm -rf build/latest && $(PYTHON) -m venv build/latest
+	build/latest/bin/pip install --quiet -e '.[cpu,dev]'
+	build/latest/bin/pip freeze --exclude-editable | diff constraints.txt - || true  # what is newer
+	build/latest/bin/pytest tests/unit
+
+constraints:  ## write constraints.txt anew from the active environment
+	header=$$(grep '^#' constraints.txt) && freeze=$$($(BIN)/pip freeze --exclude-editable) \
+	    && printf '%s\n' "$$header" "$$freeze" | sed 's/+cpu$$//' > constraints.txt
 
 # Example: make serve ARGS='llava-hf/llava-1.5-7b-hf --shallow-layer 2'
 serve:  ## the gateway with the bundled model, or with MODEL and flags in ARGS
