@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.conftest import PICTURES, ImageHost
+from tests.gateway.images import PICTURES, ImageHost
 from tests.gateway.support import client, gateway
 from tests.servers import Server, picture_message
 from tests.world import World
