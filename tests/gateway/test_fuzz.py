@@ -26,7 +26,6 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.checkpoints import IMAGE_ID
-from tests.gateway.images import ImageHost
 from tests.gateway.hostile import (
     BODIES,
     CHAT,
@@ -39,6 +38,7 @@ from tests.gateway.hostile import (
     user,
     with_schema,
 )
+from tests.gateway.images import ImageHost
 from tests.gateway.support import post
 from tests.servers import Server, picture_message
 
