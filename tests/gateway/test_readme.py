@@ -44,5 +44,6 @@ def test_clients(server: Server, tmp_path: Path) -> None:
 
 def test_offline(tmp_path: Path) -> None:
     offline, _chat = examples("README.md")
-    printed = run(offline, tmp_path).strip().splitlines()[-1]
-    assert printed.strip() == re.findall(r"print\(.*# (.+)$", offline, re.MULTILINE)[0]
+    (answer,) = re.findall(r"print\(.*# (.+)$", offline, re.MULTILINE)
+    # vLLM logs to the same stream while it ends.
+    assert answer in [line.strip() for line in run(offline, tmp_path).splitlines()]
