@@ -6,7 +6,7 @@ Such a note is a list item or a paragraph:
 
     * `vllm.dotted.path.Class.method` (overridden): why it is needed. Remove when: condition.
 
-Several symbols are separated by commas. What is done with them is one of `HOW`. Names outside vLLM
+Several symbols are separated by commas, each or the last with one of `HOW`. Names outside vLLM
 (`uvicorn.Config`) are noted in the same way.
 """
 
@@ -28,7 +28,7 @@ HOW = ("overridden", "wrapped", "subclassed", "called", "read")
 MARK = "Remove when:"
 
 _NAME = r"`[A-Za-z_][\w.]*`"
-_NOTE = re.compile(rf"((?:{_NAME},? )+)\((\w+)\): (.+?) {MARK} (.+)\.")
+_NOTE = re.compile(rf"((?:(?:{_NAME},? )+\(\w+\)(?:, )?)+): (.+?) {MARK} (.+)\.")
 # Words that notes had before there was one form, and the start of a note that lacks its end.
 _STRAY = re.compile(
     rf"(?i)\bcan go\b[^.]{{0,30}} (when|with|once)\b|\bgoes (away )?(when|with)\b|\bvllm seams?\b"
@@ -43,7 +43,7 @@ class Seam:
     Attributes:
         file: that relies on the symbols, relative to the root of the project.
         symbols: fully qualified.
-        how: one of `HOW`.
+        how: of `HOW`, one for all symbols or one for each.
         why: what they are needed for.
         remove_when: what must be so for the note and its code to go.
     """
@@ -87,12 +87,13 @@ def seams_of(source: str, file: str) -> Iterator[Seam]:
                     f"{file}: not a seam note in the form of scripts.seams: {paragraph}"
                 )
             continue
-        names, how, why, condition = note.groups()
-        if how not in HOW or MARK in condition:
+        names, why, condition = note.groups()
+        how = re.findall(r"\((\w+)\)", names)
+        if not set(how) <= set(HOW) or MARK in condition:
             raise SeamNoteError(
                 f"{file}: one of {', '.join(HOW)}, and one note an item: {paragraph}"
             )
-        yield Seam(file, tuple(re.findall(r"`(.+?)`", names)), how, why, condition)
+        yield Seam(file, tuple(re.findall(r"`(.+?)`", names)), ", ".join(how), why, condition)
 
 
 def _paragraphs(source: str) -> Iterator[str]:

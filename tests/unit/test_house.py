@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of the house: who may import what, sizes, seam notes. Source is read, not imported."""
+"""Rules of the house: who may import what, and sizes. Source is read, not imported."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.seams import ROOT, SeamNoteError, seams_of
+from scripts.seams import ROOT
 
 PACKAGE = ROOT / "himap_vllm"
 CODE = ("himap_vllm", "server", "evaluation", "demo", "training", "bench", "tests", "scripts")
@@ -220,38 +220,3 @@ def test_functions_are_short() -> None:
                 if lines > MAX_FUNCTION_LINES and not kernel:
                     long[f"{path.relative_to(ROOT)}:{node.name}"] = lines
     assert not long.keys() - PENDING, long
-
-
-@pytest.mark.parametrize(
-    "note",
-    [
-        "`vllm.a.B.c` (overridden): no end.",
-        "`vllm.a.B.c` (patched): why. Remove when: x.",
-        "B.c: why. Remove when: x.",
-        "`vllm.a.B.c` (called): why. Can go when vLLM has it.",
-        "vLLM seam: B.c.",
-        "`vllm.a.b` (read): why. Remove when: x. `vllm.a.c` (read): why. Remove when: y.",
-    ],
-)
-def test_a_note_in_another_form_is_found(note: str) -> None:
-    with pytest.raises(SeamNoteError):
-        list(seams_of(f'"""Module.\n\n* {note}\n"""\n', "file.py"))
-
-
-def test_notes_are_found_in_docstrings_and_comments() -> None:
-    source = '''def f():
-    """Text.
-
-    * `vllm.a.b`, `vllm.a.c` (called): a reason that goes
-      on. Remove when: it is
-      there.
-    * `vllm.d` (read): why. Remove when: never.
-    """
-    # `vllm.e` (wrapped): why, over
-    # two lines. Remove when: x.
-    return 1
-'''
-    found = list(seams_of(source, "file.py"))
-    assert [seam.symbols for seam in found] == [("vllm.a.b", "vllm.a.c"), ("vllm.d",), ("vllm.e",)]
-    assert found[0].why == "a reason that goes on."
-    assert [seam.remove_when for seam in found] == ["it is there", "never", "x"]

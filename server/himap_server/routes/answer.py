@@ -55,8 +55,8 @@ async def answer(
 ) -> Response:
     """The answer to a checked request.
 
-    * `vllm.multimodal.cache.MultiModalProcessorSenderCache` (read): vLLM sends an image that it has
-      sent before as a hash. If the request that brought the image was refused or aborted on its
+    * `vllm.multimodal.cache.lru.LruKeyReplicatedSenderCache` (read): vLLM sends an image that it
+      has sent before as a hash. If the request that brought the image was refused or aborted on its
       way, the engine has never seen it, and fails. Both sides know by then, and a second attempt
       succeeds. Remove when: vLLM makes that attempt, or keeps both caches alike.
 
