@@ -111,9 +111,8 @@ class Results:
 def mean_prompt_tokens(measurements: list[Measurement]) -> float:
     """Mean prompt length at the lowest concurrency, image tokens included, as the server says."""
     lowest = min(m.concurrency for m in measurements)
-    return mean(
-        tokens for m in measurements if m.concurrency == lowest for tokens in m.result["input_lens"]
-    )
+    measured = (m.result["input_lens"] for m in measurements if m.concurrency == lowest)
+    return float(mean(tokens for lengths in measured for tokens in lengths))
 
 
 def checks(results: Results) -> list[Check]:

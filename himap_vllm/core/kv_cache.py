@@ -188,6 +188,6 @@ def group_stages(kv_cache_config: KVCacheConfig, stage_layers: Sequence[int]) ->
 def bytes_per_block(kv_cache_config: KVCacheConfig) -> int:
     """Memory of one block of the shared pool, on this worker: that of the largest group."""
     return max(
-        len(group.layer_names) * group.kv_cache_spec.page_size_bytes
+        len(group.layer_names) * int(group.kv_cache_spec.page_size_bytes)
         for group in kv_cache_config.kv_cache_groups
     )

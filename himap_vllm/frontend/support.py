@@ -78,7 +78,8 @@ def check_and_configure(vllm_config: VllmConfig) -> None:
 
 def is_supported_vllm() -> bool:
     """Whether the plugin knows this vLLM's internals."""
-    return vllm.__version__.split("+")[0].rpartition(".")[0] == SUPPORTED_VLLM
+    version: str = vllm.__version__
+    return version.split("+")[0].rpartition(".")[0] == SUPPORTED_VLLM
 
 
 def is_configured(vllm_config: VllmConfig) -> bool:

@@ -181,7 +181,7 @@ class _SegmentedDecoder(nn.Module):
         with self._stage(step, 2):
             hidden_states = last(*self._gather(step, 2, again, inputs[0], hidden_states, residual))
         # The runner's sampling indices count every token of the step.
-        full = hidden_states.new_zeros(len(inputs_embeds), hidden_states.shape[-1])
+        full: torch.Tensor = hidden_states.new_zeros(len(inputs_embeds), hidden_states.shape[-1])
         full.index_copy_(0, rows.index_select(0, again), hidden_states[: len(again)])
         return full
 

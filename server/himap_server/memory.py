@@ -17,7 +17,7 @@ _NO_LIMIT = 1 << 60  # of cgroup v1, which says PAGE_COUNTER_MAX
 
 def available_memory() -> int:
     """Bytes that can still be used: of the machine's memory, and of every cgroup's around us."""
-    return min([psutil.virtual_memory().available, *_left_in_cgroups(Path("/"))])
+    return min([int(psutil.virtual_memory().available), *_left_in_cgroups(Path("/"))])
 
 
 def _left_in_cgroups(root: Path) -> Iterator[int]:
