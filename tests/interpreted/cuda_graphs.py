@@ -76,7 +76,13 @@ class GraphPiece:
     @staticmethod
     def of(runner: Any) -> list[GraphPiece]:
         """Those of one model runner."""
-        return [piece for piece in GraphPiece.pieces if piece._config is runner.vllm_config]
+        layers = runner.compilation_config.static_forward_context
+        return [
+            piece
+            for piece in GraphPiece.pieces
+            # Its language model has a configuration of its own, with the runner's inside.
+            if piece._config.compilation_config.static_forward_context is layers
+        ]
 
     @property
     def num_captures(self) -> int:
