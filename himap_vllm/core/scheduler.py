@@ -113,8 +113,9 @@ class _PruningMixin(_Base):
         return result
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        result = super()._free_request(request, *args, **kwargs)  # needs the plan
         self.himap_plans.pop(request.request_id, None)
-        return super()._free_request(request, *args, **kwargs)
+        return result
 
 
 class PruningScheduler(_PruningMixin, Scheduler):

@@ -111,6 +111,16 @@ class PromptPlan:
             )
         return num_tokens - self.removed[stage]
 
+    def position(self, stage: int, num_entries: int) -> int:
+        """Tokens of the sequence by which `stage` has `num_entries` KV entries.
+
+        Inside the part that is computed in one step this depends on the data; the answer there is
+        the latest possible one.
+        """
+        if num_entries <= self.first_image_token:
+            return num_entries
+        return num_entries + self.removed[stage]
+
     def chunk(self, num_computed: int, num_new: int, step_limit: int) -> int:
         """The longest chunk of at most `num_new` tokens from `num_computed` that may be run.
 

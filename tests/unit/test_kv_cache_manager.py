@@ -24,6 +24,23 @@ STAGES = (0, 1, 1, 2, 2, 2)  # of the KV cache groups
 NO_ROOM = "no room"
 
 
+class OrderedKVCacheManager(KVCacheManager):
+    """vLLM's, but for the order in which blocks are returned; slow and plain."""
+
+    plans: dict[str, PromptPlan]
+
+    def free(self, request: Request) -> None:
+        blocks = []
+        plan = self.plans.get(request.request_id)
+        for group, stage in zip(self.coordinator.single_type_managers, STAGES, strict=True):
+            for i, block in enumerate(group.pop_blocks_for_free(request.request_id)):
+                behind = plan is not None and i * SIZE > plan.first_image_token
+                place = i * SIZE + (plan.removed[stage] if plan is not None and behind else 0)
+                blocks.append((place, group.kv_cache_group_id, block))
+        blocks.sort(key=lambda entry: entry[:2])
+        self.block_pool.free_blocks(block for _, _, block in reversed(blocks))
+
+
 class Side:
     """One of the two managers, with requests of its own."""
 
@@ -35,7 +52,7 @@ class Side:
             for stage in STAGES
         ]
         groups = [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
-        self.manager = KVCacheManager(
+        self.manager = OrderedKVCacheManager(
             KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
             max_model_len=256,
             scheduler_block_size=SIZE,
@@ -44,6 +61,7 @@ class Side:
         )
         self.plans: dict[str, PromptPlan] = {}
         self.requests: dict[str, Request] = {}
+        self.manager.plans = self.plans
         for group in self.manager.coordinator.single_type_managers:
             group.plans = self.plans
         if shortcut:

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of a prefix survives when other requests take memory: vLLM's manager against ours.
+
+The memory is the same: stock vLLM has one group of all layers, we have a group of some layers for
+each entry of `STAGES`, with as many more blocks.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+
+from himap_vllm.core.kv_cache import StageAttentionSpec
+from himap_vllm.core.kv_cache_manager import make_pruning_manager
+from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios
+
+SIZE = 16  # tokens to a block
+STAGES = (0,) + (1,) * 3 + (2,) * 12  # 32 layers cut at (2, 8)
+CAPACITY = 64  # blocks of all layers
+PROMPT = list(range(512))
+
+
+class Cache:
+    """A manager and its requests, one after the other."""
+
+    def __init__(self, pruning: bool) -> None:
+        shape = {"block_size": SIZE, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
+        specs = (
+            [StageAttentionSpec(**shape, stage=stage) for stage in STAGES]
+            if pruning
+            else [FullAttentionSpec(**shape)]
+        )
+        self.manager = KVCacheManager(
+            KVCacheConfig(
+                num_blocks=1 + CAPACITY * len(specs),
+                kv_cache_tensors=[],
+                kv_cache_groups=[KVCacheGroupSpec([f"{i}"], spec) for i, spec in enumerate(specs)],
+            ),
+            max_model_len=2048,
+            scheduler_block_size=SIZE,
+            hash_block_size=SIZE,
+        )
+        self.plans: dict[str, PromptPlan] = {}
+        self.pruning = pruning
+        if pruning:
+            make_pruning_manager(self.manager, STAGES, self.plans)
+
+    def _request(self, name: str, tokens: list[int], plan: PromptPlan | None) -> Request:
+        params = SamplingParams(max_tokens=1)
+        params.update_from_generation_config({}, 0)
+        hasher = get_request_block_hasher(SIZE, sha256)
+        request = Request(name, tokens, params, None, block_hasher=hasher)
+        if plan is not None and self.pruning:
+            del request.block_hashes[plan.first_image_token // SIZE :]
+            request._block_hasher = None
+            self.plans[name] = plan
+        return request
+
+    def cached_tokens(self, tokens: list[int], plan: PromptPlan | None = None) -> int:
+        """Tokens of a prompt that the prefix cache has."""
+        return self.manager.get_computed_blocks(self._request("look", tokens, plan))[1]
+
+    def run(
+        self, name: str, tokens: list[int], plan: PromptPlan | None = None, deferred: bool = False
+    ) -> None:
+        """Compute a prompt whole, end the request."""
+        request = self._request(name, tokens, plan)
+        blocks, num_computed, *_ = self.manager.get_computed_blocks(request)
+        num_new = len(tokens) - num_computed
+        assert self.manager.allocate_slots(request, num_new, num_computed, blocks) is not None
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = len(tokens)
+        if deferred:  # as the scheduler does while the worker may still write to the blocks
+            blocks = self.manager.pop_blocks_for_free(request)
+            self.manager.block_pool.free_blocks(reversed(blocks))
+        else:
+            self.manager.free(request)
+        self.plans.pop(name, None)
+
+
+def others(name: int, num_tokens: int) -> list[int]:
+    """A prompt that shares nothing with any other."""
+    return [10_000 * (name + 1)] * num_tokens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hashing() -> None:
+    init_none_hash(sha256)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("taken", [2, 6, 12, 20, 28], ids=lambda n: f"{n}_of_32_blocks")
+def test_a_prefix_is_evicted_from_its_end(taken: int, deferred: bool) -> None:
+    caches = Cache(pruning=False), Cache(pruning=True)
+    for cache in caches:
+        cache.run("prefix", PROMPT, deferred=deferred)
+        cache.run("other", others(0, (CAPACITY - len(PROMPT) // SIZE + taken) * SIZE))
+    stock, ours = (cache.cached_tokens([*PROMPT, 1]) for cache in caches)
+    assert stock == len(PROMPT) - taken * SIZE
+    assert ours >= stock - 2 * SIZE
+
+
+@pytest.mark.parametrize("taken", [2, 6, 12, 20, 28])
+def test_text_before_a_pruned_image_is_evicted_from_its_end(taken: int) -> None:
+    """The blocks behind the first image, of which each stage has another number, go first."""
+    image = ImageTokens(((300, 480),))
+    plan = PromptPlan(len(PROMPT), (image,), Ratios(0.5, 0.75))
+    caches = Cache(pruning=False), Cache(pruning=True)
+    for cache in caches:
+        cache.run("prefix", PROMPT, plan)
+        cache.run("other", others(0, (CAPACITY - len(PROMPT) // SIZE + taken) * SIZE))
+    stock, ours = (cache.cached_tokens(PROMPT, plan) for cache in caches)
+    assert 0 < ours <= image.first
+    assert ours >= min(stock, image.first) - 2 * SIZE
+
+
+@pytest.mark.parametrize("taken", [2, 6, 12, 20, 28])
+def test_the_oldest_prefix_goes_first(taken: int) -> None:
+    """Several prefixes, one of them used again, and small requests that take memory bit by bit."""
+    caches = Cache(pruning=False), Cache(pruning=True)
+    prefixes = [others(i, 15 * SIZE) for i in range(4)]
+    for cache in caches:
+        for i, prefix in enumerate(prefixes):
+            cache.run(f"prefix {i}", prefix)
+        cache.run("again", [*prefixes[0], 7])
+        for i in range(taken):
+            cache.run(f"other {i}", others(10 + i, SIZE))
+    found = [[cache.cached_tokens([*prefix, 1]) for prefix in prefixes] for cache in caches]
+    for stock, ours in zip(*found, strict=True):
+        assert ours >= stock - 2 * SIZE
