@@ -14,6 +14,10 @@ Seams:
 * `vllm.v1.core.sched.scheduler.Scheduler._try_schedule_encoder_inputs` (overridden): may shorten
   or postpone the chunk of any request that has images, for running and waiting requests alike,
   before blocks are allocated. Remove when: a request can declare a range that is not split.
+* `vllm.v1.core.sched.scheduler.Scheduler.running`,
+  `vllm.v1.core.sched.scheduler.Scheduler.max_num_scheduled_tokens` (read): what room a later step
+  has. Each running request ahead takes at least one token of it. Remove when: a request can declare
+  a range that is not split.
 * `vllm.v1.core.sched.scheduler.Scheduler._free_request` (overridden): ends every request, finished
   or aborted. Preemption does not pass there, so the plan stays. Remove when: requests carry plugin
   data of their own.
@@ -26,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from himap_vllm.config import engine_settings
 from himap_vllm.core.kv_cache import group_stages
@@ -61,7 +65,10 @@ class _PruningMixin(_Base):
             settings.deep_layer,
             [stages.count(stage) for stage in sorted(set(stages))],
         )
-        _, self.himap_step_limit = step_limit(self.vllm_config.scheduler_config)
+        _, self.himap_step_limit = step_limit(self.scheduler_config)
+        self.himap_step_budget = min(
+            self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens
+        )
         self.himap_plans: dict[str, PromptPlan] = {}
         make_pruning_manager(manager, stages, self.himap_plans)
 
@@ -97,11 +104,14 @@ class _PruningMixin(_Base):
                 *args, **kwargs,
             )  # fmt: skip
             return result
-        chunk = plan.chunk(num_computed_tokens, num_new_tokens, self.himap_step_limit)
+        limit = self.himap_step_limit
+        ahead = len(self.running) - (request.status is RequestStatus.RUNNING)
+        later = min(limit, self.himap_step_budget - ahead)
+        chunk = plan.chunk(num_computed_tokens, num_new_tokens, limit, later)
         result = schedule(
             request, num_computed_tokens, chunk, encoder_compute_budget, *args, **kwargs
         )
-        allowed = plan.chunk(num_computed_tokens, result[1], self.himap_step_limit)
+        allowed = plan.chunk(num_computed_tokens, result[1], limit, later)
         if allowed == result[1]:
             return result
         # The step has room for the prompt, but not for all its images, so the images wait. Release

@@ -121,27 +121,32 @@ class PromptPlan:
             return num_entries
         return num_entries + self.removed[stage]
 
-    def chunk(self, num_computed: int, num_new: int, step_limit: int) -> int:
+    def chunk(self, num_computed: int, num_new: int, step_limit: int, later: int) -> int:
         """The longest chunk of at most `num_new` tokens from `num_computed` that may be run.
 
-        If the whole prompt fits in one step, wait for such a step: starting with its leading text
-        would pin KV blocks and a running slot. The room that is left would then let every waiting
-        prompt do the same.
+        The text before the first image may run ahead of the one-step part. The prompt waits where
+        that would only pin KV blocks and a running slot: a later step is sure to have room for the
+        whole prompt, or it is not sure to have room for the one-step part.
 
         Args:
             num_computed: tokens computed so far.
             num_new: tokens that fit in this step.
             step_limit: the largest number of tokens of one request that fits in any step.
+            later: tokens that fit in a later step when all requests ahead of this one decode.
 
         Returns:
-            `num_new`, or the number of remaining text tokens before the first image, or 0 to wait
-            for a step with more room.
+            `num_new`, or a number of text tokens before the first image, or 0 to wait for a step
+            with more room.
         """
         if num_computed + num_new >= self.num_prompt_tokens:
             return num_new
-        if self.num_prompt_tokens - num_computed <= step_limit:
+        left = self.num_prompt_tokens - num_computed
+        text = self.first_image_token - num_computed
+        if left <= step_limit and (left <= later or self.one_step_tokens > later):
             return 0
-        return min(num_new, self.first_image_token - num_computed)
+        if left <= step_limit and num_new < text <= later:
+            return 0
+        return min(num_new, text)
 
 
 def make_plan(

@@ -54,29 +54,69 @@ def test_stage_tokens_count_what_reaches_the_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_computed", "num_new", "step_limit", "allowed"),
+    ("num_computed", "num_new", "step_limit", "later", "allowed"),
     [
-        (0, 30, 64, 30),  # all at once
-        (0, 35, 64, 35),  # recomputation with generated tokens
-        (30, 1, 64, 1),  # decode
-        # Fits a step as a whole: not begun in a lesser one.
-        (0, 25, 64, 0),
-        (0, 8, 64, 0),
-        (8, 21, 64, 0),
-        (10, 19, 24, 0),
+        (0, 30, 64, 50, 30),  # all at once
+        (0, 35, 64, 50, 35),  # recomputation with generated tokens
+        (30, 1, 64, 50, 1),  # decode
+        # A later step has room for all of it, once the other prefills are done.
+        (0, 25, 64, 50, 0),
+        (0, 8, 64, 50, 0),
+        (8, 21, 64, 50, 0),
+        (10, 19, 24, 24, 0),
+        # Too many decode for all of it at once, but not for the 20 tokens from the image on.
+        (0, 25, 32, 25, 10),
+        (0, 10, 32, 20, 10),
+        (4, 6, 32, 25, 6),
+        (10, 19, 32, 19, 0),  # at the image: wait
+        # The text has no room now. It will have, or there never is room for all of the text.
+        (0, 8, 32, 25, 0),
+        # The one-step part may find no room for long.
+        (0, 19, 32, 19, 0),
+        (0, 10, 32, 5, 0),
         # Never fits as a whole: the text before the image is chunked as usual.
-        (0, 8, 24, 8),
-        (0, 24, 24, 10),
-        (4, 24, 24, 6),
-        (10, 20, 24, 20),
+        (0, 8, 24, 24, 8),
+        (0, 24, 24, 24, 10),
+        (4, 24, 24, 20, 6),
+        (10, 20, 24, 24, 20),
     ],
 )
 def test_chunks_never_split_the_one_step_part(
-    num_computed: int, num_new: int, step_limit: int, allowed: int
+    num_computed: int, num_new: int, step_limit: int, later: int, allowed: int
 ) -> None:
     plan = make_plan(30, [image((10, 20))], Ratios(0.5, 0.5))
     assert plan is not None
-    assert plan.chunk(num_computed, num_new, step_limit) == allowed
+    assert plan.chunk(num_computed, num_new, step_limit, later) == allowed
+
+
+def test_a_long_text_before_the_image_is_chunked_while_others_decode() -> None:
+    """20 decodes in steps of 256: a prompt of 246 tokens, of which 46 from the image on."""
+    late = make_plan(246, [image((200, 230))], Ratios(0.5, 0.5))
+    assert late is not None
+    assert late.chunk(0, 236, 256, 236) == 200
+    assert late.chunk(200, 46, 256, 236) == 46
+    later = make_plan(246, [image((240, 244))], Ratios(0.5, 0.5))
+    assert later is not None
+    assert later.chunk(0, 236, 256, 236) == 236  # the text has no room in any step
+
+
+@pytest.mark.parametrize("num_decoding", range(0, 60, 7))
+def test_no_prompt_starves_while_others_decode(num_decoding: int) -> None:
+    """Each begins at once if its one-step part fits beside those that decode, and it ends."""
+    limit = 64
+    for num_tokens in range(2, 120):
+        for start in range(num_tokens - 1):
+            plan = make_plan(num_tokens, [image((start, num_tokens))], Ratios(0.5, 0.5))
+            room = limit - num_decoding
+            if plan is None or not 0 < plan.one_step_tokens <= room:
+                continue
+            computed = steps = 0
+            while computed < num_tokens:
+                new = plan.chunk(computed, min(num_tokens - computed, room), limit, room)
+                assert new > 0
+                computed += new
+                steps += 1
+            assert steps <= -(-start // room) + 1
 
 
 def test_no_plan_where_nothing_is_dropped() -> None:

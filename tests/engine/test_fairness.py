@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pruned prompt beside others that decode, on a real engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.checkpoints import sample_images
+from tests.engines import Case, watched
+from tests.world import World, assert_equals_oracle
+
+PICTURE = sample_images(1, seed=4)[0]
+LIMIT = 96
+NUM_DECODING = 12
+
+
+def test_a_prompt_of_nearly_a_whole_step_begins_while_others_decode(world: World) -> None:
+    """It fits a step, but none in which as many others decode; its text may run ahead."""
+    engine = world.engine(max_num_batched_tokens=LIMIT)
+    core = engine.llm.llm_engine
+    case = Case("x" * 40 + "<image>" + "y" * 15, (PICTURE,), (0.5, 0.75))
+    decoding = Case("Go on.", (), None, max_tokens=60)
+    for i in range(NUM_DECODING):
+        core.add_request(f"decoding {i}", engine.prompt(decoding), engine.params(decoding))
+    for _ in range(4):
+        core.step()
+    chunks: list[int] = []
+
+    def look(output: Any) -> None:
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            if request_id.startswith("pruned") and num_tokens > 1:
+                chunks.append(num_tokens)
+
+    core.add_request("pruned", engine.prompt(case), engine.params(case))
+    finished: list[Any] = []
+    with watched(engine, look):
+        while core.has_unfinished_requests():
+            finished += [output for output in core.step() if output.finished]
+    assert finished[0].request_id == "pruned"
+    num_tokens = len(finished[0].prompt_token_ids)
+    assert LIMIT - NUM_DECODING < num_tokens <= LIMIT
+    assert len(chunks) == 2
+    assert sum(chunks) == num_tokens
+    assert_equals_oracle(world, engine, "mha12", case, finished[0])

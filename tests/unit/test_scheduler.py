@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pruning scheduler, step by step, without a worker: who gets how many tokens, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from himap_vllm.core.kv_cache import StageAttentionSpec
+from himap_vllm.core.scheduler import PruningScheduler
+from himap_vllm.plan.prompt import Ratios
+from himap_vllm.plan.requests import Decision, stamp
+from tests.checkpoints import build_llava
+
+SIZE = 16
+LIMIT = 256
+NUM_GROUPS = 6  # of two layers: 2 / 6 / 4 layers per stage
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    init_none_hash(sha256)
+    path = tmp_path_factory.mktemp("checkpoints") / "llava"
+    build_llava(path, image_size=84, patch_size=14, num_layers=12, num_heads=4, num_kv_heads=4)
+    return path
+
+
+class Steps:
+    """A scheduler and a worker that answers every request with the same token."""
+
+    def __init__(self, checkpoint: Path, num_blocks: int = 4000) -> None:
+        config = EngineArgs(
+            model=str(checkpoint),
+            additional_config={"himap": {"shallow_layer": 2, "deep_layer": 8}},
+            max_model_len=1024,
+            max_num_seqs=64,
+            max_num_batched_tokens=LIMIT,
+            dtype="float32",
+        ).create_engine_config()
+        config.cache_config.num_gpu_blocks = num_blocks
+        shape: dict[str, Any] = {"num_kv_heads": 4, "head_size": 16, "dtype": torch.float32}
+        groups = []
+        for stage, names in enumerate((range(2), range(2, 8), range(8, 12))):
+            spec = StageAttentionSpec(block_size=SIZE, stage=stage, **shape)
+            layers = [f"model.layers.{i}.attn" for i in names]
+            groups += [KVCacheGroupSpec(layers[i : i + 2], spec) for i in range(0, len(layers), 2)]
+        assert len(groups) == NUM_GROUPS
+        self.scheduler: Any = PruningScheduler(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(
+                num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups
+            ),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=SIZE,
+            hash_block_size=SIZE,
+        )
+
+    def add(self, name: str, num_tokens: int, image: int | None = None, answer: int = 200) -> None:
+        """A request; with an image of 36 tokens at `image`, a pruned one."""
+        params = SamplingParams(max_tokens=answer, ignore_eos=True)
+        params.update_from_generation_config({}, 0)
+        features = []
+        if image is not None:
+            stamp(params, Decision("pruned", Ratios(0.5, 0.75)))
+            place = PlaceholderRange(offset=image, length=36)
+            features = [MultiModalFeatureSpec(None, "image", name, place)]
+        hasher = get_request_block_hasher(SIZE, sha256)
+        tokens = [hash(name) % 1000] * num_tokens
+        self.scheduler.add_request(
+            Request(name, tokens, params, None, mm_features=features, block_hasher=hasher)
+        )
+
+    def step(self) -> dict[str, int]:
+        """Tokens of each request in the next step."""
+        output = self.scheduler.schedule()
+        names = list(output.num_scheduled_tokens)
+        sampled = [
+            [7] if request.num_computed_tokens >= request.num_prompt_tokens else []
+            for request in map(self.scheduler.requests.__getitem__, names)
+        ]
+        self.scheduler.update_from_output(
+            output,
+            ModelRunnerOutput(
+                req_ids=names,
+                req_id_to_index={name: i for i, name in enumerate(names)},
+                sampled_token_ids=sampled,
+            ),
+        )
+        scheduled: dict[str, int] = output.num_scheduled_tokens
+        return scheduled
+
+    def chunks(self, name: str, num_steps: int) -> list[int]:
+        """Tokens of one request in each of the next steps."""
+        return [self.step().get(name, 0) for _ in range(num_steps)]
+
+
+@pytest.fixture
+def busy(checkpoint: Path) -> Steps:
+    """20 requests decode."""
+    steps = Steps(checkpoint)
+    for i in range(20):
+        steps.add(f"decoding {i}", 4)
+    for _ in range(3):
+        steps.step()
+    return steps
+
+
+def test_text_runs_ahead_while_others_decode(busy: Steps) -> None:
+    busy.add("pruned", 246, image=200)
+    busy.add("behind", 30)
+    assert busy.chunks("pruned", 3) == [200, 46, 1]
+    assert "behind" in busy.step()
+
+
+def test_text_that_fits_no_step_is_chunked(busy: Steps) -> None:
+    busy.add("pruned", 280, image=238)
+    assert busy.chunks("pruned", 3) == [236, 44, 1]
+
+
+def test_a_prompt_that_fits_the_next_step_waits_for_it(busy: Steps) -> None:
+    """Another prompt has most of this step."""
+    busy.add("first", 200, image=150)
+    busy.add("second", 100, image=20)
+    steps = [busy.step() for _ in range(2)]
+    assert [step.get("first") for step in steps] == [200, 1]
+    assert [step.get("second") for step in steps] == [None, 100]
+
+
+def test_blocks_are_all_returned(checkpoint: Path) -> None:
+    steps = Steps(checkpoint)
+    pool = steps.scheduler.kv_cache_manager.block_pool
+    before = pool.get_num_free_blocks()
+    steps.add("pruned", 120, image=40, answer=40)
+    steps.add("unpruned", 120, answer=30)
+    while steps.step():
+        pass
+    assert pool.get_num_free_blocks() == before
+    assert not steps.scheduler.himap_plans
+    # Both are cached: the one up to its image, the other whole.
+    cached = sum(block.block_hash is not None for block in pool.blocks)
+    assert cached == NUM_GROUPS * (40 // SIZE + 149 // SIZE)
