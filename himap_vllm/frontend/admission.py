@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vllm.config import VllmConfig
+from vllm.config import SchedulerConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
@@ -28,6 +28,12 @@ from himap_vllm.plan.requests import Decision, image_tokens, stamp, step_limit
 
 SecondStep = Callable[[EngineCoreRequest, PromptPlan | None], None]
 """Called with an admitted request and its plan (None: unpruned); raises to refuse the request."""
+
+_PRUNABLE = ("image", "prompt_embeds")
+"""Modalities that a pruned prompt may have. Rows of `prompt_embeds` vote as text rows do."""
+
+_WHOLE_PROMPT = ("prompt_logprobs", "prompt_logprob_token_ids")
+"""Sampling parameters that ask for the final hidden state of every token of the prompt."""
 
 _UNPRUNED = f"set {SHALLOW_ARG} and {DEEP_ARG} to 0"
 
@@ -47,10 +53,10 @@ class Admission:
         second_step: what else admits requests, on the same thread; None: nothing.
     """
 
-    def __init__(self, settings: EngineSettings, vllm_config: VllmConfig) -> None:
+    def __init__(self, settings: EngineSettings, scheduler_config: SchedulerConfig) -> None:
         self.second_step: SecondStep | None = None
         self._settings = settings
-        self._limit_name, self._step_limit = step_limit(vllm_config.scheduler_config)
+        self._limit_name, self._step_limit = step_limit(scheduler_config)
 
     def admit(self, request: EngineCoreRequest) -> None:
         """Stamp a request with the decision on it.
@@ -67,8 +73,9 @@ class Admission:
             len(request.prompt_token_ids or ()), image_tokens(request.mm_features), ratios
         )
         decision = Decision()
-        if plan is not None or (_has_video(request) and any((ratios.shallow, ratios.deep))):
-            obstacle = self._obstacle(plan, request, params)
+        other = _other_modality(request) if any((ratios.shallow, ratios.deep)) else None
+        if plan is not None or other is not None:
+            obstacle = self._obstacle(plan, other, request, params)
             if obstacle is None:
                 decision = Decision("pruned", ratios)
             elif asked:
@@ -81,19 +88,26 @@ class Admission:
             self.second_step(request, plan)
 
     def _obstacle(
-        self, plan: PromptPlan | None, request: EngineCoreRequest, params: SamplingParams
+        self,
+        plan: PromptPlan | None,
+        other_modality: str | None,
+        request: EngineCoreRequest,
+        params: SamplingParams,
     ) -> _Obstacle | None:
-        if plan is None or _has_video(request):
+        if plan is None or other_modality is not None:
             return _Obstacle(
-                "video", SHALLOW_ARG, f"prompts with video are not pruned; {_UNPRUNED}"
+                str(other_modality),
+                SHALLOW_ARG,
+                f"prompts with {other_modality} are not pruned; {_UNPRUNED}",
             )
-        if params.prompt_logprobs is not None:
-            return _Obstacle(
-                "prompt_logprobs",
-                "prompt_logprobs",
-                "prompt_logprobs can't be combined with pruning: dropped image tokens have no "
-                f"final hidden state; {_UNPRUNED}",
-            )
+        for name in _WHOLE_PROMPT:
+            if getattr(params, name) is not None:
+                return _Obstacle(
+                    "prompt_logprobs",
+                    name,
+                    f"{name} can't be combined with pruning: dropped image tokens have no final "
+                    f"hidden state; {_UNPRUNED}",
+                )
         if request.resumable:
             return _Obstacle(
                 "streaming_input",
@@ -121,10 +135,12 @@ def admission_of(input_processor: Any) -> Admission | None:
     if "himap_admission" not in processor:
         config = input_processor.vllm_config
         settings = engine_settings(config.additional_config)
-        processor["himap_admission"] = settings and Admission(settings, config)
+        processor["himap_admission"] = settings and Admission(settings, config.scheduler_config)
     admission: Admission | None = processor["himap_admission"]
     return admission
 
 
-def _has_video(request: EngineCoreRequest) -> bool:
-    return any(feature.modality != "image" for feature in request.mm_features or ())
+def _other_modality(request: EngineCoreRequest) -> str | None:
+    """The first modality of a prompt that is never pruned."""
+    modalities = (feature.modality for feature in request.mm_features or ())
+    return next((modality for modality in modalities if modality not in _PRUNABLE), None)

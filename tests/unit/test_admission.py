@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What admission decides on a request, from vLLM's own request data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+from vllm.config import SchedulerConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.v1.engine import EngineCoreRequest
+
+from himap_vllm.config import EngineSettings, HiMAPError
+from himap_vllm.frontend.admission import Admission
+from himap_vllm.plan.prompt import Ratios
+from himap_vllm.plan.requests import Decision, plan_of, read_stamp
+
+ASKED = {"himap_shallow_ratio": 0.5, "himap_deep_ratio": 0.5}
+
+# vLLM's sampling parameters that read every row of the prompt, with a value.
+WHOLE_PROMPT: dict[str, Any] = {
+    "prompt_logprobs": 1,
+    "prompt_logprob_token_ids": np.array([[1, 2]]),
+}
+# Those that mean nothing without the ones above.
+WITH_THEM = {"prompt_logprob_start", "flat_logprobs"}
+# Refused at start-up with the feature they belong to (`enable_return_routed_experts`).
+WITH_A_FEATURE = {"routed_experts_prompt_start"}
+# Those that shape only what is generated, or read the prompt as token ids.
+GENERATION = {
+    "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature",
+    "watermarking", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos",
+    "max_tokens", "min_tokens", "logprobs", "logprob_token_ids", "detokenize",
+    "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
+    "output_kind", "stream_interval", "skip_clone", "output_text_buffer_length", "_eos_token_id",
+    "_all_stop_token_ids", "_watermarking_skipped", "structured_outputs", "logit_bias",
+    "allowed_token_ids", "extra_args", "bad_words", "_bad_words_token_ids",
+    "skip_reading_prefix_cache", "thinking_token_budget", "repetition_detection",
+    "trace_decode_token_ids",
+}  # fmt: skip
+
+
+def feature(modality: str, offset: int, length: int) -> MultiModalFeatureSpec:
+    place = PlaceholderRange(offset=offset, length=length)
+    return MultiModalFeatureSpec(None, modality, f"{modality} {offset}", place)
+
+
+def admit(params: SamplingParams, *features: MultiModalFeatureSpec, steps: int = 512) -> Any:
+    """Admit a prompt of 100 tokens; the request as it goes to the engine core."""
+    request = EngineCoreRequest(
+        "id", list(range(100)), list(features), params, None, 0.0, None, None, None
+    )
+    scheduler = SchedulerConfig.default_factory(
+        max_num_batched_tokens=steps, max_num_seqs=8, max_model_len=512
+    )
+    Admission(EngineSettings(), scheduler).admit(request)
+    return request
+
+
+def test_each_sampling_parameter_of_vllm_was_decided_on() -> None:
+    """A new one: does it read rows of the prompt that pruning drops? Then admission refuses it."""
+    decided = set(WHOLE_PROMPT) | WITH_THEM | WITH_A_FEATURE | GENERATION
+    assert set(SamplingParams.__struct_fields__) == decided
+
+
+@pytest.mark.parametrize("name", WHOLE_PROMPT)
+def test_what_reads_every_row_excludes_pruning(name: str) -> None:
+    value = {name: WHOLE_PROMPT[name]}
+    image = feature("image", 10, 40)
+    with pytest.raises(HiMAPError, match=f"^{name} can't be combined with pruning") as error:
+        admit(SamplingParams(**value, extra_args=ASKED), image)
+    assert error.value.parameter == name
+    request = admit(SamplingParams(**value), image)  # only the server's default asks for pruning
+    assert read_stamp(request.sampling_params) == Decision("bypassed_prompt_logprobs")
+    assert read_stamp(admit(SamplingParams(**value, extra_args=ASKED)).sampling_params) == (
+        Decision()
+    )  # no image, no conflict
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
+@pytest.mark.parametrize("with_image", [True, False])
+def test_modalities_that_are_not_pruned(modality: str, with_image: bool) -> None:
+    features = [feature("image", 10, 40)] * with_image + [feature(modality, 60, 20)]
+    with pytest.raises(HiMAPError, match=f"prompts with {modality} are not pruned"):
+        admit(SamplingParams(extra_args=ASKED), *features)
+    request = admit(SamplingParams(), *features)
+    assert read_stamp(request.sampling_params) == Decision(f"bypassed_{modality}")
+
+
+def test_prompt_embeds_are_text() -> None:
+    """vLLM calls them a modality; as rows of the prompt they vote, and none is dropped."""
+    request = admit(SamplingParams(extra_args=ASKED), feature("image", 10, 40),
+                    feature("prompt_embeds", 60, 20))  # fmt: skip
+    assert read_stamp(request.sampling_params) == Decision("pruned", Ratios(0.5, 0.5))
+    plan = plan_of(100, request.mm_features, request.sampling_params)
+    assert plan is not None
+    assert [image.runs for image in plan.images] == [((10, 50),)]
+    alone = admit(SamplingParams(extra_args=ASKED), feature("prompt_embeds", 60, 20))
+    assert read_stamp(alone.sampling_params) == Decision()
+
+
+def test_the_stamp_is_the_only_argument_left_and_the_callers_stay() -> None:
+    args = {**ASKED, "other": 1}
+    params = SamplingParams(extra_args=args)
+    request = admit(params, feature("image", 10, 40))
+    assert args == {**ASKED, "other": 1}
+    assert set(request.sampling_params.extra_args) == {"other", "himap_admission"}
+    with pytest.raises(HiMAPError, match="unknown parameter 'himap_admission'"):
+        admit(request.sampling_params, feature("image", 10, 40))
