@@ -8,6 +8,7 @@ from dataclasses import asdict
 import vllm
 import vllm.envs as envs
 from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
 
 from himap_vllm.config import (
     ADDITIONAL_CONFIG_KEY,
@@ -16,6 +17,9 @@ from himap_vllm.config import (
     is_requested,
 )
 from himap_vllm.model.families import ADDING_A_MODEL, FAMILIES, REFUSED, Family
+from himap_vllm.plan.cuts import TOLERATED_WASTE, better_cuts, wasted_share
+
+logger = init_logger("vllm.himap")
 
 SUPPORTED_VLLM = "0.32"
 _SCHEDULERS = {
@@ -65,7 +69,7 @@ def check_and_configure(vllm_config: VllmConfig) -> None:
         if parallel.worker_cls == _GPU_WORKER and not vllm_config.use_v2_model_runner:
             raise HiMAPError(
                 "use_v2_model_runner",
-                "himap needs Model Runner V2 on a GPU; unset VLLM_USE_V2_MODEL_RUNNER",
+                f"himap needs Model Runner V2 on a GPU: {_why_no_v2(vllm_config)}",
             )
         parallel.worker_cls = _WORKERS[parallel.worker_cls]
     # All settings are spelled out, because vLLM's compilation cache is keyed by this value: models
@@ -74,6 +78,22 @@ def check_and_configure(vllm_config: VllmConfig) -> None:
         **vllm_config.additional_config,
         ADDITIONAL_CONFIG_KEY: asdict(settings),
     }
+
+
+def _why_no_v2(vllm_config: VllmConfig) -> str:
+    """Why vLLM does not use Model Runner V2, and what helps.
+
+    * `vllm.config.VllmConfig._get_v2_model_runner_unsupported_features` (called): the features that
+      vLLM turns it off for. Remove when: `use_v2_model_runner` tells its reason.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    if envs.VLLM_USE_V2_MODEL_RUNNER is not None:
+        return "unset VLLM_USE_V2_MODEL_RUNNER"
+    if not HAS_TRITON:
+        return "vLLM turned it off because it found no Triton that works here; install Triton"
+    features = vllm_config._get_v2_model_runner_unsupported_features()
+    return f"vLLM turned it off because it does not support {', '.join(features)}"
 
 
 def is_supported_vllm() -> bool:
@@ -121,6 +141,17 @@ def _settings(vllm_config: VllmConfig, family: Family) -> EngineSettings:
         vllm_config.additional_config[ADDITIONAL_CONFIG_KEY], num_layers, first_cut
     )
     settings.check_depth(num_layers, first_cut)
+    cuts = settings.shallow_layer, settings.deep_layer
+    wasted = wasted_share(*cuts, num_layers)
+    if wasted > TOLERATED_WASTE:
+        logger.warning_once(
+            "himap: cuts (%d, %d) of %d layers waste %.1f %% of the KV cache memory, because all "
+            "KV cache groups are made as large as the smallest stage. These waste less: %s",
+            *cuts,
+            num_layers,
+            100 * wasted,
+            ", ".join(str(better) for better in better_cuts(*cuts, num_layers, first_cut)),
+        )
     return settings
 
 
@@ -176,6 +207,16 @@ def _check_features(vllm_config: VllmConfig) -> None:
             vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL,
             "cudagraph_mode FULL",
             "steps that prune can't replay a full graph",
+        ),
+        "VLLM_BATCH_INVARIANT": (
+            envs.VLLM_BATCH_INVARIANT,
+            "batch invariance (VLLM_BATCH_INVARIANT)",
+            "the last bits of a prompt's scores depend on the other prompts of its step",
+        ),
+        "enable_return_routed_experts": (
+            vllm_config.aux_output_config.enable_return_routed_experts,
+            "--enable-return-routed-experts",
+            "dropped image tokens have no experts in the layers behind a cut",
         ),
         "VLLM_USE_BREAKABLE_CUDAGRAPH": (
             envs.VLLM_USE_BREAKABLE_CUDAGRAPH,

@@ -3,16 +3,73 @@
 
 from __future__ import annotations
 
+TOLERATED_WASTE = 0.01
+"""Share of the KV cache memory that cuts may waste without a word."""
+
 
 def default_cuts(num_layers: int, first_cut: int = 1) -> tuple[int, int]:
-    """K1 and K2 of a decoder of `num_layers` layers: where the paper's 2 and 8 lie in 32.
+    """K1 and K2 of a decoder of `num_layers` layers.
+
+    Those nearest to where the paper's 2 and 8 lie in 32 that waste no KV cache memory; of equally
+    near ones those with the fewest KV cache groups, then the later ones.
 
     Args:
         num_layers: of the decoder.
         first_cut: least K1 of the model.
     """
     shallow = max(first_cut, round(num_layers / 16))
-    return shallow, max(shallow + 1, round(num_layers / 4))
+    deep = max(shallow + 1, round(num_layers / 4))
+    if deep >= num_layers:
+        return shallow, deep  # none fit; `EngineSettings.check_depth` says so
+    return next(iter(better_cuts(shallow, deep, num_layers, shallow)), (shallow, deep))
+
+
+def better_cuts(
+    shallow_layer: int, deep_layer: int, num_layers: int, first_cut: int = 1
+) -> list[tuple[int, int]]:
+    """The three cuts nearest to given ones that waste no more than what is tolerated, best first.
+
+    Args:
+        shallow_layer: K1.
+        deep_layer: K2.
+        num_layers: of the decoder.
+        first_cut: least K1 of the model.
+    """
+    candidates = [
+        (shallow, deep)
+        for shallow in range(first_cut, min(2 * shallow_layer, num_layers - 2) + 1)
+        for deep in range(shallow + 1, num_layers)
+        if wasted_share(shallow, deep, num_layers) <= TOLERATED_WASTE
+    ]
+    return sorted(
+        candidates,
+        key=lambda cuts: (
+            abs(cuts[0] - shallow_layer) + abs(cuts[1] - deep_layer),
+            _num_groups(cuts[0], cuts[1], num_layers),
+            -cuts[1],
+        ),
+    )[:3]
+
+
+def wasted_share(shallow_layer: int, deep_layer: int, num_layers: int) -> float:
+    """Share of the KV cache memory that belongs to no layer.
+
+    vLLM makes the KV cache groups of all stages equally large, and fills up with padding layers
+    (`vllm.v1.core.kv_cache_utils._get_kv_cache_groups_uniform_page_size`).
+    """
+    size = _group_size(*stage_layers(shallow_layer, deep_layer, num_layers))
+    return 1 - num_layers / (size * _num_groups(shallow_layer, deep_layer, num_layers))
+
+
+def _group_size(*stages: int) -> int:
+    """Layers of a KV cache group: those of the smallest stage, or all, if these are little more."""
+    return max(stages) if max(stages) < 1.5 * min(stages) else min(stages)
+
+
+def _num_groups(shallow_layer: int, deep_layer: int, num_layers: int) -> int:
+    """KV cache groups of all stages."""
+    stages = stage_layers(shallow_layer, deep_layer, num_layers)
+    return sum(-(-layers // _group_size(*stages)) for layers in stages)
 
 
 def stage_layers(shallow_layer: int, deep_layer: int, num_layers: int) -> tuple[int, int, int]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm import SamplingParams
 
 from tests.engines import BLOCK_SIZE, Engine
@@ -24,7 +26,7 @@ def cached_tokens(engine: Engine, others: int) -> int:
 
 
 def test_unpruned_prefixes_last_as_long_as_stocks(world: World) -> None:
-    options = {"max_model_len": 1024, "max_num_batched_tokens": 1024}
+    options: dict[str, Any] = {"max_model_len": 1024, "max_num_batched_tokens": 1024}
     blocks = MEMORY // BLOCK_SIZE
     stock = world.stock(num_gpu_blocks_override=1 + blocks, **options)
     ours = world.engine(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,6 +137,7 @@ def test_decode_context_parallelism(world: World) -> None:
 
 
 def test_a_gpu_takes_model_runner_v2(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.envs
     from vllm.config import VllmConfig
 
     from himap_vllm.frontend.support import check_and_configure
@@ -142,8 +145,18 @@ def test_a_gpu_takes_model_runner_v2(world: World, monkeypatch: pytest.MonkeyPat
     # vLLM wants Triton for V2 and a GPU for its GPU worker: not while it configures itself, then.
     config = configure(world.checkpoint("mha12"), {})
     config.parallel_config.worker_cls = "vllm.v1.worker.gpu_worker.Worker"
-    with pytest.raises(ValueError, match="needs Model Runner V2 on a GPU"):
+    with pytest.raises(ValueError, match=r"V2 on a GPU: .* found no Triton .* install Triton"):
         check_and_configure(config)
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm.triton_utils.HAS_TRITON", True)
+        patch.setattr(
+            VllmConfig, "_get_v2_model_runner_unsupported_features", lambda _: ["this", "that"]
+        )
+        with pytest.raises(ValueError, match=r"V2 on a GPU: .* does not support this, that"):
+            check_and_configure(config)
+        patch.setitem(vars(vllm.envs), "VLLM_USE_V2_MODEL_RUNNER", False)
+        with pytest.raises(ValueError, match="V2 on a GPU: unset VLLM_USE_V2_MODEL_RUNNER"):
+            check_and_configure(config)
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda _: True))
     check_and_configure(config)
     worker = config.parallel_config.worker_cls
@@ -183,11 +196,20 @@ def test_attention_backends_that_hold_blocks_elsewhere() -> None:
         install_stage(attention, 0, state)
 
 
-def test_the_rust_frontend(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("VLLM_USE_RUST_FRONTEND", "the Rust frontend"),
+        ("VLLM_BATCH_INVARIANT", "batch invariance .* depend on the other prompts"),
+    ],
+)
+def test_refusals_of_variables(
+    world: World, monkeypatch: pytest.MonkeyPatch, variable: str, message: str
+) -> None:
     import vllm.envs
 
-    monkeypatch.setitem(vars(vllm.envs), "VLLM_USE_RUST_FRONTEND", True)
-    with pytest.raises(ValueError, match="the Rust frontend"):
+    monkeypatch.setitem(vars(vllm.envs), variable, True)
+    with pytest.raises(ValueError, match=message):
         configure(world.checkpoint("mha12"), {})
 
 
@@ -236,6 +258,30 @@ def test_refused_models_say_why(world: World, tmp_path: Path) -> None:
         (gemma / name).symlink_to(world.checkpoint("mha12") / name)
     with pytest.raises(ValueError, match="attend to each other in both directions"):
         configure(gemma, {})
+
+
+@pytest.mark.parametrize(
+    ("cuts", "warnings"),
+    [
+        ((2, 5), [r"cuts (2, 5) of 12 layers waste 14.3 % .* less: (2, 6), (2, 4), (1, 5)"]),
+        ((2, 6), []),
+    ],
+)
+def test_cuts_that_waste_memory_are_named(
+    world: World, cuts: tuple[int, int], warnings: list[str]
+) -> None:
+    records: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.himap")
+    logger.addHandler(handler)
+    try:
+        configure(world.checkpoint("mha12"), {"shallow_layer": cuts[0], "deep_layer": cuts[1]})
+    finally:
+        logger.removeHandler(handler)
+    assert len(records) == len(warnings)
+    for record, warning in zip(records, warnings, strict=True):
+        assert re.search(warning.replace("(", r"\(").replace(")", r"\)"), record)
 
 
 def test_cuts_follow_the_model(world: World) -> None:

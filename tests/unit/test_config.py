@@ -13,6 +13,7 @@ from himap_vllm.config import (
     requested_ratios,
 )
 from himap_vllm.criteria import CRITERIA
+from himap_vllm.plan.cuts import default_cuts, wasted_share
 from himap_vllm.plan.prompt import Ratios
 
 
@@ -63,8 +64,10 @@ def test_first_cut_lies_behind_the_deepstack() -> None:
     ("raw", "num_layers", "first_cut", "cuts"),
     [
         ({}, 32, 1, (2, 8)),  # the paper's
-        ({}, 28, 1, (2, 7)),  # Qwen2.5-VL-7B
-        ({}, 36, 3, (3, 9)),  # Qwen3-VL-8B, three levels of deepstack
+        ({}, 28, 1, (2, 8)),  # Qwen2.5-VL-7B: at (2, 7), a 15th of the KV cache is padding
+        ({}, 28, 3, (4, 8)),  # Qwen3-VL-2B, three levels of deepstack
+        ({}, 36, 3, (3, 9)),  # Qwen3-VL-8B, likewise
+        ({}, 36, 1, (3, 9)),
         ({}, 24, 1, (2, 6)),
         ({}, 80, 1, (5, 20)),
         ({}, 4, 1, (1, 2)),
@@ -79,6 +82,15 @@ def test_cuts_by_depth(
     settings = EngineSettings.parse(raw, num_layers, first_cut)
     assert (settings.shallow_layer, settings.deep_layer) == cuts
     settings.check_depth(num_layers, first_cut)
+
+
+@pytest.mark.parametrize("first_cut", [1, 3])
+def test_default_cuts_waste_no_memory(first_cut: int) -> None:
+    for num_layers in range(max(first_cut, 2) + 2, 100):
+        shallow, deep = default_cuts(num_layers, first_cut)
+        assert first_cut <= shallow < deep < num_layers
+        assert wasted_share(shallow, deep, num_layers) == 0
+        assert abs(deep - num_layers / 4) <= 4
 
 
 @pytest.mark.parametrize("additional_config", [None, {}, {"other": 1}, {"himap": None}])
