@@ -16,6 +16,7 @@ from himap_vllm.config import (
     HiMAPError,
     is_requested,
 )
+from himap_vllm.frontend.features import check_features
 from himap_vllm.model.families import ADDING_A_MODEL, FAMILIES, REFUSED, Family
 from himap_vllm.plan.cuts import TOLERATED_WASTE, better_cuts, wasted_share
 
@@ -50,7 +51,7 @@ def check_and_configure(vllm_config: VllmConfig) -> None:
         )
     family = _family(vllm_config.model_config)
     settings = _settings(vllm_config, family)
-    _check_features(vllm_config)
+    check_features(vllm_config)
     scheduler = vllm_config.scheduler_config
     wanted = _SCHEDULERS[bool(scheduler.async_scheduling)]
     if scheduler.scheduler_cls not in (None, *_SCHEDULERS.values()):
@@ -153,104 +154,3 @@ def _settings(vllm_config: VllmConfig, family: Family) -> EngineSettings:
             ", ".join(str(better) for better in better_cuts(*cuts, num_layers, first_cut)),
         )
     return settings
-
-
-def _check_features(vllm_config: VllmConfig) -> None:
-    # Imported here, so that this module loads, and can refuse, beside any version of vLLM.
-    from vllm.config import CUDAGraphMode
-    from vllm.utils.torch_utils import is_quantized_kv_cache
-
-    parallel = vllm_config.parallel_config
-    scheduler = vllm_config.scheduler_config
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
-    if cache_dtype == "auto" and scheme is not None:
-        cache_dtype = "fp8"  # what vLLM's attention layers make of it, once they are built
-    refused = {
-        "pipeline_parallel_size": (
-            parallel.pipeline_parallel_size > 1,
-            "pipeline parallelism",
-            "the cuts lie inside one worker's layers",
-        ),
-        "decode_context_parallel_size": (
-            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "context parallelism",
-            "a score needs all rows of a prompt on one worker",
-        ),
-        "kv_transfer_config": (
-            vllm_config.kv_transfer_config is not None,
-            "KV connectors",
-            "they assume that every layer has every token",
-        ),
-        "speculative_config": (
-            vllm_config.speculative_config is not None,
-            "speculative decoding",
-            "drafts need the hidden states of all tokens",
-        ),
-        "disable_hybrid_kv_cache_manager": (
-            bool(scheduler.disable_hybrid_kv_cache_manager),
-            "--disable-hybrid-kv-cache-manager",
-            "stages need KV cache groups of their own",
-        ),
-        "kv_cache_dtype": (
-            is_quantized_kv_cache(cache_dtype),
-            f"a quantised KV cache (kv_cache_dtype {cache_dtype}, asked for or the checkpoint's)",
-            "votes need queries and the keys of earlier chunks as the model computed them, not "
-            "rounded to 8 bits",
-        ),
-        "enable_dbo": (
-            parallel.use_ubatching,
-            "dual batch overlap",
-            "it may split a step inside a prompt, whose rows vote together",
-        ),
-        "cudagraph_mode": (
-            vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL,
-            "cudagraph_mode FULL",
-            "steps that prune can't replay a full graph",
-        ),
-        "VLLM_BATCH_INVARIANT": (
-            envs.VLLM_BATCH_INVARIANT,
-            "batch invariance (VLLM_BATCH_INVARIANT)",
-            "the last bits of a prompt's scores depend on the other prompts of its step",
-        ),
-        "enable_return_routed_experts": (
-            vllm_config.aux_output_config.enable_return_routed_experts,
-            "--enable-return-routed-experts",
-            "dropped image tokens have no experts in the layers behind a cut",
-        ),
-        "VLLM_USE_BREAKABLE_CUDAGRAPH": (
-            envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
-            "breakable CUDA graphs",
-            "a step that prunes would replay those of another (VLLM_USE_BREAKABLE_CUDAGRAPH=0 "
-            "turns them off, also where vLLM itself chose them)",
-        ),
-        "ec_transfer_config": (
-            vllm_config.ec_transfer_config is not None,
-            "an encoder cache connector",
-            "it delivers images one by one, but a pruned prompt needs all of its images in the "
-            "same step",
-        ),
-        "mm_encoder_only": (
-            vllm_config.is_mm_encoder_only,
-            "an encoder-only instance",
-            "it has no decoder to prune in",
-        ),
-        "VLLM_USE_RUST_FRONTEND": (
-            envs.VLLM_USE_RUST_FRONTEND,
-            "the Rust frontend",
-            "requests would not pass the plugin's admission",
-        ),
-        "is_mm_prefix_lm": (
-            vllm_config.model_config.is_mm_prefix_lm,
-            "bidirectional attention among image tokens",
-            "scores are computed from causal attention",
-        ),
-        "runner": (
-            vllm_config.model_config.runner_type != "generate",
-            "pooling",
-            "it may read the hidden state of every token",
-        ),
-    }
-    for parameter, (present, what, why) in refused.items():
-        if present:
-            raise HiMAPError(parameter, f"himap can't be combined with {what} yet: {why}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prefix cache under memory pressure, on a real engine."""
+"""What the prefix cache serves, also under memory pressure, on a real engine."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Any
 
 from vllm import SamplingParams
 
-from tests.engines import BLOCK_SIZE, Engine
-from tests.world import World
+from tests.checkpoints import sample_images
+from tests.engines import BLOCK_SIZE, Case, Engine
+from tests.world import World, assert_equals_oracle, compiled_or_not
 
+PICTURES = tuple(sample_images(2, seed=1))
+QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
+LONG_TEXT = "Many words come before the picture, and they say little of it. " * 4  # 256 tokens
 PROMPT = [5 + i % 90 for i in range(641)]
 MEMORY = 1120  # tokens
 NUM_GROUPS = 6  # of two layers: 2 / 6 / 4 layers per stage
@@ -38,3 +42,23 @@ def test_unpruned_prefixes_last_as_long_as_stocks(world: World) -> None:
     assert found[1][0] == 544
     assert all(mine >= theirs - 2 * BLOCK_SIZE for theirs, mine in found)
     assert found[-1][0] < 256
+
+
+@compiled_or_not
+def test_prefix_cache_serves_what_precedes_the_image(world: World, compiled: bool) -> None:
+    engine = world.engine(compiled=compiled)
+    prompt = LONG_TEXT + QUESTION
+    before_image = (prompt.index("<image>") + 1) // BLOCK_SIZE * BLOCK_SIZE
+    pruned = [Case(prompt, PICTURES[:1], ratios) for ratios in ((0.5, 0.75), (0.75, 0.25))]
+    unpruned = [Case(prompt, PICTURES[:1], (0, 0)) for _ in range(2)]
+    other_picture = Case(prompt, PICTURES[1:2], (0.5, 0.75))
+    engine.llm.reset_prefix_cache()
+    hits = []
+    for case in (pruned[0], pruned[1], unpruned[0], unpruned[1], pruned[0], other_picture):
+        (output,) = engine.generate([case])
+        assert_equals_oracle(world, engine, "mha12", case, output)
+        hits.append(output.num_cached_tokens)
+    everything = (len(output.prompt_token_ids) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    # A pruned prompt published nothing from its image on, an unpruned one everything, and a
+    # pruned one after it still reads only what precedes the image.
+    assert hits == [0, before_image, before_image, everything, before_image, before_image]

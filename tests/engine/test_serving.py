@@ -74,31 +74,6 @@ def test_long_prompts_are_chunked_and_pruned_ones_only_before_the_image(
         assert_equals_oracle(world, engine, "mha12", case, output)
 
 
-def test_a_prompt_that_never_fits_a_step(world: World) -> None:
-    from vllm.exceptions import VLLMValidationError
-
-    engine = world.engine(max_num_batched_tokens=96)
-    too_long = QUESTION + " and" * 20
-    with pytest.raises(VLLMValidationError, match="--max-num-batched-tokens") as error:
-        engine.generate([Case(too_long, PICTURES[:1], (0.5, 0.5))])
-    assert error.value.parameter == "himap_shallow_ratio"
-    # Only the server's default asks for pruning: unpruned, and counted.
-    before = engine.stats["requests"].get("bypassed_too_long", 0)
-    case = Case(too_long, PICTURES[:1], None)
-    (output,) = engine.generate([case])
-    assert_equals_oracle(world, engine, "mha12", case, output)
-    assert engine.stats["requests"]["bypassed_too_long"] == before + 1
-
-
-def test_the_tightest_of_the_step_limits_counts(world: World) -> None:
-    """A request admitted by the looser one would wait for ever."""
-    from vllm.exceptions import VLLMValidationError
-
-    engine = world.engine(max_num_batched_tokens=96, max_num_scheduled_tokens=512)
-    with pytest.raises(VLLMValidationError, match=r"at most 96\. Raise --max-num-batched-tokens"):
-        engine.generate([Case(QUESTION + " and" * 20, PICTURES[:1], (0.5, 0.5))])
-
-
 def test_a_request_that_was_not_admitted_runs_unpruned(world: World) -> None:
     """Nobody has checked its ratios; the engine core must survive them."""
     engine = world.engine()
@@ -114,26 +89,6 @@ def test_a_request_that_was_not_admitted_runs_unpruned(world: World) -> None:
         while core.has_unfinished_requests():
             finished = [output for output in core.step() if output.finished]
         assert_equals_oracle(world, engine, "mha12", case, finished[0])
-
-
-@compiled_or_not
-def test_prefix_cache_serves_what_precedes_the_image(world: World, compiled: bool) -> None:
-    engine = world.engine(compiled=compiled)
-    prompt = LONG_TEXT + QUESTION
-    before_image = (prompt.index("<image>") + 1) // BLOCK_SIZE * BLOCK_SIZE
-    pruned = [Case(prompt, PICTURES[:1], ratios) for ratios in ((0.5, 0.75), (0.75, 0.25))]
-    unpruned = [Case(prompt, PICTURES[:1], (0, 0)) for _ in range(2)]
-    other_picture = Case(prompt, PICTURES[1:2], (0.5, 0.75))
-    engine.llm.reset_prefix_cache()
-    hits = []
-    for case in (pruned[0], pruned[1], unpruned[0], unpruned[1], pruned[0], other_picture):
-        (output,) = engine.generate([case])
-        assert_equals_oracle(world, engine, "mha12", case, output)
-        hits.append(output.num_cached_tokens)
-    everything = (len(output.prompt_token_ids) - 1) // BLOCK_SIZE * BLOCK_SIZE
-    # A pruned prompt published nothing from its image on, an unpruned one everything, and a
-    # pruned one after it still reads only what precedes the image.
-    assert hits == [0, before_image, before_image, everything, before_image, before_image]
 
 
 def test_blocks_held_equal_the_arithmetic_at_every_step(world: World) -> None:

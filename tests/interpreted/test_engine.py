@@ -17,8 +17,10 @@ from tests.engine import (
     test_criteria,
     test_lora,
     test_oracle,
+    test_prefix_cache,
     test_request_options,
     test_serving,
+    test_step_limit,
 )
 from tests.engines import BLOCK_SIZE, IMAGE_TOKENS, Case, watched
 from tests.interpreted.cuda_graphs import runner_of
@@ -51,7 +53,7 @@ def test_other_criteria_equal_the_oracle(world: World, criterion: str) -> None:
     "test",
     [
         test_serving.test_long_prompts_are_chunked_and_pruned_ones_only_before_the_image,
-        test_serving.test_prefix_cache_serves_what_precedes_the_image,
+        test_prefix_cache.test_prefix_cache_serves_what_precedes_the_image,
         test_request_options.test_prompt_logprobs_and_pruning_exclude_each_other,
     ],
 )
@@ -63,7 +65,7 @@ def test_as_on_v1_with_graphs(world: World, test: Any) -> None:
     "test",
     [
         test_request_options.test_counters_tell_what_was_done,
-        test_serving.test_a_prompt_that_never_fits_a_step,
+        test_step_limit.test_a_prompt_that_never_fits_a_step,
         test_serving.test_a_request_that_was_not_admitted_runs_unpruned,
         test_compilation.test_fifty_ratios_and_lengths_without_a_recompilation,
         test_lora.test_a_mixed_batch_equals_the_oracle_on_merged_weights,

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pruned prompt beside others that decode, on a real engine."""
+"""Pruned prompts and the limit of a step, on a real engine."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.checkpoints import sample_images
 from tests.engines import Case, watched
 from tests.world import World, assert_equals_oracle
 
-PICTURE = sample_images(1, seed=4)[0]
+PICTURES = tuple(sample_images(1, seed=4))
+QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
 LIMIT = 96
 NUM_DECODING = 12
 
@@ -18,7 +21,7 @@ def test_a_prompt_of_nearly_a_whole_step_begins_while_others_decode(world: World
     """It fits a step, but none in which as many others decode; its text may run ahead."""
     engine = world.engine(max_num_batched_tokens=LIMIT)
     core = engine.llm.llm_engine
-    case = Case("x" * 40 + "<image>" + "y" * 15, (PICTURE,), (0.5, 0.75))
+    case = Case("x" * 40 + "<image>" + "y" * 15, PICTURES[:1], (0.5, 0.75))
     decoding = Case("Go on.", (), None, max_tokens=60)
     for i in range(NUM_DECODING):
         core.add_request(f"decoding {i}", engine.prompt(decoding), engine.params(decoding))
@@ -42,3 +45,28 @@ def test_a_prompt_of_nearly_a_whole_step_begins_while_others_decode(world: World
     assert len(chunks) == 2
     assert sum(chunks) == num_tokens
     assert_equals_oracle(world, engine, "mha12", case, finished[0])
+
+
+def test_a_prompt_that_never_fits_a_step(world: World) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    engine = world.engine(max_num_batched_tokens=96)
+    too_long = QUESTION + " and" * 20
+    with pytest.raises(VLLMValidationError, match="--max-num-batched-tokens") as error:
+        engine.generate([Case(too_long, PICTURES[:1], (0.5, 0.5))])
+    assert error.value.parameter == "himap_shallow_ratio"
+    # Only the server's default asks for pruning: unpruned, and counted.
+    before = engine.stats["requests"].get("bypassed_too_long", 0)
+    case = Case(too_long, PICTURES[:1], None)
+    (output,) = engine.generate([case])
+    assert_equals_oracle(world, engine, "mha12", case, output)
+    assert engine.stats["requests"]["bypassed_too_long"] == before + 1
+
+
+def test_the_tightest_of_the_step_limits_counts(world: World) -> None:
+    """A request admitted by the looser one would wait for ever."""
+    from vllm.exceptions import VLLMValidationError
+
+    engine = world.engine(max_num_batched_tokens=96, max_num_scheduled_tokens=512)
+    with pytest.raises(VLLMValidationError, match=r"at most 96\. Raise --max-num-batched-tokens"):
+        engine.generate([Case(QUESTION + " and" * 20, PICTURES[:1], (0.5, 0.5))])
