@@ -6,8 +6,6 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import pytest
-
 from himap_vllm.plan.requests import read_stamp
 from tests.checkpoints import sample_images
 from tests.engines import BLOCK_SIZE, DEEP_LAYER, SHALLOW_LAYER, Case, Engine, watched
