@@ -64,7 +64,8 @@ class Cache:
 
     def cached_tokens(self, tokens: list[int], plan: PromptPlan | None = None) -> int:
         """Tokens of a prompt that the prefix cache has."""
-        return self.manager.get_computed_blocks(self._request("look", tokens, plan))[1]
+        found: int = self.manager.get_computed_blocks(self._request("look", tokens, plan))[1]
+        return found
 
     def run(
         self, name: str, tokens: list[int], plan: PromptPlan | None = None, deferred: bool = False
