@@ -10,8 +10,8 @@ TOLERATED_WASTE = 0.01
 def default_cuts(num_layers: int, first_cut: int = 1) -> tuple[int, int]:
     """K1 and K2 of a decoder of `num_layers` layers.
 
-    Those nearest to where the paper's 2 and 8 lie in 32 that waste no KV cache memory; of equally
-    near ones those with the fewest KV cache groups, then the later ones.
+    Of the cuts at most two layers from where the paper's 2 and 8 lie in 32, those that waste the
+    least KV cache memory; of these the nearest, then those with the fewest KV cache groups.
 
     Args:
         num_layers: of the decoder.
@@ -19,9 +19,22 @@ def default_cuts(num_layers: int, first_cut: int = 1) -> tuple[int, int]:
     """
     shallow = max(first_cut, round(num_layers / 16))
     deep = max(shallow + 1, round(num_layers / 4))
-    if deep >= num_layers:
-        return shallow, deep  # none fit; `EngineSettings.check_depth` says so
-    return next(iter(better_cuts(shallow, deep, num_layers, shallow)), (shallow, deep))
+    near = [
+        (k1, k2)
+        for k1 in range(shallow, shallow + 3)
+        for k2 in range(max(k1 + 1, deep - 2), min(deep + 3, num_layers))
+    ]
+    # None fit into a decoder this shallow: `EngineSettings.check_depth` says so.
+    return min(
+        near,
+        key=lambda cuts: (
+            max(TOLERATED_WASTE, wasted_share(cuts[0], cuts[1], num_layers)),
+            abs(cuts[0] - shallow) + abs(cuts[1] - deep),
+            _num_groups(cuts[0], cuts[1], num_layers),
+            -cuts[1],
+        ),
+        default=(shallow, deep),
+    )
 
 
 def better_cuts(
