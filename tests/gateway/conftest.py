@@ -40,7 +40,7 @@ def server(world: World, image_host: ImageHost) -> Iterator[Server]:
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ) as server:
         # Live long before the model is loaded; not ready, and requests are refused with a reason.
-        server.wait_for("/health/live", 60)
+        server.wait_for("/health/live", 180)
         assert server.status("/health/ready") == 503
         status, headers, body = post(server, "/v1/chat/completions", {})
         assert status == 503
