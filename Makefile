@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 .PHONY: help setup lint unit test latest constraints serve bench
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup:  ## editable installation with all development tools
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
