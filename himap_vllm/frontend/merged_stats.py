@@ -25,13 +25,20 @@ def merge_engines(engines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 async def engine_stats(engine: Any) -> dict[str, Any]:
-    """The counters of a running `AsyncLLM`, all its workers and data-parallel engines together.
+    """The counters of a running `AsyncLLM`, all its workers and data-parallel engines together."""
+    return merge_engines([merge_ranks(ranks) for ranks in await _call_all(engine, "himap_stats")])
+
+
+async def reset_engine_stats(engine: Any) -> None:
+    """Start all these counters anew."""
+    await _call_all(engine, "himap_reset_stats")
+
+
+async def _call_all(engine: Any, method: str) -> Any:
+    """For each engine, the answers of its workers.
 
     * `vllm.v1.engine.core_client.AsyncMPClient.call_utility_all_async` (called):
       `AsyncLLM.collective_rpc` returns the first engine's answer only, and each engine has counters
       of its own. Remove when: `AsyncLLM.collective_rpc` returns all.
     """
-    engines = await engine.engine_core.call_utility_all_async(
-        "collective_rpc", "himap_stats", None, (), None
-    )
-    return merge_engines([merge_ranks(ranks) for ranks in engines])
+    return await engine.engine_core.call_utility_all_async("collective_rpc", method, None, (), None)

@@ -13,7 +13,9 @@ from himap_vllm.plan.prompt import PromptPlan
 
 @dataclass
 class PruningStats:
-    """Monotonic counters since the worker started. A preempted prompt still counts once.
+    """Monotonic counters since the worker started or since `reset`.
+
+    A preempted prompt still counts once.
 
     Attributes:
         requests: prompts with images, by outcome: `pruned`, `unpruned` (the request's or the
@@ -75,6 +77,10 @@ class PruningStats:
         self.kv_blocks += sum(blocks_per_group)
         self.kv_blocks_saved += saved
         self.kv_bytes_saved += saved * bytes_per_block
+
+    def reset(self) -> None:
+        """Start all counters anew."""
+        vars(self).update(vars(PruningStats()))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready copy."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mixin for vLLM's workers that follows requests and answers two calls.
+"""A mixin for vLLM's workers that follows requests and answers calls.
 
 * `vllm.config.ParallelConfig.worker_cls` (read): `himap_vllm.frontend.support` names our worker
   there when himap is configured. Remove when: vLLM lets an option name the class of the model
@@ -42,6 +42,10 @@ class PruningWorkerMixin(_Base):
     def himap_stats(self) -> dict[str, Any]:
         """`PruningStats` as a dict."""
         return self._himap.stats.as_dict()
+
+    def himap_reset_stats(self) -> None:
+        """Start the counters anew."""
+        self._himap.stats.reset()
 
     def himap_trace(self, request_id: str) -> Trace | None:
         """Return the positions of a prompt's surviving image tokens; see `TraceLog.find`.

@@ -37,6 +37,7 @@ from .pruning import PruningPolicy
 from .record import current
 from .settings import GatewaySettings
 from .shared_memory import SharedMemoryError, check_shared_memory
+from .warm_up import warm_up
 
 logger = init_logger("vllm.himap.server")
 
@@ -86,6 +87,7 @@ async def run_engine(
         admission.second_step = PromptObserver(config, pruning, settings.max_prompt_tokens).observe
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
         gateway.loaded = ServedModel.from_vllm(app.state, PruningPolicy(pruning))
+        await warm_up(engine)
         app.openapi()  # takes seconds the first time: do it before requests come
         freeze_gc_heap()
         lifecycle.phase = Phase.READY
