@@ -6,9 +6,14 @@ Each engine is a process of its own: a kernel that ends its process is one faile
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from tests.world import compiled_or_not
 
 _TILE_DATA = 1 << 18  # XFEATURE_XTILEDATA, as in Linux' asm/prctl.h
 
@@ -33,11 +38,35 @@ plugin.register()
 print(before, imported, permitted(), allow_amx(), permitted())
 """
 
+# No warm-up: with a KV cache of given size and without compilation vLLM runs none by itself.
+_FIRST_REQUEST = """
+import json, sys
+from pathlib import Path
+from vllm import LLM, SamplingParams
+from himap_demo import MODEL_PATH
 
-def _run(program: str, *arguments: str) -> str:
+length, eager = int(sys.argv[1]), sys.argv[2] == "eager"
+settings = json.loads((Path(MODEL_PATH) / "himap.json").read_text())
+engine = LLM(
+    str(MODEL_PATH), additional_config={"himap": settings}, enforce_eager=eager, max_model_len=256,
+    max_num_seqs=2, max_num_batched_tokens=512, kv_cache_memory_bytes=64 << 20,
+    limit_mm_per_prompt={"image": 1},
+)
+prompt = {"prompt_token_ids": [50 + i for i in range(length)]}
+params = SamplingParams(max_tokens=2, ignore_eos=True, temperature=0)
+(output,) = engine.generate(prompt, params, use_tqdm=False)
+print(len(output.prompt_token_ids), len(output.outputs[0].token_ids), engine.model_config.dtype)
+"""
+
+
+def _run(program: str, *arguments: str, **environment: str) -> str:
     """Standard output of a new Python process, whose last words are shown if it fails."""
     done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **environment},
     )
     assert done.returncode == 0, f"ended with {done.returncode}:\n{done.stderr[-3000:]}"
     return done.stdout
@@ -56,3 +85,20 @@ def test_registering_asks_for_the_tile_permission_where_there_is_amx() -> None:
     else:
         assert registered == before
         assert (allowed, int(final)) == ("False", registered)
+
+
+@pytest.fixture(scope="module")
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first compiled engine fills it for the others."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 40])
+@compiled_or_not
+def test_the_first_request_of_a_new_engine(
+    length: int, compiled: bool, compile_cache: Path
+) -> None:
+    """In bfloat16, for which vLLM takes its AMX kernels where it can; up to 4 tokens, others."""
+    cache = {"VLLM_CACHE_ROOT": str(compile_cache), "TORCHINDUCTOR_CACHE_DIR": str(compile_cache)}
+    answer = _run(_FIRST_REQUEST, str(length), "compiled" if compiled else "eager", **cache)
+    assert answer.splitlines()[-1].split() == [str(length), "2", "torch.bfloat16"]
