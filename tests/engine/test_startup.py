@@ -270,8 +270,7 @@ def test_refused_models_say_why(world: World, tmp_path: Path) -> None:
 def test_cuts_that_waste_memory_are_named(
     world: World, cuts: tuple[int, int], warnings: list[str]
 ) -> None:
-    import vllm.logger  # noqa: F401  # configures logging, and drops handlers added before
-
+    configure(world.checkpoint("mha12"), None)  # vLLM configures logging, and drops handlers
     records: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
