@@ -6,10 +6,10 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint unit test latest constraints serve bench
+.PHONY: help setup lint unit test latest constraints check-vllm serve bench
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup:  ## editable installation with all development tools
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ latest:  ## tests without an engine, on the newest versions that the project all
 constraints:  ## write constraints.txt anew from the active environment
 	header=$$(grep '^#' constraints.txt) && freeze=$$($(BIN)/pip freeze --exclude-editable) \
 	    && printf '%s\n' "$$header" "$$freeze" | sed 's/+cpu$$//' > constraints.txt
+
+# Example: make check-vllm VERSION=0.33.0
+check-vllm:  ## what the project relies on, against the sources of a vLLM release
+	$(BIN)/python -m scripts.check_vllm $(VERSION)
 
 # Example: make serve ARGS='llava-hf/llava-1.5-7b-hf --shallow-layer 2'
 serve:  ## the gateway with the bundled model, or with MODEL and flags in ARGS
