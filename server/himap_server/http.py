@@ -13,6 +13,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 MAX_HEAD_BYTES = 128 << 10
 MAX_PIPELINED = 16
 
+# The parser takes the options of both.
+_CONNECTION = frozenset({b"connection", b"proxy-connection"})
+
 
 class BoundedHttp(HttpToolsProtocol):
     """uvicorn's protocol for one connection, with two limits, and without upgrades.
@@ -23,14 +26,16 @@ class BoundedHttp(HttpToolsProtocol):
       complete. Remove when: uvicorn limits both for httptools, as `h11_max_incomplete_event_size`
       does for h11.
     * `uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.data_received` (overridden): at a
-      request with `Connection: Upgrade` httptools stops. uvicorn drops the body that came so far,
-      and parses the rest as another request. Here a new parser gets the head again without
-      `Connection: Upgrade`, and then the body. Remove when: uvicorn reads the body of a request
-      whose upgrade it ignores.
+      request with `Connection: Upgrade`, or `Proxy-Connection: Upgrade`, httptools stops. uvicorn
+      drops the body that came so far, and parses the rest as another request. Here a new parser
+      gets the head again without that option, and then the body. Remove when: uvicorn reads the
+      body of a request whose upgrade it ignores.
     """
 
     _incomplete = 0
     """Bytes since the parser last called one of the methods below."""
+    _without_upgrade = False
+    """Whether the parser has the head of a request again, whose upgrade was ignored."""
 
     def data_received(self, data: bytes) -> None:
         """Take bytes from the client; too many of them get 400, and the connection ends."""
@@ -51,7 +56,10 @@ class BoundedHttp(HttpToolsProtocol):
         if self.parser.get_method() == b"CONNECT":
             raise ValueError("this server is no proxy")
         if self.parser.should_upgrade():
+            if self._without_upgrade:
+                raise ValueError("an upgrade that cannot be ignored")
             return  # the next parser gets this request again
+        self._without_upgrade = False
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many requests at once")
         self._incomplete = 0
@@ -76,18 +84,19 @@ class BoundedHttp(HttpToolsProtocol):
                 return
             except httptools.HttpParserUpgrade as stop:
                 data = self._head_without_upgrade() + data[stop.args[0] :]
+                self._without_upgrade = True
                 self.parser = httptools.HttpRequestParser(self)
                 # As uvicorn sets it.
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def _head_without_upgrade(self) -> bytes:
-        """The head of the request that the parser stopped at, without `Connection: Upgrade`."""
+        """The head of the request that the parser stopped at, without what asks for an upgrade."""
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         for name, value in self.headers:
-            if name == b"connection":
+            if name in _CONNECTION:
                 options = {option.strip().lower() for option in value.split(b",")}
                 value = b", ".join(sorted(options & {b"close", b"keep-alive"}))
-            if value or name != b"connection":
+            if value or name not in _CONNECTION:
                 lines.append(b"%s: %s" % (name, value))
         return b"\r\n".join([*lines, b"", b""])

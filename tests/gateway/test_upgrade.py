@@ -79,7 +79,14 @@ def test_a_body_is_never_taken_for_a_request(server: Server, body: bytes) -> Non
 
 
 @pytest.mark.parametrize(
-    "connection", [b"upgrade", b"Keep-Alive,\tUPGRADE", b"keep-alive\r\nConnection: upgrade"]
+    "connection",
+    [
+        b"upgrade",
+        b"Keep-Alive,\tUPGRADE",
+        b"keep-alive\r\nConnection: upgrade",
+        b"keep-alive\r\nProxy-Connection: Upgrade",
+        b"Upgrade\r\nProxy-Connection: keep-alive, Upgrade",
+    ],
 )
 def test_spellings_of_connection(server: Server, connection: bytes) -> None:
     (answer,) = talk(server, post(b"h2c", connection=connection))
