@@ -42,8 +42,8 @@ def check_shared_memory(config: VllmConfig, shm: Path = _SHM) -> None:
     if free < needed:
         raise SharedMemoryError(
             f"{shm} has {free >> 20} MiB free, the engine's queues need {needed >> 20} MiB: give"
-            " the container more (docker run --shm-size 1g; compose: shm_size; Kubernetes: an"
-            " emptyDir of medium Memory)"
+            f" the container more (docker run --shm-size {-(-needed >> 30)}g; compose: shm_size;"
+            " Kubernetes: an emptyDir of medium Memory)"
         )
 
 
