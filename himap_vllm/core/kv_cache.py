@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from typing_extensions import override
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
@@ -55,12 +56,14 @@ class StageAttentionSpec(FullAttentionSpec):
         return cls(**inherited, stage=stage)
 
     @classmethod
+    @override
     def merge(cls, specs: Sequence[Any]) -> Any:
         # AssertionError is how vLLM's grouping learns that specs don't go together.
         if any(spec != specs[0] for spec in specs):
             raise AssertionError("layers of different stages need different KV cache groups")
         return copy.deepcopy(specs[0])
 
+    @override
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(spec == self for spec in kv_cache_specs.values())
 
@@ -104,6 +107,7 @@ class StageKVCacheManager(FullAttentionManager):
             return slots, math.inf
         return slots, next_cacheable
 
+    @override
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
@@ -127,6 +131,7 @@ class StageKVCacheManager(FullAttentionManager):
         )
         return num_blocks
 
+    @override
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[Any]:
@@ -137,6 +142,7 @@ class StageKVCacheManager(FullAttentionManager):
         )
         return blocks
 
+    @override
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Cache only what lies before a pruned prompt's first image.
 

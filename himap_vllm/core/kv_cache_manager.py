@@ -44,6 +44,7 @@ from itertools import chain, islice
 from operator import itemgetter, mul
 from typing import Any
 
+from typing_extensions import override
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -71,6 +72,7 @@ class BlockHorizon:
 class NoBlocks(KVCacheBlocks):
     """The answer to a request that needs none, without a look at every group."""
 
+    @override
     def get_block_ids(self, allow_none: bool = False, **kwargs: Any) -> Any:
         """As `KVCacheBlocks.get_block_ids`."""
         return None if allow_none else super().get_block_ids(**kwargs)
@@ -83,6 +85,7 @@ class PruningKVCacheManager(KVCacheManager):
     himap_stages: Sequence[Sequence[StageKVCacheManager]]
     himap_horizons: dict[str, BlockHorizon]
 
+    @override
     def allocate_slots(
         self,
         request: Request,
@@ -90,6 +93,7 @@ class PruningKVCacheManager(KVCacheManager):
         num_new_computed_tokens: int = 0,
         new_computed_blocks: KVCacheBlocks | None = None,
         num_lookahead_tokens: int = 0,
+        *args: Any,
         **kwargs: Any,
     ) -> KVCacheBlocks | None:
         """As `KVCacheManager.allocate_slots`, whose answer is the same."""
@@ -99,7 +103,7 @@ class PruningKVCacheManager(KVCacheManager):
             horizon is not None
             and request.status is RequestStatus.RUNNING
             and new_computed_blocks is None
-            and not kwargs
+            and not (args or kwargs)
         ):
             slots = min(end + num_lookahead_tokens, self.max_model_len)
             cacheable = min(end, request.num_tokens)
@@ -112,12 +116,14 @@ class PruningKVCacheManager(KVCacheManager):
             num_new_computed_tokens,
             new_computed_blocks,
             num_lookahead_tokens,
+            *args,
             **kwargs,
         )
         if blocks is not None:
             self._note_horizon(request, end + num_new_computed_tokens)
         return blocks
 
+    @override
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """As `KVCacheManager.cache_blocks`."""
         horizon = self.himap_horizons.get(request.request_id)
@@ -126,10 +132,12 @@ class PruningKVCacheManager(KVCacheManager):
         elif num_computed_tokens >= horizon.next_cacheable:
             self._cache_full_blocks(request, horizon, num_computed_tokens)
 
+    @override
     def free(self, request: Request) -> None:
         """As `KVCacheManager.free`, but the blocks nearest to the sequence's end go first."""
         self.block_pool.free_blocks(reversed(self.pop_blocks_for_free(request)))
 
+    @override
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """As `KVCacheManager.pop_blocks_for_free`.
 
@@ -168,7 +176,7 @@ class PruningKVCacheManager(KVCacheManager):
         horizon.fewest_slots = min(horizon.slots)
         if cacheable >= horizon.next_cacheable:
             self._cache_full_blocks(request, horizon, cacheable)
-        return self.create_kv_cache_blocks(tuple(blocks))
+        return KVCacheBlocks(tuple(blocks)) if wanted else self.empty_kv_cache_blocks
 
     def _cache_full_blocks(self, request: Request, horizon: BlockHorizon, num_tokens: int) -> None:
         super().cache_blocks(request, num_tokens)
@@ -206,6 +214,7 @@ def make_pruning_manager(
         assert isinstance(group, StageKVCacheManager)
         group.plans = plans
     manager.__class__ = PruningKVCacheManager
+    assert isinstance(manager, PruningKVCacheManager)
     manager.himap_plans = plans
     manager.himap_horizons = {}
     manager.himap_stages = [

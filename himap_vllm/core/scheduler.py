@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -72,6 +73,7 @@ class _PruningMixin(_Base):
         self.himap_plans: dict[str, PromptPlan] = {}
         make_pruning_manager(manager, stages, self.himap_plans)
 
+    @override
     def add_request(self, request: Request) -> None:
         plan = plan_of(request.num_prompt_tokens, request.mm_features, request.sampling_params)
         # A known id is the next chunk of a streaming-input session, which is never pruned.
@@ -84,6 +86,7 @@ class _PruningMixin(_Base):
             request._block_hasher = None
         super().add_request(request)
 
+    @override
     def _try_schedule_encoder_inputs(
         self,
         request: Request,
@@ -122,6 +125,7 @@ class _PruningMixin(_Base):
         )
         return result
 
+    @override
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)  # needs the plan
         self.himap_plans.pop(request.request_id, None)

@@ -89,7 +89,7 @@ def _accumulate(logits, maximum, total):
     return new_maximum, total
 
 
-# A specialisation for strides that differ from step to step would be compiled in mid-service.
+# The strides differ from step to step. A specialisation for some would be compiled while serving.
 @triton.jit(do_not_specialize=["partial_stride", "partial_head_stride"])
 def _vote_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
@@ -66,6 +67,7 @@ class FirstSegment(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
+    @override
     def forward(
         self,
         positions: torch.Tensor,
@@ -91,6 +93,7 @@ class MiddleSegment(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
+    @override
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,6 +111,7 @@ class LastSegment(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
 
+    @override
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor
     ) -> torch.Tensor:
@@ -127,10 +131,12 @@ class _SegmentedDecoder(nn.Module):
     # One per segment behind a cut. They must differ: a segment may return its own input.
     himap_inputs: tuple[GraphInputs, GraphInputs]
 
+    @override
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # vLLM's `support_torch_compile` puts the compiled whole into `__call__`; not used here.
         return self.forward(*args, **kwargs)
 
+    @override
     def forward(
         self,
         input_ids: torch.Tensor | None,

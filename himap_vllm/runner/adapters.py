@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from typing_extensions import override
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 
 from himap_vllm.plan.step import StageBatch
@@ -35,6 +36,7 @@ class AdapterMixin(_Base):
     himap: PruningContext
     himap_adapters: tuple[int, ...]
 
+    @override
     def _set_active_loras(
         self,
         prompt_lora_mapping: tuple[int, ...],

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from typing_extensions import override
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
@@ -41,6 +42,7 @@ class StageBlockTables(MultiGroupBlockTable):
     _himap_stages: npt.NDArray[np.int64]  # [num_groups]
     _himap_groups: Sequence[slice]  # of each stage
 
+    @override
     def append_row(self, block_ids: tuple[list[int], ...], row_idx: int) -> None:
         """As `MultiGroupBlockTable.append_row`; the groups of a stage get equally many blocks."""
         for groups in self._himap_groups:
@@ -50,6 +52,7 @@ class StageBlockTables(MultiGroupBlockTable):
                 self._himap_tables[groups, row_idx, start : start + count] = block_ids[groups]
                 self._himap_ends[groups, row_idx] = start + count
 
+    @override
     def compute_slot_mapping(
         self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> None:
@@ -76,6 +79,7 @@ class StageBlockTables(MultiGroupBlockTable):
         np.multiply(found, block_size, out=slots, dtype=np.int64)
         slots += offsets
 
+    @override
     def commit_block_table(self, num_reqs: int) -> None:
         """Do nothing: the device's tables are the host's."""
 
@@ -93,6 +97,7 @@ def make_stage_block_tables(tables: MultiGroupBlockTable, stages: Sequence[int])
     slots = _stacked([group.slot_mapping for group in groups])
     blocks = _stacked([group.block_table for group in groups])
     tables.__class__ = StageBlockTables
+    assert isinstance(tables, StageBlockTables)
     tables.himap_step_plan = None
     tables.himap_slots = slots
     tables.himap_blocks = blocks

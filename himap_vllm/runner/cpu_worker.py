@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from himap_vllm.runner import v1, v2
@@ -17,6 +18,7 @@ from himap_vllm.runner.worker import PruningWorkerMixin
 class PruningCPUWorker(PruningWorkerMixin, CPUWorker):
     """`CPUWorker` with Model Runner V1, or V2 where Triton runs on the CPU (its interpreter)."""
 
+    @override
     def init_device(self) -> None:
         super().init_device()
         runner = v2 if self.use_v2_model_runner else v1

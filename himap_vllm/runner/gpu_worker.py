@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from typing_extensions import override
 from vllm.v1.worker.gpu_worker import Worker
 
 from himap_vllm.runner.common import make_pruning_runner
@@ -21,11 +22,13 @@ from himap_vllm.runner.worker import PruningWorkerMixin
 class PruningGPUWorker(PruningWorkerMixin, Worker):
     """`Worker` with Model Runner V2."""
 
+    @override
     def _make_model_runner(self) -> Any:
         runner = super()._make_model_runner()
         make_pruning_runner(runner, PruningRunnerMixin)
         return runner
 
+    @override
     def compile_or_warm_up_model(self) -> Any:
         # Before vLLM's, which ends with watching for kernels that are compiled too late.
         self.model_runner.model_state.warm_up()

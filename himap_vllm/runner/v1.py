@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, PAD_SLOT_ID
 
 from himap_vllm.model.install import install
@@ -50,10 +51,12 @@ class PruningRunnerMixin(AdapterMixin, _Base):
     himap_groups: StageGroups
     himap_leading: tuple[Any, list[Any]]  # leaders' KV cache configuration and attention groups
 
+    @override
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         self.himap = install(self.get_model(), self.vllm_config)
 
+    @override
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         groups = StageGroups.of(kv_cache_config, self.himap.settings, self.model_config)
         self.himap_groups = groups
@@ -67,6 +70,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
             [self.attn_groups[i] for i in groups.leaders],
         )
 
+    @override
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         batch = self.input_batch
         plan = self.himap.requests.plans.plan_step(
@@ -81,13 +85,19 @@ class PruningRunnerMixin(AdapterMixin, _Base):
             self.himap.begin_step(plan, self.device, later)
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
 
+    @override
     def _get_slot_mappings(
-        self, num_tokens_padded: int, num_reqs_padded: int, num_tokens_unpadded: int, **kwargs: Any
+        self,
+        num_tokens_padded: int,
+        num_reqs_padded: int,
+        num_tokens_unpadded: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Any, Any]:
         tables = self.input_batch.block_table
         if not isinstance(tables, StageBlockTables):  # a trial run, before there is a KV cache
             trial: tuple[Any, Any] = super()._get_slot_mappings(
-                num_tokens_padded, num_reqs_padded, num_tokens_unpadded, **kwargs
+                num_tokens_padded, num_reqs_padded, num_tokens_unpadded, *args, **kwargs
             )
             return trial
         slots = tables.himap_slots
@@ -105,19 +115,22 @@ class PruningRunnerMixin(AdapterMixin, _Base):
         }
         return dict(enumerate(by_group)), by_layer
 
+    @override
     def _build_attention_metadata(
-        self, *, num_reqs: int, slot_mappings: dict[int, torch.Tensor], **kwargs: Any
+        self, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Build one group's metadata per stage. Other groups differ only in blocks and slots."""
+        slot_mappings = kwargs["slot_mappings"]
+        kwargs["slot_mappings"] = {
+            k: slot_mappings[i] for k, i in enumerate(self.himap_groups.leaders)
+        }
         tables, leaders = self.input_batch.block_table, self.himap_groups.leaders
         seen = self.kv_cache_config, self.attn_groups
         self.kv_cache_config, self.attn_groups = self.himap_leading
         self.input_batch.block_table = [tables[i] for i in leaders]
         try:
             metadata, common = super()._build_attention_metadata(
-                num_reqs=num_reqs,
-                slot_mappings={k: slot_mappings[i] for k, i in enumerate(leaders)},
-                **kwargs,
+                num_tokens, num_reqs, *args, **kwargs
             )
         finally:
             self.kv_cache_config, self.attn_groups = seen
@@ -134,6 +147,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
         )
         return metadata, common
 
+    @override
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         try:

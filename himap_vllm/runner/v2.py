@@ -31,6 +31,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from typing_extensions import override
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.utils.mem_utils import DeviceMemoryProfiler
@@ -58,6 +59,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
 
     himap: PruningContext
 
+    @override
     def load_model(self, load_dummy_weights: bool = False, *args: Any, **kwargs: Any) -> None:
         if load_dummy_weights:
             self.load_config.load_format = "dummy"
@@ -80,10 +82,12 @@ class PruningModelState(DefaultModelState):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.himap: PruningContext = self.model.himap_context
+        model: Any = self.model
+        self.himap: PruningContext = model.himap_context
         self._later = StageBuffers(self.max_num_reqs, self.device)
         self._request_ids: list[str] = []
 
+    @override
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         # A step that prunes has fewer tokens behind each cut, so no full graph can hold it.
@@ -109,6 +113,7 @@ class PruningModelState(DefaultModelState):
         # Not kept: vLLM makes new ones after its trial run, and must be able to free these.
         return self._runner.block_tables
 
+    @override
     def prepare_attn(
         self,
         input_batch: Any,
@@ -119,6 +124,7 @@ class PruningModelState(DefaultModelState):
         kv_cache_config: Any,
         for_capture: bool = False,
         ubatch_idx: int = 0,
+        *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
         full_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
@@ -136,6 +142,7 @@ class PruningModelState(DefaultModelState):
             kv_cache_config,
             for_capture,
             ubatch_idx,
+            *args,
             **kwargs,
         )
         share_metadata(
@@ -221,6 +228,7 @@ class PruningModelState(DefaultModelState):
         warm_up(self.himap, self.dtype, self.model_config.get_hidden_size(), positions)
         self._write_slots(0, self._block_tables.slot_mappings)
 
+    @override
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
         super().postprocess_state(*args, **kwargs)
         context = self.himap

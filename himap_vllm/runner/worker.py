@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from himap_vllm.pruning.context import PruningContext
 from himap_vllm.pruning.trace_log import Trace
 
@@ -31,6 +33,7 @@ class PruningWorkerMixin(_Base):
         context: PruningContext = runner.himap
         return context
 
+    @override
     def execute_model(self, scheduler_output: Any) -> Any:
         requests = self._himap.requests
         for request_id in scheduler_output.finished_req_ids:

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+from typing_extensions import override
 from vllm.multimodal.media.base import MediaIO
 from vllm.multimodal.media.connector import (
     MEDIA_CONNECTOR_REGISTRY,
@@ -68,9 +69,11 @@ class _StoreConnector(MediaConnector):
         super().__init__(**kwargs)
         self._store = store
 
+    @override
     def load_from_url(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
         return media_io.load_bytes(self._store.get(url))
 
+    @override
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
         image = self._store.get(url)
         loop = asyncio.get_running_loop()

@@ -18,6 +18,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI
+from typing_extensions import override
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.logger import init_logger
@@ -52,6 +53,7 @@ class _ObservedLLM(AsyncLLM):
       tokens and times to its caller.
     """
 
+    @override
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
         """As `AsyncLLM.generate`."""
         outputs = super().generate(*args, **kwargs)

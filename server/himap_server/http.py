@@ -8,6 +8,7 @@ may ignore Upgrade).
 from __future__ import annotations
 
 import httptools
+from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 128 << 10
@@ -37,6 +38,7 @@ class BoundedHttp(HttpToolsProtocol):
     _without_upgrade = False
     """Whether the parser has the head of a request again, whose upgrade was ignored."""
 
+    @override
     def data_received(self, data: bytes) -> None:
         """Take bytes from the client; too many of them get 400, and the connection ends."""
         self._unset_keepalive_if_required()
@@ -51,6 +53,7 @@ class BoundedHttp(HttpToolsProtocol):
         if self._incomplete > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"The headers are larger than {MAX_HEAD_BYTES} bytes.")
 
+    @override
     def on_headers_complete(self) -> None:
         """Called by the parser; uvicorn answers 400 to any exception from here."""
         if self.parser.get_method() == b"CONNECT":
@@ -65,11 +68,13 @@ class BoundedHttp(HttpToolsProtocol):
         self._incomplete = 0
         super().on_headers_complete()
 
+    @override
     def on_body(self, body: bytes) -> None:
         """Called by the parser with a piece of the body."""
         self._incomplete = 0
         super().on_body(body)
 
+    @override
     def on_message_complete(self) -> None:
         """Called by the parser at the end of a request."""
         if self.parser.should_upgrade():

@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import uvicorn
+from typing_extensions import override
 
 
 class Phase(enum.Enum):
@@ -61,7 +62,8 @@ class GatewayServer(uvicorn.Server):
         self._lifecycle = lifecycle
         self._draining: asyncio.Task[None] | None = None
 
-    def handle_exit(self, sig: int, frame: Any) -> None:  # noqa: ARG002
+    @override
+    def handle_exit(self, sig: int, frame: Any) -> None:
         """Signal handler."""
         if self._draining is not None or self._lifecycle.phase is not Phase.READY:
             self.force_exit = self.should_exit

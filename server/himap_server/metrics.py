@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
+from typing_extensions import override
 from vllm.v1.metrics.buckets import (
     INTER_TOKEN_LATENCY_BUCKETS,
     REQUEST_LATENCY_BUCKETS,
@@ -167,6 +168,7 @@ class _Snapshot(Collector):
     def __init__(self, stats: dict[str, Any]) -> None:
         self._stats = stats
 
+    @override
     def collect(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
             "himap_requests", "prompts with images by outcome", labels=["outcome"]

@@ -121,7 +121,7 @@ def test_blocks_held_equal_the_arithmetic_at_every_step(world: World) -> None:
         manager = scheduler.kv_cache_manager
         for request in scheduler.running:
             if request.request_id in scheduler.himap_plans:
-                # A step has room for all of it, so it was not begun in one with less.
+                # The whole prompt fits in one step, so none started with a part of it.
                 assert request.num_computed_tokens >= request.num_prompt_tokens
             ratios = read_stamp(request.sampling_params).ratios
             shallow, deep = (ratios.shallow, ratios.deep) if ratios else (0, 0)

@@ -50,9 +50,6 @@ MAX_ARROWS = 30
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 PENDING = {
-    "bench/capacity.py:_fill",
-    "bench/gateway.py",
-    "bench/soak.py",
     "tests/checkpoints.py:build_llava",
     "tests/oracle.py:generate",
 }

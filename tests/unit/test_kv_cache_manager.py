@@ -173,4 +173,5 @@ def test_equals_vllms(num_blocks: int, caching: bool, publish: bool) -> None:
             if step % 4 == 0:  # what differs stays different
                 both("state")
         both("state")
-        assert set(sides[1].manager.himap_horizons) <= set(running)
+        shortcut: Any = sides[1].manager
+        assert set(shortcut.himap_horizons) <= set(running)

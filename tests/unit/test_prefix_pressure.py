@@ -7,6 +7,8 @@ each entry of `STAGES`, with as many more blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from vllm.sampling_params import SamplingParams
@@ -30,7 +32,12 @@ class Cache:
     """A manager and its requests, one after the other."""
 
     def __init__(self, pruning: bool) -> None:
-        shape = {"block_size": SIZE, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
+        shape: dict[str, Any] = {
+            "block_size": SIZE,
+            "num_kv_heads": 1,
+            "head_size": 32,
+            "dtype": torch.float32,
+        }
         specs = (
             [StageAttentionSpec(**shape, stage=stage) for stage in STAGES]
             if pruning
@@ -64,8 +71,7 @@ class Cache:
 
     def cached_tokens(self, tokens: list[int], plan: PromptPlan | None = None) -> int:
         """Tokens of a prompt that the prefix cache has."""
-        found: int = self.manager.get_computed_blocks(self._request("look", tokens, plan))[1]
-        return found
+        return self.manager.get_computed_blocks(self._request("look", tokens, plan))[1]
 
     def run(
         self, name: str, tokens: list[int], plan: PromptPlan | None = None, deferred: bool = False
@@ -78,8 +84,8 @@ class Cache:
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = len(tokens)
         if deferred:  # as the scheduler does while the worker may still write to the blocks
-            blocks = self.manager.pop_blocks_for_free(request)
-            self.manager.block_pool.free_blocks(reversed(blocks))
+            held = self.manager.pop_blocks_for_free(request)
+            self.manager.block_pool.free_blocks(reversed(held))
         else:
             self.manager.free(request)
         self.plans.pop(name, None)

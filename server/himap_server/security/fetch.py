@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from typing_extensions import override
 from yarl import URL
 
 from ..errors import GatewayError, Reason
@@ -205,6 +206,7 @@ class FreshResolver(AbstractResolver):
         self._running: dict[AbstractResolver, int] = {}  # look-ups; the newest resolver is last
         self._used = 0
 
+    @override
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
@@ -222,6 +224,7 @@ class FreshResolver(AbstractResolver):
         finally:
             self._running[resolver] -= 1
 
+    @override
     async def close(self) -> None:
         for resolver in self._running:
             await resolver.close()
@@ -238,11 +241,13 @@ class _ShortResolver(AbstractResolver):
     def __init__(self, inner: AbstractResolver) -> None:
         self._inner = inner
 
+    @override
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         return (await self._inner.resolve(host, port, family))[:_MAX_ADDRESSES]
 
+    @override
     async def close(self) -> None:
         """Nothing: the inner resolver outlives a connector."""
 
