@@ -54,6 +54,6 @@ def _left(folder: Path, limit_name: str, usage_name: str, droppable: str) -> int
             return None
         usage = int((folder / usage_name).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except OSError:
-        return None  # no such controller, or not ours to read
+    except (OSError, ValueError):
+        return None  # no such controller, not ours to read, or empty
     return max(0, int(limit) - usage + int(stat.get(droppable, 0)))

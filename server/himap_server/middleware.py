@@ -94,7 +94,7 @@ class RequestMiddleware:
                     426,
                     "this server has no WebSockets: send a POST and set `stream`",
                     reason=Reason.WEBSOCKET,
-                    headers={"upgrade": "HTTP/1.1"},
+                    headers={"upgrade": "HTTP/1.1", "connection": "upgrade"},
                 )
             await self._admit(inner, headers, receive, answer, record)
         except _ClientGoneError:

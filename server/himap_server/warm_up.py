@@ -45,25 +45,25 @@ class _RefusedError(Exception):
 async def warm_up(engine: AsyncLLM) -> None:
     """Have every engine answer one token of text, and a picture where the model takes pictures.
 
-    A picture that the model's processor, or this server's limits, refuse is a warning: the engine
+    A prompt that the model's processor, or this server's limits, refuse is a warning: the engine
     itself is well.
 
     Raises:
         RuntimeError: the engine died or failed a request.
     """
     with _unrecorded(engine):
-        (text,) = await engine.renderer.render_cmpl_async([{"prompt_token_ids": [_token(engine)]}])
-        await _answer(engine, text, "text")
-        try:
-            picture = await _render_picture(engine)
-            if picture is not None:
-                await _answer(engine, picture, "picture")
-                await engine.reset_mm_cache()  # the engine's half has it, ours was skipped
-        except _RefusedError as error:
-            picture = None
-            logger.warning("warm-up without a picture: %s", error)
+        for name, render in (("text", _render_text), ("picture", _render_picture)):
+            try:
+                prompt = await render(engine)
+                if prompt is None:
+                    continue
+                await _answer(engine, prompt, name)
+            except _RefusedError as error:
+                logger.warning("warm-up without %s: %s", name, error)
+            else:
+                logger.info("warmed up with %s", name)
+        await engine.reset_mm_cache()  # the engine's half has the picture, ours was skipped
         await reset_engine_stats(engine)
-    logger.info("warmed up with text%s", "" if picture is None else " and a picture")
 
 
 def _ranks(engine: AsyncLLM) -> range:
@@ -93,6 +93,12 @@ def _record_with(engine: AsyncLLM, manager: Any) -> None:
 def _token(engine: AsyncLLM) -> int:
     tokenizer = engine.renderer.get_tokenizer()
     return int((tokenizer.encode(_TEXT, add_special_tokens=False) or [0])[-1])
+
+
+async def _render_text(engine: AsyncLLM) -> Any:
+    """vLLM's input for one token."""
+    (rendered,) = await engine.renderer.render_cmpl_async([{"prompt_token_ids": [_token(engine)]}])
+    return rendered
 
 
 async def _render_picture(engine: AsyncLLM) -> Any:
