@@ -36,7 +36,8 @@ def allow_amx() -> bool:
     if ask():
         return True
     logger.error(
-        "the processor has AMX, but the operating system does not let this process use it: vLLM's "
-        "bfloat16 attention will end with SIGILL; use --dtype float32 or a host that allows AMX"
+        "the processor has AMX, but the operating system does not let this process use it: on the "
+        "CPU, vLLM's bfloat16 attention will end with SIGILL; use --dtype float32 or a host that "
+        "allows AMX"
     )
     return False

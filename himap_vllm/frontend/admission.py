@@ -24,13 +24,13 @@ from himap_vllm.config import (
     requested_ratios,
 )
 from himap_vllm.plan.prompt import PromptPlan, make_plan
-from himap_vllm.plan.requests import Decision, image_tokens, stamp, step_limit
+from himap_vllm.plan.requests import PROMPT_EMBEDS, Decision, image_tokens, stamp, step_limit
 
 SecondStep = Callable[[EngineCoreRequest, PromptPlan | None], None]
 """Called with an admitted request and its plan (None: unpruned); raises to refuse the request."""
 
-_PRUNABLE = ("image", "prompt_embeds")
-"""Modalities that a pruned prompt may have. Rows of `prompt_embeds` vote as text rows do."""
+_PRUNABLE = ("image", PROMPT_EMBEDS)
+"""Modalities that a pruned prompt may have."""
 
 _WHOLE_PROMPT = ("prompt_logprobs", "prompt_logprob_token_ids")
 """Sampling parameters that ask for the final hidden state of every token of the prompt."""

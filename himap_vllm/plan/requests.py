@@ -21,6 +21,9 @@ from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios, make_plan
 
 _STAMP = "himap_admission"
 
+PROMPT_EMBEDS = "prompt_embeds"
+"""vLLM's modality of embedded text. Its rows are text: they vote, and none is dropped."""
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:

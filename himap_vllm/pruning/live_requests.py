@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from himap_vllm.criteria.criterion import Criterion
 from himap_vllm.criteria.random import prompt_seed
-from himap_vllm.plan.requests import plan_of, read_stamp
+from himap_vllm.plan.requests import PROMPT_EMBEDS, plan_of, read_stamp
 from himap_vllm.plan.table import ActivePlans
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class LiveRequests:
         In Model Runner V2 a preempted request arrives again. In both runners the next chunk of a
         streaming-input session arrives under the same id. Such a request is counted already.
         """
-        if not request.mm_features:
-            return
+        if all(feature.modality == PROMPT_EMBEDS for feature in request.mm_features):
+            return  # text only
         plan = plan_of(len(request.prompt_token_ids), request.mm_features, request.sampling_params)
         if plan is not None:
             if self._seeded:

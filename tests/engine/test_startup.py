@@ -104,6 +104,7 @@ def test_refusals(world: World, himap: Any, options: dict[str, Any], message: st
     [
         ("parallel_config", "ubatch_size", 2, "dual batch overlap yet: it may split"),
         ("model_config", "is_mm_prefix_lm", True, "bidirectional .* yet: scores"),
+        ("aux_output_config", "enable_return_routed_experts", True, "routed-experts yet: dropped"),
     ],
 )
 def test_refusals_of_what_vllm_decides(
