@@ -76,8 +76,27 @@ def _wrap_admission() -> None:
             try:
                 admission.admit(request)
             except HiMAPError as error:
+                _forget_images(self, request)
                 raise VLLMValidationError(str(error), parameter=error.parameter) from error
+            except Exception:
+                _forget_images(self, request)
+                raise
         return request
 
     setattr(process_inputs, _MARK, True)
     InputProcessor.process_inputs = process_inputs
+
+
+def _forget_images(input_processor: Any, request: Any) -> None:
+    """Have vLLM send the images of a refused request again, when they come again.
+
+    * `vllm.multimodal.cache.base.BaseMultiModalProcessorCache.invalidate`,
+      `vllm.v1.engine.input_processor.InputProcessor.renderer` (called): the API process takes an
+      image for sent as soon as it has processed it, and the engine core, which never got it, fails
+      the next request that has it. Remove when: vLLM keeps both caches alike if a request is
+      refused behind its processor.
+    """
+    cache = input_processor.renderer.mm_processor_cache
+    for feature in request.mm_features or ():
+        if cache is not None and feature.mm_hash is not None:
+            cache.invalidate(feature.mm_hash)

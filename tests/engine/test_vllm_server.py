@@ -11,11 +11,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from PIL import Image
 
 from tests.checkpoints import sample_images
 from tests.engines import DEEP_LAYER, SHALLOW_LAYER, Case
@@ -138,6 +140,20 @@ def test_errors_are_openai_shaped(
     assert body["param"] == parameter
     assert body["type"] == "BadRequestError"
     assert allowed in body["message"]
+
+
+def test_an_image_of_a_refused_request_can_be_asked_about(url: str) -> None:
+    """The engine never got it; vLLM's cache in the API process must not say that it did."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    ask: Any = partial(
+        client.chat.completions.create,
+        model="tiny",
+        messages=[picture_message(Image.new("RGB", (84, 84), "teal"), QUESTION)],
+        max_tokens=1,
+    )
+    with pytest.raises(openai.BadRequestError):
+        ask(extra_body={"vllm_xargs": {"himap_shallow_ratio": 2}})
+    assert ask().choices[0].finish_reason == "length"
 
 
 def test_streaming(url: str) -> None:

@@ -143,7 +143,7 @@ def test_concurrent_requests(guarded: Guarded) -> None:
     slow = client(guarded.server, guarded.keys["single"]).completions.create(
         model="tiny",
         prompt="hi",
-        max_tokens=40,
+        max_tokens=20,  # this server ends requests after 1.5 s
         stream=True,
         extra_body={"ignore_eos": True},
     )

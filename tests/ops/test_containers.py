@@ -14,6 +14,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,13 +219,21 @@ def test_entrypoints_arguments(
     assert done.stdout.strip() == expected
 
 
-def test_the_entry_point_runs_unprivileged_on_a_read_only_system(tmp_path: Path) -> None:
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """Addresses of sockets have at most 107 characters; pytest's own folders take most of them."""
+    with tempfile.TemporaryDirectory(prefix="himap-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_the_entry_point_runs_unprivileged_on_a_read_only_system(short_path: Path) -> None:
     """The cpu image's, with its environment and user, until ready; then the way it is stopped."""
     stage = DOCKERFILE[DOCKERFILE.index(" AS cpu\n") :]
     assert "USER 10001:10001" in stage
     image = dict(re.findall(r"(\w+)=(\S+)", stage[stage.index("ENV ") : stage.index("USER")]))
     image.pop("PATH")
-    temporary, cache = tmp_path / "tmp", tmp_path / "cache"
+    temporary, cache = short_path / "tmp", short_path / "cache"
     for folder in (temporary, cache):
         folder.mkdir()
     places = {"/var/cache/himap": cache, "/tmp": temporary}
