@@ -79,6 +79,7 @@ def _media_check(settings: GatewaySettings) -> MediaCheck:
             max_bytes=settings.max_image_bytes,
             timeout_seconds=settings.image_timeout,
             allowed_hosts=settings.image_hosts,
+            user_agent=settings.image_user_agent,
         )
         fetcher = ImageFetcher(limits)
     return MediaCheck(

@@ -25,7 +25,7 @@ from pydantic_settings import (
 
 from himap_vllm.config import EngineSettings
 
-from .security.fetch import host_and_port
+from .security.fetch import USER_AGENT, host_and_port
 
 
 class SettingsError(ValueError):
@@ -59,6 +59,12 @@ class GatewaySettings(_Operators):
         "the host is not public or the port is not 80 or 443",
     )
     image_timeout: float = Field(10.0, gt=0, description="seconds for fetching one image")
+    image_user_agent: str = Field(
+        USER_AGENT,
+        pattern=r"^[!-~]([ -~]{0,254}[!-~])?$",
+        description="User-Agent header of fetches: a name, a version and how to reach the "
+        "operator, in at most 256 printable ASCII characters",
+    )
     request_timeout: float = Field(600.0, gt=0, description="seconds for a whole request")
     grace_seconds: float = Field(
         30.0, ge=0, description="seconds for requests in flight after SIGTERM"

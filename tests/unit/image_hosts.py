@@ -56,16 +56,21 @@ class Tap:
 
     def __init__(self, answer: bytes | None) -> None:
         self.answer = answer
+        self.then: bytes | None = None
+        """The answer of every request after the first."""
         self.requests: list[bytes] = []
+        self.dialled: list[str] = []
         self.connections = 0
         self.port = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.dialled.append(writer.get_extra_info("sockname")[0])
         try:
             self.requests.append(await reader.readuntil(b"\r\n\r\n"))
             if self.answer is not None:
                 writer.write(self.answer)
+                self.answer = self.then or self.answer
                 await writer.drain()
             else:
                 await asyncio.sleep(60)
@@ -113,9 +118,10 @@ async def get(
     resolver: Resolver | None = None,
     timeout: float = 5,
     max_bytes: int = 100_000,
+    **more: Any,
 ) -> bytes | tuple[int, str]:
     """What was fetched, or the status and reason of the refusal."""
-    limits = FetchLimits(max_bytes, timeout, frozenset(allowed))
+    limits = FetchLimits(max_bytes, timeout, frozenset(allowed), **more)
     fetcher = ImageFetcher(limits, resolver)
     try:
         return await fetcher.fetch(url, PARAM)

@@ -126,6 +126,55 @@ def test_rebinding() -> None:
 
 
 @pytest.mark.usefixtures("public")
+@pytest.mark.parametrize(
+    "form",
+    [
+        "http://{host}/a%2Fb?c=%27",
+        " HTTP://{host}:{port}/ \n",
+        "http://{host}:{port}?a#@127.0.0.1/",
+        "http://{host}/http://127.0.0.1/",
+        "http://{host}/@127.0.0.1/",
+        "http://{host}?@127.0.0.1/",
+        "http://{host}#@127.0.0.1/",
+        "http://{host}/%0d%0aHost:%20127.0.0.1",
+        "http://{host}:{port}/\u202f\u2028é ",
+    ],
+)
+@pytest.mark.parametrize("redirected", [False, True])
+@pytest.mark.parametrize("host", [PUBLIC, "name.test", "NAME.test.", "nämé.test"])
+def test_the_address_checked_is_the_address_connected_to(
+    form: str, host: str, redirected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a URL is written, the peer is one that was asked about just before."""
+    checked: list[str] = []
+    is_public = fetch._is_public
+
+    def remember(address: str) -> bool:
+        checked.append(address)
+        return is_public(address)
+
+    async def scenario() -> None:
+        async with tap(host=PUBLIC) as it:
+            monkeypatch.setattr(fetch, "_is_public", remember)
+            monkeypatch.setattr(fetch, "_PORTS", frozenset({80, it.port}))
+            url = form.format(host=host, port=it.port)
+            if host == PUBLIC and f":{it.port}" not in url:
+                url = url.replace(PUBLIC, f"{PUBLIC}:{it.port}", 1)
+            answers = {"name_test": [[PUBLIC]], "xn--nm-viav_test": [[PUBLIC]]}
+            resolver = Resolver(it.port, **answers)
+            if not redirected:
+                assert await get(url, resolver=resolver) == PICTURE
+            else:
+                moved = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %b\r\n\r\n"
+                async with tap(moved % url.strip().encode()) as first:
+                    here = f"127.0.0.1:{first.port}"
+                    assert await get(f"http://{here}/", here, resolver=resolver) == PICTURE
+            assert it.dialled == checked == [PUBLIC]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("public")
 @pytest.mark.parametrize("order", [[PUBLIC, "127.0.0.1"], ["127.0.0.1", PUBLIC]])
 def test_of_mixed_addresses_only_the_public_one_is_dialled(order: list[str]) -> None:
     async def scenario() -> None:
@@ -180,11 +229,12 @@ def test_forbidden_and_unreachable_read_the_same() -> None:
         "http://good.test@127.0.0.1/",
         "http://good.test:80@127.0.0.1/",
         "http://good.test/\r\nX-Injected: 1",
-        "http://good.test/\t",
+        "http://good.test/\ta",
         "http://good.test\0.evil.test/",
         "http://good.test /",
-        " http://good.test/",
-        "http://good.test/\u2028",
+        "http:// good.test/",
+        "http://good\u2028.test/",
+        "http://good.test/\udc80",
         "http://good\u200b.test/",
         "http://good.test\u3000/",
         "http:///p.png",

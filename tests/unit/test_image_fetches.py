@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import random
+import re
 import ssl
 import subprocess
 import weakref
@@ -21,7 +22,12 @@ import pytest
 from aiohttp import web
 from himap_server.errors import GatewayError, Reason
 from himap_server.security import fetch
-from himap_server.security.fetch import FetchLimits, FreshResolver, ImageFetcher
+from himap_server.security.fetch import (
+    USER_AGENT,
+    FetchLimits,
+    FreshResolver,
+    ImageFetcher,
+)
 from yarl import URL
 
 from tests.unit.image_files import (
@@ -53,8 +59,84 @@ def test_request_carries_nothing_it_should_not(monkeypatch: pytest.MonkeyPatch) 
             "Host": here,
             "Accept": "image/png, image/jpeg, image/webp, image/gif",
             "Accept-Encoding": "identity",
-            "User-Agent": "himap-vllm",
+            "User-Agent": USER_AGENT,
         }
+
+    asyncio.run(scenario())
+
+
+def test_user_agent() -> None:
+    """Wikimedia's policy: name, version, contact. An operator gives their own."""
+    assert re.fullmatch(r"himap-vllm/\d+\.\d+\.\d+ \(.*\+https://.*\)", USER_AGENT)
+    ours = "photos/2.1 (https://x.test/bot; bot@x.test)"
+
+    async def scenario() -> None:
+        moved = http(b"", "302 Found", Location="/b")
+        async with tap(moved) as it:
+            here = f"127.0.0.1:{it.port}"
+            await get(f"http://{here}/a", here, user_agent=ours)
+            assert len(it.requests) == 4
+            for request in it.requests:
+                assert f"\r\nUser-Agent: {ours}\r\n".encode() in request
+
+    asyncio.run(scenario())
+
+
+SIGNED = [
+    "/a%2Fb%27c%40d%26e%3Af%7Eg",
+    "/b?X-Amz-Credential=AK%2F20250101%2Fs3&X-Amz-Signature=a%3D%3D",
+    "/b?Signature=a%2Bb%2f&Key-Pair-Id=K&Policy=ey~_-",
+    "/rs:fit:300:300/plain/https%3A%2F%2Fx.test%2Fa%2520b.jpg@webp",
+    "/%e4%bd%a0%E5%A5%BD?%zz=%&a=%2",
+    "//a//b/;p=1?q='(x)'!*$,+&&==?/:@",
+    "/a/%2e%2e/b/%2E",
+    '/<>"{}|^`[]?<>"{}|^`[]',
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        *((target, target) for target in SIGNED),
+        ("/a b?c d", "/a%20b?c%20d"),
+        ("/\xe9\u4f60?\xe9=\U0001f600", "/%C3%A9%E4%BD%A0?%C3%A9=%F0%9F%98%80"),
+        ("/Shot 9.41\u202fAM.png", "/Shot%209.41%E2%80%AFAM.png"),
+        ("/a%2Fb#part%2F?x", "/a%2Fb"),
+        ("?a=%2F", "/?a=%2F"),
+        ("", "/"),
+    ],
+)
+def test_path_and_query_are_sent_as_given(given: str, sent: str) -> None:
+    """Signatures are over these bytes. Also those of a redirect's Location, whole or relative."""
+
+    async def scenario() -> None:
+        async with tap() as it:
+            here = f"127.0.0.1:{it.port}"
+            for text in (f"http://{here}{given}", f" \n http://{here}{given} \r\n"):
+                assert await get(text, here) == PICTURE
+            locations = [f"http://{here}{given}", f"//{here}{given}"]
+            if given.startswith("/") and not given.startswith("//") and "2e" not in given:
+                locations += [given, given[1:] and f"./{given[1:]}"]
+            for location in locations:
+                head = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %b\r\n\r\n"
+                async with tap(head % location.encode()) as first:
+                    first.then = it.answer
+                    there = f"127.0.0.1:{first.port}"
+                    assert await get(f"http://{there}/x%2Fy", here, there) == PICTURE
+                    it.requests += first.requests[1:]
+            lines = [request.partition(b"\r\n")[0].decode() for request in it.requests]
+            assert lines == [f"GET {sent} HTTP/1.1"] * (2 + len(locations))
+
+    asyncio.run(scenario())
+
+
+def test_a_relative_location_keeps_the_bytes_of_its_base() -> None:
+    async def scenario() -> None:
+        async with tap(http(b"", "302 Found", Location="d%40e")) as it:
+            it.then = http()
+            here = f"127.0.0.1:{it.port}"
+            assert await get(f"http://{here}/a%2Fb/c%2Fd?x", here) == PICTURE
+            assert it.requests[1].startswith(b"GET /a%2Fb/d%40e HTTP/1.1\r\n")
 
     asyncio.run(scenario())
 
@@ -379,7 +461,13 @@ def test_certificates_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_any_url_is_a_refusal() -> None:
     chance = random.Random(0)
-    seeds = ["http://name.test:80/a?b#c", "https://[::1]/", "http://127.0.0.1/", "http://ä.test/"]
+    seeds = [
+        "http://name.test:80/a?b#c",
+        " http://name.test/%2F ",
+        "https://[::1]/",
+        "http://127.0.0.1/",
+        "http://ä.test/",
+    ]
     alphabet = "\\/:@?#[]%.0x~\t é\u3002\uff0f\u2100\udc80-_1aß"
 
     async def scenario() -> set[object]:

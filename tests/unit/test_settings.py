@@ -20,6 +20,12 @@ def test_flags_go_before_environment_before_file(monkeypatch: pytest.MonkeyPatch
     assert engine == {"shallow_ratio": 0.4, "deep_ratio": 0.3}
 
 
+def test_user_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIMAP_IMAGE_USER_AGENT", "me/1.0 (https://x.test; me@x.test)")
+    assert load({}, {})[0].image_user_agent == "me/1.0 (https://x.test; me@x.test)"
+    assert load({"image_user_agent": "x"}, {})[0].image_user_agent == "x"
+
+
 @pytest.mark.parametrize("hosts", ["A.example, b:8080", ["a.example", "b:8080"]])
 def test_hosts(hosts: object) -> None:
     gateway, _ = load({}, {"image_hosts": hosts})
@@ -33,6 +39,9 @@ def test_hosts(hosts: object) -> None:
         ("request_timeout", "0", "request-timeout: .*greater than 0"),
         ("fetch_images", "perhaps", "fetch-images: .*boolean"),
         ("image_hosts", "http://x/y", "image-hosts: .*host:port"),
+        ("image_user_agent", "a\r\nX: b", "image-user-agent: .*pattern"),
+        ("image_user_agent", "", "image-user-agent: .*pattern"),
+        ("image_user_agent", "caf\xe9", "image-user-agent: .*pattern"),
         ("shallow_layer", "1.5", "shallow-layer: .*integer"),
     ],
 )

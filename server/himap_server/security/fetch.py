@@ -10,23 +10,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
+from urllib.parse import quote, urljoin
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from typing_extensions import override
 from yarl import URL
 
+from himap_vllm import __version__
+
 from ..errors import GatewayError, Reason
+
+USER_AGENT = f"himap-vllm/{__version__} (image fetcher; +https://arxiv.org/abs/2503.13108)"
+"""Name, version and a page about it: hosts such as Wikimedia refuse an agent without them."""
 
 _PORTS = frozenset({80, 443})
 _HEADERS = {
     "Accept": "image/png, image/jpeg, image/webp, image/gif",
     "Accept-Encoding": "identity",
-    "User-Agent": "himap-vllm",
 }
 # Object stores send images as octet streams. The magic bytes decide (images.py).
 _TYPES = re.compile(r"image/(png|jpe?g|webp|gif)|(application|binary)/octet-stream", re.IGNORECASE)
 _MAX_URL = 8192
+# Scheme, authority and the rest of a reference (RFC 3986, appendix B), its fragment gone.
+_REFERENCE = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*):)?(?://([^/?]*))?(.*)")
+_AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f\\]")
+_ASCII = "".join(map(chr, range(0x21, 0x7F)))
 _MAX_ADDRESSES = 8
 
 _GLOBAL_UNICAST = ip_network("2000::/3")
@@ -54,12 +63,14 @@ class FetchLimits:
         timeout_seconds: for the whole fetch, redirects included.
         allowed_hosts: "host" (any port) or "host:port"; they may be private. IPv6 in brackets. To
             allow a name is to trust those who resolve it.
+        user_agent: the header by which the fetched hosts know this server.
     """
 
     max_bytes: int
     timeout_seconds: float
     allowed_hosts: frozenset[str]
     max_redirects: int = 3
+    user_agent: str = USER_AGENT
 
 
 class ImageFetcher:
@@ -147,7 +158,7 @@ class ImageFetcher:
                     force_close=True,
                 ),
                 cookie_jar=aiohttp.DummyCookieJar(),
-                headers=_HEADERS,
+                headers={**_HEADERS, "User-Agent": self._limits.user_agent},
                 timeout=aiohttp.ClientTimeout(),  # none: fetch() has one for all hops
                 trust_env=False,  # a proxy would resolve the name again
                 auto_decompress=False,  # max_bytes would not bound the memory
@@ -283,18 +294,48 @@ def _is_public(host: str) -> bool:
 
 
 def _parse(text: str, base: URL | None = None) -> URL:
+    """The URL of a reference, with the bytes of its path and query as they are given.
+
+    A signature is over these bytes: `%2F` must not become `/`, nor `%7E` become `~`. Only what a
+    request line cannot hold is quoted: spaces, and other characters as UTF-8.
+
+    Raises:
+        _RefusedError: it is no http(s) URL, or one that parsers disagree about.
+    """
     try:
-        # Parsers disagree about spaces, control and invisible characters (CVE-2026-24779).
-        if len(text) > _MAX_URL or not text.isprintable() or not {" ", "\\"}.isdisjoint(text):
+        text = text.strip(" \t\r\n\f").partition("#")[0]
+        # Parsers disagree about backslashes and control characters (CVE-2026-24779).
+        if len(text) > _MAX_URL or _AMBIGUOUS.search(text):
             raise ValueError
-        url = URL(text) if base is None else base.join(URL(text))
-        if url.scheme not in ("http", "https") or not url.raw_host or url.raw_user is not None:
+        match = _REFERENCE.fullmatch(text)
+        scheme, authority, rest = match.groups() if match else (None, None, "")
+        rest = quote(rest, safe=_ASCII)
+        if authority is None:
+            if scheme is not None or base is None:
+                raise ValueError
+            # Not URL.join, which decodes the base's path.
+            return _same_host(base, urljoin(str(base), rest))
+        if base is not None:
+            scheme = scheme or base.scheme
+        # Unlike path and query, the host needs yarl's normal form (IDNA).
+        origin = URL(f"{scheme}://{authority}")
+        if origin.scheme not in ("http", "https") or not origin.raw_host:
             raise ValueError
-        if url.raw_password is not None:
+        if not authority.isprintable() or " " in authority:
             raise ValueError
+        if origin.raw_user is not None or origin.raw_password is not None:
+            raise ValueError
+        path = rest if rest.startswith("/") else f"/{rest}"
+        return _same_host(origin, f"{origin.origin()}{path}")
     except ValueError:
         message = "must be an http or https URL without credentials, or a data URL of an image"
         raise _RefusedError(Reason.IMAGE_URL, message) from None
+
+
+def _same_host(origin: URL, text: str) -> URL:
+    url = URL(text, encoded=True)
+    if (url.scheme, url.raw_host, url.port) != (origin.scheme, origin.raw_host, origin.port):
+        raise ValueError
     return url
 
 
