@@ -388,7 +388,7 @@ def test_settings_behind_the_checks(allowed: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["text/html", "image/svg+xml", "image/tiff", "video/jpeg", "image/"]
+    "kind", ["text/html", "image/svg+xml", "image/tiff", "video/jpeg", "image/", "text/plainer"]
 )
 def test_content_type_is_refused(kind: str) -> None:
     assert asyncio.run(get_from(http(Content_Type=kind))) == (400, "image_type")
@@ -398,7 +398,8 @@ def test_content_type_is_refused(kind: str) -> None:
     "kind",
     [
         *("image/png", "IMAGE/JPEG", "image/jpg; q=1", "image/webp ;x", "image/gif"),
-        *("application/octet-stream", "binary/octet-stream", ""),
+        *("application/octet-stream", "binary/octet-stream", "", "image/pjpeg", "image/x-png"),
+        *("application/x-download", "text/plain; charset=utf-8", "image/*", "image", ";"),
     ],
 )
 def test_content_type_is_accepted(kind: str) -> None:

@@ -20,6 +20,7 @@ from yarl import URL
 from himap_vllm import __version__
 
 from ..errors import GatewayError, Reason
+from .images import may_be_image
 
 USER_AGENT = f"himap-vllm/{__version__} (image fetcher; +https://arxiv.org/abs/2503.13108)"
 """Name, version and a page about it: hosts such as Wikimedia refuse an agent without them."""
@@ -29,8 +30,6 @@ _HEADERS = {
     "Accept": "image/png, image/jpeg, image/webp, image/gif",
     "Accept-Encoding": "identity",
 }
-# Object stores send images as octet streams. The magic bytes decide (images.py).
-_TYPES = re.compile(r"image/(png|jpe?g|webp|gif)|(application|binary)/octet-stream", re.IGNORECASE)
 _MAX_URL = 8192
 # Scheme, authority and the rest of a reference (RFC 3986, appendix B), its fragment gone.
 _REFERENCE = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*):)?(?://([^/?]*))?(.*)")
@@ -169,8 +168,8 @@ class ImageFetcher:
         if response.status != 200:
             message = f"the image's URL answered with status {response.status} instead of 200"
             raise _RefusedError(Reason.IMAGE_FETCH, message)
-        kind = response.headers.get("Content-Type") or "application/octet-stream"
-        if not _TYPES.fullmatch(kind.partition(";")[0].strip()):
+        # Object stores send images as any bytes. The magic bytes decide (images.py).
+        if not may_be_image(response.headers.get("Content-Type", "")):
             message = "the image's URL must answer with a PNG, JPEG, WebP or GIF content type"
             raise _RefusedError(Reason.IMAGE_TYPE, message)
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":

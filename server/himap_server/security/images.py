@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import NamedTuple
@@ -29,7 +30,24 @@ _FORMATS: tuple[tuple[str, re.Pattern[bytes], Callable[[BytesIO], ImageFile]], .
     ("webp", re.compile(rb"RIFF....WEBPVP8[ LX]", re.DOTALL), WebPImageFile),
     ("gif", re.compile(rb"GIF8[79]a"), GifImageFile),
 )
-_DATA_URL = re.compile(r"data:image/(png|jpeg|jpg|webp|gif);base64,", re.IGNORECASE)
+
+# What clients and hosts call images of these formats, and what they say for "some bytes". The magic
+# bytes decide. Other names are refused: vLLM took `data:video/jpeg` for thousands of frames
+# (CVE-2026-5497).
+_TYPES = re.compile(
+    r"(image(/(x-|x-citrix-|vnd\.mozilla\.)?(a?png|p?jpe?g|jpe|jfif|webp|gif|\*))?"
+    r"|(application|binary)/(octet-stream|(x-|force-|x-force-)?download|x-binary|unknown)"
+    r"|text/plain|\*/\*)?",
+    re.IGNORECASE,
+)
+_MAX_TYPE = 1024
+_SPACES = " \t\r\n\f"
+# What encoders of URLs escape of base64.
+_ESCAPES = {"%2b": "+", "%2f": "/", "%3d": "=", "%0a": "\n", "%0d": "\r"}
+# A space that does not indent a line.
+_LONE_SPACE = re.compile(r" (?<=[^ \t\r\n\f] ) *[^ \t\r\n\f]")
+_EXAMPLE = "data:image/png;base64,..."
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 # An image has these once, a hostile one a thousand times. Pillow inflates each colour profile of a
 # PNG, up to 1 MiB (10 MB of profiles took 20 s). It appends each Exif segment of a JPEG to those
@@ -109,26 +127,71 @@ def _repeats(data: bytes, name: bytes) -> bool:
     return sum(data.startswith(name, int(place)) for place in found) > _MAX_REPEATED
 
 
+def may_be_image(kind: str) -> bool:
+    """Whether a media type, parameters included, can be that of an image which `check_image` takes.
+
+    A missing one can.
+    """
+    return _TYPES.fullmatch(kind.partition(";")[0].strip(_SPACES)) is not None
+
+
 def decode_data_url(url: str, limits: ImageLimits, param: str) -> bytes:
     """The bytes of a data URL, not yet checked by `check_image`.
 
-    It takes four types only: vLLM takes `data:video/jpeg` for thousands of frames (CVE-2026-5497).
+    Its base64 may be in lines, without padding, URL-safe, and percent-encoded once.
 
     Raises:
         GatewayError: HTTP 400, or 413 for too many bytes.
     """
-    match = _DATA_URL.match(url)
-    if match is None:
-        message = "a data URL must begin with data:image/png;base64, (or jpeg, webp, gif)"
-        raise _refusal(Reason.IMAGE_TYPE, message, param)
-    # Check before the decoder makes a second copy.
-    if len(url) - match.end() > (limits.max_bytes + 2) // 3 * 4:
+    comma = url.find(",", 0, _MAX_TYPE)
+    kind, *parameters = url[len("data:") : max(comma, 0)].split(";")
+    if not may_be_image(kind):
+        message = "the data URL must have the type of a PNG, JPEG, WebP or GIF image"
+        raise _refusal(Reason.IMAGE_TYPE, f"{message}: {_EXAMPLE}", param)
+    if comma < 0 or "base64" not in [text.strip(_SPACES).lower() for text in parameters]:
+        message = "the data URL must have ;base64, before its data"
+        raise _refusal(Reason.IMAGE_TYPE, f"{message}: {_EXAMPLE}", param)
+    text = url[comma + 1 :]
+    # Check before anything makes a second copy. An escape has three characters.
+    longest = (limits.max_bytes + 2) // 3 * 4
+    if len(text) > 3 * longest:
         raise _too_large(limits, param)
     try:
-        return pybase64.b64decode(url[match.end() :], validate=True)
-    except ValueError:
-        message = "the image's data URL is not valid base64"
+        if len(text) <= longest:
+            with suppress(ValueError):
+                return pybase64.b64decode(text, validate=True)
+        raw = _plain_base64(text)
+        if len(raw) > longest:
+            raise _too_large(limits, param)
+        return pybase64.b64decode(raw, validate=True)
+    except ValueError as error:
+        wrong = "has other characters than A-Z, a-z, 0-9, +, / and = at its end"
+        message = str(error) if isinstance(error, _Base64Error) else wrong
+        message = f"the base64 of the image's data URL {message}"
         raise _refusal(Reason.IMAGE_BROKEN, message, param) from None
+
+
+class _Base64Error(ValueError):
+    """What is wrong, after "the base64"."""
+
+
+def _plain_base64(text: str) -> bytes:
+    """Base64 in the standard alphabet, padded, and without line breaks."""
+    if not text.isascii():
+        raise _Base64Error("has characters that are not ASCII")
+    if "%" in text:
+        for escape, character in _ESCAPES.items():
+            text = text.replace(escape, character).replace(escape.upper(), character)
+    text = text.strip(_SPACES)
+    if _LONE_SPACE.search(text):
+        raise _Base64Error("has spaces; a + that is not escaped becomes one")
+    raw = text.encode().translate(_URL_SAFE, _SPACES.encode())
+    digits = raw.rstrip(b"=")
+    if len(digits) % 4 == 1:
+        raise _Base64Error("is cut off: a character is missing or too many")
+    if len(raw) - len(digits) > 2:
+        raise _Base64Error("has more than two = at its end")
+    return digits + b"=" * (-len(digits) % 4)
 
 
 def _too_large(limits: ImageLimits, param: str) -> GatewayError:
