@@ -148,9 +148,14 @@ class MediaCheck:
         budget.take_pixels(checked.pixels, path)
         stored = self._store.add(data)
         held.append(stored)
-        if part.get("type") == "input_image":
-            part.setdefault("detail", "auto")  # OpenAI's default; vLLM (0.32) has none
-        part["image_url"] = {"url": stored} if isinstance(part["image_url"], dict) else stored
+        kind = part.get("type")
+        if kind == "input_image" and part.get("detail") is None:
+            part["detail"] = "auto"  # OpenAI's default; vLLM (0.32) has none
+        # Clients send a string for an object, and an object for a string.
+        as_object = kind == "image_url" or (
+            kind != "input_image" and isinstance(part["image_url"], dict)
+        )
+        part["image_url"] = {"url": stored} if as_object else stored
 
     def _check_text(self, body: Any, images: Collection[int]) -> None:
         """Refuse typed image tokens: vLLM takes them for images (CVE-2026-44222)."""
@@ -266,7 +271,8 @@ def _is_image(path: str, part: dict[str, Any]) -> bool:
 
 def _url(part: dict[str, Any]) -> Any:
     image = part.get("image_url")
-    return image.get("url") if isinstance(image, dict) else image
+    url = image.get("url") if isinstance(image, dict) else image
+    return url.strip() if isinstance(url, str) else url
 
 
 def _is_data_url(url: Any) -> bool:

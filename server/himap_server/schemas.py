@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponseInputOutputItem, ResponsesRequest
@@ -83,6 +83,33 @@ class HiMAPOptions(BaseModel):
         return {key: value for key, value in given.items() if value is not None}
 
 
+# Fields whose contents are a client's own: a null there is a value.
+_OWN = frozenset(
+    {"parameters", "schema", "json", "arguments", "metadata", "documents", "chat_template_kwargs"}
+    | {"vllm_xargs", "mm_processor_kwargs", "media_io_kwargs", "kv_transfer_params", "input_schema"}
+)
+
+
+def drop_nulls(body: Any) -> None:
+    """Take optional fields that are null out of a body, in place: their defaults hold.
+
+    Clients send what their classes have, and vLLM's schemas take null for some fields only.
+    """
+    rest = [body]
+    while rest:
+        node = rest.pop()
+        if isinstance(node, dict):
+            for key in [key for key, value in node.items() if value is None]:
+                del node[key]
+            rest.extend(
+                value
+                for key, value in node.items()
+                if isinstance(value, dict | list) and key not in _OWN
+            )
+        else:
+            rest.extend(value for value in node if isinstance(value, dict | list))
+
+
 class _WithPruning(BaseModel):
     ID_PREFIX: ClassVar[str] = ""
     """Prefix of the request id, where vLLM's handler does not add one itself."""
@@ -92,6 +119,13 @@ class _WithPruning(BaseModel):
     himap: HiMAPOptions | None = Field(
         default=None, description="pruning of image tokens; see HiMAPOptions"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            drop_nulls(body)
+        return body
 
 
 # Stop at the first bad item: each has hundreds of errors, one per type that it does not match.
