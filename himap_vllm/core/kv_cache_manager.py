@@ -21,6 +21,9 @@ Seams, all on the scheduler's one instance:
   `vllm.v1.core.kv_cache_manager.KVCacheManager.cache_blocks` (overridden): one comparison answers
   for all groups of a request that decodes. Remove when: vLLM asks one group of those that are
   alike.
+* `vllm.v1.core.kv_cache_manager.KVCacheManager.allocate_slots` (overridden): None, no blocks, ends
+  the admission of a step behind a prompt that others have passed long enough. Remove when: a
+  request can declare a range of its prompt that is computed in one step.
 * `vllm.v1.core.kv_cache_manager.KVCacheManager.free`,
   `vllm.v1.core.kv_cache_manager.KVCacheManager.pop_blocks_for_free` (overridden): blocks of all
   groups in the order of their places. Remove when: `KVCacheCoordinator.free` returns the blocks of
@@ -52,6 +55,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from himap_vllm.core.kv_cache import StageKVCacheManager
 from himap_vllm.plan.prompt import PromptPlan
+from himap_vllm.plan.waiting import PassedOver
 
 
 @dataclass(slots=True)
@@ -84,6 +88,7 @@ class PruningKVCacheManager(KVCacheManager):
     himap_plans: Mapping[str, PromptPlan]
     himap_stages: Sequence[Sequence[StageKVCacheManager]]
     himap_horizons: dict[str, BlockHorizon]
+    himap_passed: PassedOver
 
     @override
     def allocate_slots(
@@ -96,7 +101,10 @@ class PruningKVCacheManager(KVCacheManager):
         *args: Any,
         **kwargs: Any,
     ) -> KVCacheBlocks | None:
-        """As `KVCacheManager.allocate_slots`, whose answer is the same."""
+        """As `KVCacheManager.allocate_slots`, whose answer is the same.
+
+        But a request that waits gets none in a step that admits nothing more.
+        """
         end = request.num_computed_tokens + num_new_tokens
         horizon = self.himap_horizons.get(request.request_id)
         if (
@@ -110,6 +118,8 @@ class PruningKVCacheManager(KVCacheManager):
             if slots <= horizon.fewest_slots and cacheable < horizon.next_cacheable:
                 return self.empty_kv_cache_blocks
             return self._grow(request, horizon, slots, cacheable)
+        if self.himap_passed.closed and request.status is not RequestStatus.RUNNING:
+            return None
         blocks = super().allocate_slots(
             request,
             num_new_tokens,
@@ -200,7 +210,10 @@ class PruningKVCacheManager(KVCacheManager):
 
 
 def make_pruning_manager(
-    manager: KVCacheManager, stages: Sequence[int], plans: Mapping[str, PromptPlan]
+    manager: KVCacheManager,
+    stages: Sequence[int],
+    plans: Mapping[str, PromptPlan],
+    passed: PassedOver,
 ) -> None:
     """Make the scheduler's manager a `PruningKVCacheManager`.
 
@@ -208,6 +221,7 @@ def make_pruning_manager(
         manager: the scheduler's.
         stages: of each KV cache group.
         plans: of the scheduler's requests.
+        passed: those of them that wait.
     """
     groups = manager.coordinator.single_type_managers
     for group in groups:
@@ -216,6 +230,7 @@ def make_pruning_manager(
     manager.__class__ = PruningKVCacheManager
     assert isinstance(manager, PruningKVCacheManager)
     manager.himap_plans = plans
+    manager.himap_passed = passed
     manager.himap_horizons = {}
     manager.himap_stages = [
         [group for group, of in zip(groups, stages, strict=True) if of == stage]

@@ -18,6 +18,8 @@ Seams:
   `vllm.v1.core.sched.scheduler.Scheduler.max_num_scheduled_tokens` (read): what room a later step
   has. Each running request ahead takes at least one token of it. Remove when: a request can declare
   a range that is not split.
+* `vllm.v1.core.sched.scheduler.Scheduler.schedule` (overridden): a step begins, for prompts that
+  were passed over. Remove when: a request can declare a range that is not split.
 * `vllm.v1.core.sched.scheduler.Scheduler._free_request` (overridden): ends every request, finished
   or aborted. Preemption does not pass there, so the plan stays. Remove when: requests carry plugin
   data of their own.
@@ -38,6 +40,7 @@ from himap_vllm.core.kv_cache import group_stages
 from himap_vllm.core.kv_cache_manager import make_pruning_manager
 from himap_vllm.plan.prompt import PromptPlan
 from himap_vllm.plan.requests import plan_of, stage_layers, step_limit
+from himap_vllm.plan.waiting import PassedOver
 
 logger = init_logger("vllm.himap")
 
@@ -71,7 +74,12 @@ class _PruningMixin(_Base):
             self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens
         )
         self.himap_plans: dict[str, PromptPlan] = {}
-        make_pruning_manager(manager, stages, self.himap_plans)
+        self.himap_passed = PassedOver()
+        make_pruning_manager(manager, stages, self.himap_plans, self.himap_passed)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self.himap_passed.begin_step()
+        return super().schedule(*args, **kwargs)
 
     @override
     def add_request(self, request: Request) -> None:
@@ -115,20 +123,23 @@ class _PruningMixin(_Base):
             request, num_computed_tokens, chunk, encoder_compute_budget, *args, **kwargs
         )
         allowed = plan.chunk(num_computed_tokens, result[1], limit, later)
-        if allowed == result[1]:
-            return result
-        # The step has room for the prompt, but not for all its images, so the images wait. Release
-        # what they pinned in the encoder cache, or two waiting prompts could block each other.
-        self.encoder_cache_manager.free(request)
-        result = schedule(
-            request, num_computed_tokens, allowed, encoder_compute_budget, *args, **kwargs
-        )
+        if allowed != result[1]:
+            # The step has room for the prompt, but not for all its images, so the images wait.
+            # Release what they pinned in the encoder cache, or two waiting prompts could block each
+            # other.
+            self.encoder_cache_manager.free(request)
+            result = schedule(
+                request, num_computed_tokens, allowed, encoder_compute_budget, *args, **kwargs
+            )
+        if request.status is not RequestStatus.RUNNING:
+            self.himap_passed.note(request.request_id, result[1])
         return result
 
     @override
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)  # needs the plan
         self.himap_plans.pop(request.request_id, None)
+        self.himap_passed.forget(request.request_id)
         return result
 
 

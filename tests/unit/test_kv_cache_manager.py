@@ -18,6 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.core.kv_cache_manager import make_pruning_manager
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios
+from himap_vllm.plan.waiting import PassedOver
 
 SIZE = 4  # tokens to a block
 STAGES = (0, 1, 1, 2, 2, 2)  # of the KV cache groups
@@ -65,7 +66,7 @@ class Side:
         for group in self.manager.coordinator.single_type_managers:
             group.plans = self.plans
         if shortcut:
-            make_pruning_manager(self.manager, STAGES, self.plans)
+            make_pruning_manager(self.manager, STAGES, self.plans, PassedOver())
 
     def add(self, name: str, tokens: list[int], plan: PromptPlan | None) -> None:
         """A request, known to the scheduler."""

@@ -21,6 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.core.kv_cache_manager import make_pruning_manager
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios
+from himap_vllm.plan.waiting import PassedOver
 
 SIZE = 16  # tokens to a block
 STAGES = (0,) + (1,) * 3 + (2,) * 12  # 32 layers cut at (2, 8)
@@ -56,7 +57,7 @@ class Cache:
         self.plans: dict[str, PromptPlan] = {}
         self.pruning = pruning
         if pruning:
-            make_pruning_manager(self.manager, STAGES, self.plans)
+            make_pruning_manager(self.manager, STAGES, self.plans, PassedOver())
 
     def _request(self, name: str, tokens: list[int], plan: PromptPlan | None) -> Request:
         params = SamplingParams(max_tokens=1)

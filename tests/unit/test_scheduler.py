@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched import scheduler as vllm_scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -22,6 +25,7 @@ from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.core.scheduler import PruningScheduler
 from himap_vllm.plan.prompt import Ratios
 from himap_vllm.plan.requests import Decision, stamp
+from himap_vllm.plan.waiting import PATIENCE, PassedOver
 from tests.checkpoints import build_llava
 
 SIZE = 16
@@ -136,6 +140,54 @@ def test_a_prompt_that_fits_the_next_step_waits_for_it(busy: Steps) -> None:
     steps = [busy.step() for _ in range(2)]
     assert [step.get("first") for step in steps] == [200, 1]
     assert [step.get("second") for step in steps] == [None, 100]
+
+
+@pytest.fixture
+def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A waiting request without tokens is skipped, as in vLLM 0.33. In 0.32 it ends admission."""
+    ends = "# The request cannot be scheduled.\n            break\n"
+    skips = "skip_request(request_queue)\n            continue\n"
+    source = textwrap.dedent(inspect.getsource(vllm_scheduler.Scheduler.schedule))
+    ends, skips = (text.replace("\n    ", "\n" + " " * 12) for text in (ends, skips))
+    assert source.count(ends) == 1
+    scope: dict[str, Any] = {}
+    exec(source.replace(ends, skips), vars(vllm_scheduler), scope)
+    monkeypatch.setattr(vllm_scheduler.Scheduler, "schedule", scope["schedule"])
+
+
+@pytest.mark.usefixtures("skipping")
+def test_a_prompt_that_others_pass_gets_its_turn(checkpoint: Path) -> None:
+    """Prompts of three steps, of which one more comes in each step."""
+    steps = Steps(checkpoint)
+    steps.add("long 0", 700, answer=1)
+    steps.step()
+    steps.add("pruned", 246, image=20)
+    passed = set()
+    for i in range(1, 10 * PATIENCE):
+        steps.add(f"long {i}", 700, answer=1)
+        scheduled = steps.step()
+        if "pruned" in scheduled:
+            break
+        passed |= scheduled.keys() - {"long 0"}
+    assert scheduled["pruned"] == 246
+    assert len(passed) == PATIENCE
+    assert not steps.scheduler.himap_passed.closed
+
+
+def test_patience_is_for_each_prompt() -> None:
+    passed = PassedOver()
+    for step in range(PATIENCE + 1):
+        passed.begin_step()
+        passed.note("ran in between", 0)
+        if step == 1:
+            passed.note("ran in between", 5)
+        assert not passed.closed
+        passed.note("waits", 0)
+        assert passed.closed == (step == PATIENCE)
+    passed.forget("waits")
+    passed.begin_step()
+    passed.note("waits", 0)
+    assert not passed.closed
 
 
 def test_blocks_are_all_returned(checkpoint: Path) -> None:
