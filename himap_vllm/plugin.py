@@ -29,12 +29,12 @@ def register() -> None:
 
     If the plugin does not know this vLLM's internals, it only refuses engines that ask for pruning.
     """
-    from himap_vllm.frontend.support import is_supported_vllm
     from himap_vllm.processor import allow_amx
+    from himap_vllm.vllm_versions import is_supported
 
     allow_amx()
     _wrap_config()
-    if is_supported_vllm():
+    if is_supported():
         _wrap_admission()
 
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
+from himap_vllm.vllm_versions import MOVED
 from scripts.seams import ROOT, Seam, read_seams
 from scripts.vllm_sources import Sources, fetch
 
@@ -124,6 +125,15 @@ def register(root: Path = ROOT) -> dict[str, Seam]:
     return {name: seam for seam in notes for name in seam.symbols if name.startswith("vllm.")}
 
 
+def lost(sources: Sources) -> list[str]:
+    """Lines for the names that `DIFFERENCES` imports and that are in none of their places."""
+    return [
+        f"IMPORT     {name} ({DIFFERENCES})"
+        for name, places in sorted(MOVED.items())
+        if not any(sources.resolve(f"{place}.{name}") for place in places)
+    ]
+
+
 def load_known() -> dict[str, dict[str, Record]]:
     """What was read, by release and symbol."""
     known: dict[str, dict[str, Record]] = json.loads(KNOWN.read_text())
@@ -142,7 +152,7 @@ def main(argv: list[str]) -> int:
     if args.accept:
         known[args.version] = record(sources, register())
         KNOWN.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    lines = check(sources, known.get(args.against or args.version, {}))
+    lines = lost(sources) + check(sources, known.get(args.against or args.version, {}))
     print("\n".join(lines) or f"vLLM {args.version}: all that is relied on is as it was read")
     return int(bool(lines))
 

@@ -56,7 +56,7 @@ def _parallelism(vllm_config: VllmConfig) -> Iterator[_Feature]:
 
 def _caches(vllm_config: VllmConfig) -> Iterator[_Feature]:
     # Imported here, so that this module loads, and can refuse, beside any version of vLLM.
-    from vllm.utils.torch_utils import is_quantized_kv_cache
+    from himap_vllm.vllm_versions import is_quantized_kv_cache
 
     scheduler = vllm_config.scheduler_config
     cache_dtype = vllm_config.cache_config.cache_dtype

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import vllm
 import vllm.envs as envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
+from himap_vllm import vllm_versions
 from himap_vllm.config import (
     ADDITIONAL_CONFIG_KEY,
     EngineSettings,
@@ -22,7 +22,6 @@ from himap_vllm.plan.cuts import TOLERATED_WASTE, better_cuts, wasted_share
 
 logger = init_logger("vllm.himap")
 
-SUPPORTED_VLLM = "0.32"
 _SCHEDULERS = {
     False: "himap_vllm.core.scheduler.PruningScheduler",
     True: "himap_vllm.core.scheduler.PruningAsyncScheduler",
@@ -45,10 +44,15 @@ def check_and_configure(vllm_config: VllmConfig) -> None:
     """
     if not is_requested(vllm_config.additional_config) or vllm_config.model_config is None:
         return
-    if not is_supported_vllm():
+    if not vllm_versions.is_supported():
         raise HiMAPError(
-            ADDITIONAL_CONFIG_KEY, f"himap needs vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}"
+            ADDITIONAL_CONFIG_KEY,
+            f"himap needs vLLM {' or '.join(vllm_versions.SUPPORTED)}, "
+            f"this is {vllm_versions.installed()}",
         )
+    caution = vllm_versions.not_run()
+    if caution is not None:
+        logger.warning_once(caution)
     family = _family(vllm_config.model_config)
     settings = _settings(vllm_config, family)
     check_features(vllm_config)
@@ -95,12 +99,6 @@ def _why_no_v2(vllm_config: VllmConfig) -> str:
         return "vLLM turned it off because it found no Triton that works here; install Triton"
     features = vllm_config._get_v2_model_runner_unsupported_features()
     return f"vLLM turned it off because it does not support {', '.join(features)}"
-
-
-def is_supported_vllm() -> bool:
-    """Whether the plugin knows this vLLM's internals."""
-    version: str = vllm.__version__
-    return version.split("+")[0].rpartition(".")[0] == SUPPORTED_VLLM
 
 
 def is_configured(vllm_config: VllmConfig) -> bool:

@@ -18,7 +18,8 @@ from itertools import islice
 from typing import Any
 
 import vllm.multimodal.image as vllm_image
-from vllm.renderers.chat_utils import MM_PARSER_MAP, TEXT_PART_TYPES
+
+from himap_vllm.vllm_versions import MM_PARSER_MAP, TEXT_PART_TYPES
 
 from .checked_images import ImageStore
 from .errors import GatewayError, Reason
@@ -243,6 +244,9 @@ def _parts(body: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 for number, part in enumerate(parts if isinstance(parts, list) else ()):
                     if isinstance(part, dict):
                         yield f"{field}[{index}].{key}[{number}]", part
+            for key in ("reasoning", "reasoning_content"):  # can be a part from vLLM 0.33 on
+                if isinstance(item.get(key), dict):
+                    yield f"{field}[{index}].{key}", item[key]
             # An item can be a part itself.
             yield f"{field}[{index}]", item
 

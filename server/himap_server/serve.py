@@ -20,12 +20,6 @@ import uvloop
 import yaml
 from vllm.config.logging import LoggingConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import (
-    FrontendArgs,
-    make_arg_parser,
-    validate_parsed_serve_args,
-)
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args, init_logger
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
@@ -33,6 +27,14 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from himap_vllm.config import ADDITIONAL_CONFIG_KEY, EngineSettings, HiMAPError
+from himap_vllm.vllm_versions import (
+    MEDIA_BYTES,
+    FrontendArgs,
+    cli_env_setup,
+    limit_media,
+    make_arg_parser,
+    validate_parsed_serve_args,
+)
 
 from .app import build_app
 from .bundled import BundledModel, bundled_model
@@ -61,9 +63,9 @@ _SERVED = frozenset({
     "enable_auto_tool_choice", "enable_force_include_usage", "enable_log_deltas",
     "enable_log_outputs", "enable_per_request_metrics", "enable_prompt_tokens_details",
     "exclude_tools_when_tool_choice_none", "host", "log_error_stack", "lora_modules", "max_log_len",
-    "port", "response_role", "return_tokens_as_token_ids", "tool_call_parser",
-    "tool_parser_plugin", "tool_server", "tool_strict_level", "trust_request_chat_template",
-    "trust_request_mm_kwargs", "uvicorn_log_level",
+    "port", "reasoning_effort_map", "response_role", "return_tokens_as_token_ids",
+    "tool_call_parser", "tool_parser_plugin", "tool_server", "tool_strict_level",
+    "trust_request_chat_template", "trust_request_mm_kwargs", "uvicorn_log_level",
 })  # fmt: skip
 _NOT_SERVED = (
     {field.name for field in fields(FrontendArgs)} - _SERVED
@@ -77,6 +79,7 @@ _NOT_SERVED_ENVIRONMENT = {
     "VLLM_ENABLE_RESPONSES_API_STORE": "himap serve stores no responses",
     "VLLM_SERVER_DEV_MODE": "himap serve has none of its routes",
     "VLLM_MAX_IMAGE_PIXELS": "use --max-image-pixels",
+    MEDIA_BYTES: "use --max-image-pixels",
     "VLLM_MEDIA_CONNECTOR": "himap serve fetches images itself",
 }
 
@@ -119,6 +122,7 @@ def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
     # vLLM takes images from the gateway only, and as a second check counts their pixels.
     os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
     os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(settings.max_image_pixels)
+    limit_media(settings.max_image_pixels)
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", _MAX_N_SEQUENCES)
     # A signal to the process group reaches the engine core, too, which must not drop requests.
     args.shutdown_timeout = args.shutdown_timeout or math.ceil(settings.grace_seconds)

@@ -21,9 +21,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "bootstrap": (set(), set()),
     "config": ({"plan"}, set()),
     "processor": (set(), set()),
-    "plugin": ({"processor", "config", "frontend"}, set()),
+    "vllm_versions": (set(), set()),
+    "plugin": ({"processor", "vllm_versions", "config", "frontend"}, set()),
     "plan": ({"config"}, {"vllm"}),
-    "frontend": ({"config", "plan", "model"}, {"vllm"}),
+    "frontend": ({"vllm_versions", "config", "plan", "model"}, {"vllm"}),
     "core": ({"config", "plan"}, {"vllm"}),
     "kernels": ({"plan"}, {"vllm", "torch"}),
     "criteria": ({"config", "plan", "kernels"}, {"torch"}),
@@ -41,6 +42,7 @@ WITHOUT_VLLM = (
     "plan.step",
     "plan.table",
     "plan.savings",
+    "plan.waiting",
     "model.families",
 )
 FROM_THE_API_PROCESS = "model.families"  # all that `frontend` may import of `model`

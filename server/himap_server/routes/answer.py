@@ -176,7 +176,7 @@ def _to_text(event: Any, record: RequestRecord) -> str:
             return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
         return event
     body = event.model_dump(mode="json", by_alias=True)
-    if event.type == "response.completed":
+    if event.type in ("response.completed", "response.incomplete"):
         _add_savings(body["response"], record)
     return f"event: {event.type}\ndata: {json.dumps(body, separators=(',', ':'))}\n\n"
 
