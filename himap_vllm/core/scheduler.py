@@ -77,6 +77,7 @@ class _PruningMixin(_Base):
         self.himap_passed = PassedOver()
         make_pruning_manager(manager, stages, self.himap_plans, self.himap_passed)
 
+    @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self.himap_passed.begin_step()
         return super().schedule(*args, **kwargs)

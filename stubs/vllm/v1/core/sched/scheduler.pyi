@@ -5,6 +5,7 @@ from vllm.config import SchedulerConfig, VllmConfig
 from vllm.multimodal import MultiModalRegistry
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -32,6 +33,7 @@ class Scheduler:
         include_finished_set: bool = False,
         log_stats: bool = False,
     ) -> None: ...
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput: ...
     def _try_schedule_encoder_inputs(
         self,
         request: Request,
