@@ -71,56 +71,66 @@ def build_llava(
 ) -> Path:
     """Write a checkpoint to the directory `path` (created) and return it.
 
-    An image, whatever its size, becomes `(image_size // patch_size) ** 2` tokens. Equal arguments
-    give equal files. The weights are random but scaled for testing: see `_fill`. By default the
-    vision tower's MLP is twice as wide as the tower, and the vocabulary is the tokenizer's; without
-    `weights` the checkpoint is for `--load-format dummy`.
+    An image becomes `(image_size // patch_size) ** 2` tokens. Equal arguments give equal files. The
+    weights are random but scaled for testing: see `_fill`. Without `weights` the checkpoint is for
+    `--load-format dummy`.
     """
-    path = Path(path)
-    head_dim = hidden_size // num_heads
-    if head_dim not in CPU_HEAD_DIMS:
-        raise ValueError(f"head_dim {head_dim} is not one of {CPU_HEAD_DIMS}")
     tokenizer = make_tokenizer()
-    config = LlavaConfig(
-        text_config=LlamaConfig(
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=num_heads,
-            num_key_value_heads=num_kv_heads,
-            head_dim=head_dim,
-            vocab_size=vocab_size or len(tokenizer),
-            max_position_embeddings=max_position_embeddings,
-            pad_token_id=PAD_ID,
-            bos_token_id=BOS_ID,
-            eos_token_id=EOS_ID,
-            tie_word_embeddings=False,
-        ),
-        vision_config=CLIPVisionConfig(
-            hidden_size=vision_hidden_size,
-            intermediate_size=vision_intermediate_size or 2 * vision_hidden_size,
-            projection_dim=vision_hidden_size,
-            num_hidden_layers=vision_layers,
-            num_attention_heads=vision_heads,
-            image_size=image_size,
-            patch_size=patch_size,
-        ),
-        image_token_index=IMAGE_ID,
-        image_seq_length=(image_size // patch_size) ** 2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+    text = LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=hidden_size // num_heads,
+        vocab_size=vocab_size or len(tokenizer),
+        max_position_embeddings=max_position_embeddings,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
         tie_word_embeddings=False,
-        architectures=["LlavaForConditionalGeneration"],
-        dtype=dtype,
     )
+    vision = CLIPVisionConfig(
+        hidden_size=vision_hidden_size,
+        intermediate_size=vision_intermediate_size or 2 * vision_hidden_size,
+        projection_dim=vision_hidden_size,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=vision_heads,
+        image_size=image_size,
+        patch_size=patch_size,
+    )
+    config = _llava_config(text, vision, dtype)
     path.mkdir(parents=True, exist_ok=True)
     if weights:
         with torch.device("meta"):  # for its names and shapes
             model = LlavaForConditionalGeneration(config)
         save_weights(path, model, len(SPECIALS), dtype, seed, rename=_hub_name)
     save_config(path, config)
+    _llava_processor(tokenizer, image_size, patch_size).save_pretrained(path)
+    return path
+
+
+def _llava_config(text: LlamaConfig, vision: CLIPVisionConfig, dtype: torch.dtype) -> LlavaConfig:
+    if text.head_dim not in CPU_HEAD_DIMS:
+        raise ValueError(f"head_dim {text.head_dim} is not one of {CPU_HEAD_DIMS}")
+    return LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=IMAGE_ID,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        architectures=["LlavaForConditionalGeneration"],
+        dtype=dtype,
+    )
+
+
+def _llava_processor(
+    tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: int
+) -> LlavaProcessor:
     side = {"height": image_size, "width": image_size}
-    LlavaProcessor(
+    return LlavaProcessor(
         image_processor=CLIPImageProcessor(
             size=side,
             crop_size=side,
@@ -133,8 +143,7 @@ def build_llava(
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which "default" takes off again
         chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(path)
-    return path
+    )
 
 
 def save_config(path: Path, config: PreTrainedConfig) -> None:

@@ -67,6 +67,22 @@ class _Input:
     deepstack: Sequence[torch.Tensor]
 
 
+@dataclass(frozen=True)
+class _Prefilled:
+    """What is left of a prompt.
+
+    Attributes:
+        hidden: [1, rows left, hidden] output of the last layer.
+        kept_shallow, kept_deep: as in `OracleResult`.
+        margins: of each choice; infinite if no score decided anything.
+    """
+
+    hidden: torch.Tensor
+    kept_shallow: list[list[int]]
+    kept_deep: list[list[int]]
+    margins: list[float]
+
+
 class Oracle:
     """A checkpoint, cut after decoder layers `shallow_layer - 1` and `deep_layer - 1`.
 
@@ -115,29 +131,8 @@ class Oracle:
         spans = self._spans(ids, images)
         start = self._embed(ids, vision)
         cache = DynamicCache()  # each layer holds the rows which that layer saw
-        hidden, positions = start.hidden, start.positions
-        rows = torch.arange(len(ids))  # place in the prompt of each row of `hidden`
-        kept, kept_shallow, margins = spans, spans, [math.inf]
-        for index in range(len(self.decoder.layers)):
-            hidden, attention = self._layer(index, hidden, positions, cache)
-            if index < len(start.deepstack):
-                assert self.shallow_layer >= len(start.deepstack)
-                hidden[0, [p for image in spans for p in image]] += start.deepstack[index]
-            if index + 1 == self.shallow_layer:
-                kept, gaps = self._cut(
-                    attention, hidden[0], rows, kept, shallow_ratio, ids, deep=False
-                )
-                kept_shallow = kept
-            elif index + 1 == self.deep_layer:
-                kept, gaps = self._cut(attention, hidden[0], rows, kept, deep_ratio, ids, deep=True)
-            else:
-                continue
-            margins += gaps
-            alive = {p for image in kept for p in image}
-            stay = torch.tensor([ids[p] != self.image_token or p in alive for p in rows.tolist()])
-            hidden, rows, positions = hidden[:, stay], rows[stay], positions[..., stay]
-
-        steps = [self._logprobs(hidden)]
+        prefilled = self._prefill(ids, spans, start, (shallow_ratio, deep_ratio), cache)
+        steps = [self._logprobs(prefilled.hidden)]
         tokens = [int(steps[-1].argmax())]
         end = self.model.config.text_config.eos_token_id
         following = int(start.positions.amax()) + 1
@@ -155,11 +150,41 @@ class Oracle:
             tokens=tokens,
             logprobs=[float(step[token]) for step, token in zip(steps, tokens, strict=True)],
             all_logprobs=torch.stack(steps),
-            kept_shallow=kept_shallow,
-            kept_deep=kept,
+            kept_shallow=prefilled.kept_shallow,
+            kept_deep=prefilled.kept_deep,
             margin=float((best[:, 0] - best[:, 1]).min()),
-            score_margin=min(margins),
+            score_margin=min(prefilled.margins),
         )
+
+    def _prefill(
+        self,
+        ids: list[int],
+        spans: list[list[int]],
+        start: _Input,
+        ratios: tuple[float, float],
+        cache: DynamicCache,
+    ) -> _Prefilled:
+        """Run all layers on the prompt, and cut twice."""
+        hidden, positions = start.hidden, start.positions
+        rows = torch.arange(len(ids))  # place in the prompt of each row of `hidden`
+        kept, kept_shallow, margins = spans, spans, [math.inf]
+        for index in range(len(self.decoder.layers)):
+            hidden, attention = self._layer(index, hidden, positions, cache)
+            if index < len(start.deepstack):
+                assert self.shallow_layer >= len(start.deepstack)
+                hidden[0, [p for image in spans for p in image]] += start.deepstack[index]
+            if index + 1 == self.shallow_layer:
+                kept, gaps = self._cut(attention, hidden[0], rows, kept, ratios[0], ids, deep=False)
+                kept_shallow = kept
+            elif index + 1 == self.deep_layer:
+                kept, gaps = self._cut(attention, hidden[0], rows, kept, ratios[1], ids, deep=True)
+            else:
+                continue
+            margins += gaps
+            alive = {p for image in kept for p in image}
+            stay = torch.tensor([ids[p] != self.image_token or p in alive for p in rows.tolist()])
+            hidden, rows, positions = hidden[:, stay], rows[stay], positions[..., stay]
+        return _Prefilled(hidden, kept_shallow, kept, margins)
 
     def _process(
         self, prompt: str | list[int], images: Sequence[Image.Image]
