@@ -292,6 +292,16 @@ def test_a_small_dev_shm_is_refused_with_the_flag_that_mends_it(tmp_path: Path) 
     )
 
 
+def test_verify_says_what_it_lacks() -> None:
+    done = subprocess.run(
+        [*_UNPRIVILEGED, sys.executable, str(ROOT / "docker" / "verify")],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("docker/verify: root is needed")
+
+
 def question(server: Server) -> str:
     """What the bundled model says of the picture in README.md."""
     with Image.open(ROOT / "examples" / "scene.png") as image:
