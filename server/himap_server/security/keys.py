@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 from pathlib import Path
@@ -25,9 +26,8 @@ from typing import Annotated
 import yaml
 from prometheus_client import Counter
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from vllm.logger import init_logger
 
-logger = init_logger("vllm.himap.server")
+logger = logging.getLogger("vllm.himap.server")  # vLLM is not imported: `himap key` is done at once
 
 _ERRORS = Counter("himap_api_key_file_errors", "times the changed file of API keys was unusable")
 
