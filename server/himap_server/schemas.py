@@ -87,7 +87,10 @@ class HiMAPOptions(BaseModel):
 _OWN = frozenset(
     {"parameters", "schema", "json", "arguments", "metadata", "documents", "chat_template_kwargs"}
     | {"vllm_xargs", "mm_processor_kwargs", "media_io_kwargs", "kv_transfer_params", "input_schema"}
+    | {"logit_bias"}
 )
+# A message that must have one is refused without, and an assistant's may be null.
+_KEPT = frozenset({"content"})
 
 
 def drop_nulls(body: Any) -> None:
@@ -99,7 +102,7 @@ def drop_nulls(body: Any) -> None:
     while rest:
         node = rest.pop()
         if isinstance(node, dict):
-            for key in [key for key, value in node.items() if value is None]:
+            for key in [key for key, value in node.items() if value is None and key not in _KEPT]:
                 del node[key]
             rest.extend(
                 value
