@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from himap_vllm.criteria.criterion import Candidates, Criterion
-from himap_vllm.plan.step import ImageVote, IntArray, PrunedRequest
+from himap_vllm.plan.step import PrunedRequest
+from himap_vllm.plan.voters import ImageVote, IntArray
 
 if TYPE_CHECKING:
     from himap_vllm.criteria.criterion import Cuts

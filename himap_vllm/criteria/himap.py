@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """HiMAP: attention of the text rows at the first cut, and of the image's own rows at the second.
 
-https://arxiv.org/abs/2503.13108, Eq. 8 and 9. `himap_vllm.plan.step` names these voters
-(`_first_cut`, `_second_cut`), and the other criteria start from them.
+https://arxiv.org/abs/2503.13108, Eq. 8 and 9. `himap_vllm.plan.voters` names these voters,
+and the other criteria start from them.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ import torch
 from vllm.triton_utils import tl, triton
 
 if TYPE_CHECKING:
-    from himap_vllm.plan.step import Cut, IntArray
+    from himap_vllm.plan.step import Cut
+    from himap_vllm.plan.voters import IntArray
 
 BLOCK_ROWS = 32
 BLOCK_KEYS = 64

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from himap_vllm.plan.step import IntArray
+    from himap_vllm.plan.voters import IntArray
 
 _ALIGNMENT = 2  # elements: 16 bytes, by whose multiples Triton specialises kernels
 

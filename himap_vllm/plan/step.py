@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of one step: token ranges, sequence lengths, rows that vote.
+"""The layout of one step: token ranges, sequence lengths, cuts.
 
 This is integer arithmetic on the host, before the forward pass, without torch and vLLM. Index
 spaces:
@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_vllm.plan.prompt import NUM_STAGES, ImageTokens, PromptPlan
+from himap_vllm.plan.voters import ImageVote, IntArray, own_votes, text_votes
 
-IntArray = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 
 
@@ -55,14 +55,6 @@ class StageBatch:
     @property
     def max_seq_len(self) -> int:
         return int(self.seq_lens.max())
-
-
-@dataclass(frozen=True, slots=True)
-class ImageVote:
-    """The voters of one image: slices into the request's `rows` and `image_tokens`."""
-
-    rows: slice
-    tokens: slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +225,7 @@ def _first_cut(
     start: IntArray,
     stages: Sequence[StageBatch],
 ) -> Cut:
-    """Text rows vote, each for the images before it."""
+    """The cut at which text votes."""
     requests, image_tokens, protected = [], [], []
     offset = 0
     for row, plan in pruned:
@@ -241,7 +233,7 @@ def _first_cut(
         tokens = _rows(stages[0], row)
         positions = np.concatenate([_positions(image) for image in plan.images])
         image_tokens.append(positions - computed + tokens.start)
-        rows, votes = _text_votes(plan, positions)
+        rows, votes = text_votes(plan, positions)
         requests.append(
             PrunedRequest(
                 request=row,
@@ -264,27 +256,24 @@ def _second_cut(
     start: IntArray,
     stages: Sequence[StageBatch],
 ) -> Cut:
-    """The surviving rows of each image vote for that image."""
+    """The cut at which images vote."""
     requests, protected = [], []
     offset = 0
     for row, plan in pruned:
-        votes, begin = [], 0
-        for _, count, _ in plan.counts:
-            own = slice(begin, begin + count)
-            votes.append(ImageVote(rows=own, tokens=own))
-            begin += count
+        votes = own_votes(plan)
+        count = votes[-1].tokens.stop
         requests.append(
             PrunedRequest(
                 request=row,
                 tokens=_rows(stages[1], row),
                 num_cached=int(start[row]),
-                image_tokens=slice(offset, offset + begin),
+                image_tokens=slice(offset, offset + count),
                 rows=None,
-                votes=tuple(votes),
+                votes=votes,
                 seed=plan.seed,
             )
         )
-        offset += begin
+        offset += count
         if plan.images[-1].last == plan.num_prompt_tokens - 1:
             protected.append(offset - 1)
     return _cut(pruned, 1, requests, None, protected, stages)
@@ -319,27 +308,3 @@ def _rows(batch: StageBatch, row: int) -> slice:
 
 def _positions(image: ImageTokens) -> IntArray:
     return np.concatenate([np.arange(*run, dtype=np.int64) for run in image.runs])
-
-
-def _text_votes(
-    plan: PromptPlan, image_positions: IntArray
-) -> tuple[IntArray, tuple[ImageVote, ...]]:
-    """Voting rows (prompt positions) and, per image, which of them vote for it."""
-    last_row = plan.num_prompt_tokens - 1
-    text = np.ones(plan.num_prompt_tokens, dtype=bool)
-    text[image_positions] = False
-    text[: plan.images[0].last] = False
-    rows = np.flatnonzero(text)
-    votes, begin = [], 0
-    no_text_after = not len(rows) or plan.images[-1].last > rows[-1]
-    if no_text_after:  # the prompt's last row votes for those images
-        rows = np.append(rows, last_row)
-    num_text = len(rows) - int(no_text_after)
-    for image in plan.images:
-        first_after = int(np.searchsorted(rows[:num_text], image.last))
-        voters = slice(first_after, num_text)
-        if first_after == num_text:
-            voters = slice(num_text, num_text + 1)
-        votes.append(ImageVote(rows=voters, tokens=slice(begin, begin + image.count)))
-        begin += image.count
-    return rows, tuple(votes)

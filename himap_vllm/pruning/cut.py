@@ -20,7 +20,8 @@ from vllm.triton_utils import HAS_TRITON
 from himap_vllm.criteria.criterion import Candidates, Criterion
 from himap_vllm.kernels.importance import VoteTiles
 from himap_vllm.kernels.importance import importance as importance_in_one_launch
-from himap_vllm.plan.step import Cut, IntArray
+from himap_vllm.plan.step import Cut
+from himap_vllm.plan.voters import IntArray
 from himap_vllm.pruning.importance import importance
 from himap_vllm.pruning.selection import compact, surviving_rows
 

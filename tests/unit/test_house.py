@@ -42,6 +42,7 @@ WITHOUT_VLLM = (
     "plan.step",
     "plan.table",
     "plan.savings",
+    "plan.voters",
     "plan.waiting",
     "model.families",
 )
