@@ -6,7 +6,7 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint unit test latest constraints check-vllm serve bench
+.PHONY: help setup lint unit test latest constraints check-images check-vllm serve bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,6 +35,9 @@ latest:  ## tests without an engine, on the newest versions that the project all
 constraints:  ## write constraints.txt anew from the active environment
 	header=$$(grep '^#' constraints.txt) && freeze=$$($(BIN)/pip freeze --exclude-editable) \
 	    && printf '%s\n' "$$header" "$$freeze" | sed 's/+cpu$$//' > constraints.txt
+
+check-images:  ## the image built and compose run, without Docker; Debian 12, root, 20 minutes
+	docker/verify --install
 
 # Example: make check-vllm VERSION=0.33.0
 check-vllm:  ## what the project relies on, against the sources of a vLLM release

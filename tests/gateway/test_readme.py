@@ -34,8 +34,8 @@ def run(example: str, folder: Path) -> str:
 
 def test_clients(server: Server, tmp_path: Path) -> None:
     """Against the tests' gateway, whose model is another: the printed savings are of its image."""
-    _offline, chat = examples("README.md")
-    (responses,) = examples("docs/quickstart.md")
+    (chat,) = examples("README.md")
+    _offline, responses = examples("docs/quickstart.md")
     assert ADDRESS in chat
     assert ADDRESS in responses
     assert "'kept_deep': 5" in run(chat.replace(ADDRESS, server.url), tmp_path)
@@ -43,7 +43,7 @@ def test_clients(server: Server, tmp_path: Path) -> None:
 
 
 def test_offline(tmp_path: Path) -> None:
-    offline, _chat = examples("README.md")
+    offline, _responses = examples("docs/quickstart.md")
     (answer,) = re.findall(r"print\(.*# (.+)$", offline, re.MULTILINE)
     # vLLM logs to the same stream while it ends.
     assert answer in [line.strip() for line in run(offline, tmp_path).splitlines()]
