@@ -7,6 +7,7 @@ can be asked; only these words mean something to the model.
 
 import random
 
+from himap_demo import MODEL_PATH
 from himap_demo.heldout import training_seed
 from himap_demo.questions import ask
 from himap_demo.scenes import make_scene
@@ -19,18 +20,8 @@ VOCABULARY = 512
 
 BEFORE_IMAGE = "USER: "
 AFTER_QUESTION = " ASSISTANT:"
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% set content = message['content'] %}"
-    "{% if message['role'] == 'assistant' %}"
-    " {% if content is string %}{{ content }}{% else %}{{ content[0]['text'] }}{% endif %}"
-    "{{ eos_token }}"
-    "{% else %}USER: "
-    "{% if content is string %}{{ content }}{% else %}"
-    "{% for part in content if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %} ASSISTANT:{% endif %}{% endfor %}"
-)
+CHAT_TEMPLATE = (MODEL_PATH / "chat_template.jinja").read_text()
+"""In training, one user turn. The rest is for what clients send."""
 
 
 def build_tokenizer(scenes: int = 2000) -> PreTrainedTokenizerFast:

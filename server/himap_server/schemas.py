@@ -13,6 +13,8 @@ from vllm.renderers.chat_utils import ChatCompletionMessageParam
 
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 
+from .messages import settle_items, settle_messages
+
 _HIMAP: dict[str, Any] = {"enabled": True, "shallow_ratio": 0.5, "deep_ratio": 0.75}
 _IMAGE = "https://upload.wikimedia.org/wikipedia/commons/a/a7/Camponotus_flavomarginatus_ant.jpg"
 _QUESTION = "What is in this image?"
@@ -128,6 +130,8 @@ class _WithPruning(BaseModel):
     def _without_nulls(cls, body: Any) -> Any:
         if isinstance(body, dict):
             drop_nulls(body)
+            settle_messages(body.get("messages"))
+            settle_items(body.get("input"))
         return body
 
 
