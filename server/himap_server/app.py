@@ -26,7 +26,7 @@ from .checked_images import ImageStore
 from .errors import GatewayError, Reason, error_response
 from .gateway import Gateway
 from .lifecycle import Lifecycle
-from .media import MediaCheck, restrict_decoders
+from .media import MediaCheck
 from .routes import openai, operations
 from .schemas import ErrorBody
 from .security.fetch import FetchLimits, ImageFetcher
@@ -70,7 +70,6 @@ def build_app(args: Namespace, settings: GatewaySettings, lifecycle: Lifecycle) 
 
 
 def _media_check(settings: GatewaySettings) -> MediaCheck:
-    restrict_decoders()
     store = ImageStore()
     store.register()
     fetcher = None

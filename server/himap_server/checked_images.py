@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checked images on their way into vLLM: as bytes, which vLLM decodes once.
+"""Checked images on their way into vLLM: as bytes, decoded once.
 
 The gateway replaces the URL of each image by one that only the store knows. vLLM's media connector
-is asked for that URL, and gets the bytes that were checked.
+is asked for that URL, and decodes the bytes that were checked (decoding.py).
 
 * `vllm.multimodal.media.connector.MEDIA_CONNECTOR_REGISTRY` (called),
   `vllm.multimodal.media.connector.MediaConnector` (subclassed): the registry is vLLM's extension
   point for sources of media; a data URL would be encoded and decoded once more. Remove when: vLLM's
   handlers take images as bytes.
+* `vllm.multimodal.media.image.ImageMediaIO.rgba_background_color` (read),
+  `vllm.multimodal.media.base.MediaWithBytes` (called): vLLM's decoder tries 37 formats in turn, so
+  that a file that begins as a JPEG can be opened as a FLI of other dimensions, and makes white of
+  16-bit gray. `image_mode` has no effect here. Remove when: vLLM has a setting for the formats, and
+  shows images of every mode as a browser does.
 """
 
 from __future__ import annotations
@@ -18,13 +23,17 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+from PIL import Image
 from typing_extensions import override
-from vllm.multimodal.media.base import MediaIO
+from vllm.multimodal.media.base import MediaIO, MediaWithBytes
 from vllm.multimodal.media.connector import (
     MEDIA_CONNECTOR_REGISTRY,
     MediaConnector,
     global_thread_pool,
 )
+from vllm.multimodal.media.image import ImageMediaIO
+
+from .decoding import decode_image
 
 CONNECTOR = "himap"
 """Name of the connector, as the value of `VLLM_MEDIA_CONNECTOR`."""
@@ -71,10 +80,18 @@ class _StoreConnector(MediaConnector):
 
     @override
     def load_from_url(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
-        return media_io.load_bytes(self._store.get(url))
+        return _decode(self._store.get(url), media_io)
 
     @override
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
         image = self._store.get(url)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(global_thread_pool, media_io.load_bytes, image)
+        return await loop.run_in_executor(global_thread_pool, _decode, image, media_io)
+
+
+def _decode(data: bytes, media_io: MediaIO[Any]) -> MediaWithBytes[Image.Image]:
+    if not isinstance(media_io, ImageMediaIO):
+        raise TypeError("the gateway lets images through only")
+    background = media_io.rgba_background_color
+    # The bytes and the background name the image in vLLM's cache.
+    return MediaWithBytes(decode_image(data, background), data, {"background": background})

@@ -17,8 +17,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import vllm.multimodal.image as vllm_image
-
 from himap_vllm.vllm_versions import MM_PARSER_MAP, TEXT_PART_TYPES
 
 from .checked_images import ImageStore
@@ -32,18 +30,6 @@ _IMAGE = frozenset({"image_url", "input_image"})
 _OTHER_MEDIA = (frozenset(MM_PARSER_MAP) | {"input_video", "input_file", "file", "file_id"}) - (
     TEXT_PART_TYPES | _IMAGE | {"tool_reference"}
 )
-
-
-def restrict_decoders() -> None:
-    """Let vLLM decode an image only as one of the formats that `check_image` knows.
-
-    * `vllm.multimodal.image.ALLOWED_IMAGE_FORMATS` (overridden): `open_image` hands this global to
-      Pillow, which tries 37 formats in turn, so that a file that begins as a JPEG can be opened as
-      a FLI of other dimensions. The four formats begin differently. Remove when: vLLM has a
-      setting for the formats.
-    """
-    vllm_image.ALLOWED_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-
 
 _MAY_HOLD_TEXT = (str, list, dict)
 

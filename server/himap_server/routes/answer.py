@@ -30,6 +30,7 @@ from vllm.logger import init_logger
 
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 
+from ..decoding import UNDECODABLE
 from ..errors import GatewayError, Reason
 from ..pruning import PruningPolicy
 from ..record import RequestRecord
@@ -38,7 +39,6 @@ from ..schemas import ChatRequest, ResponsesBody, TextRequest
 logger = init_logger("vllm.himap.server")
 
 _STRUCTURE = ("structured_outputs", "response_format", "tools", "text")
-_UNDECODABLE = "Failed to load image"
 _FIELDS = {SHALLOW_ARG: "himap.shallow_ratio", DEEP_ARG: "himap.deep_ratio"}
 _ERROR_EVENT = 'data: {"error"'
 
@@ -105,7 +105,7 @@ async def _try(handler: Handler, body: Any, request: Request, record: RequestRec
     except VLLMClientError as error:
         return _error(create_error_response(error), body)
     except ValueError as error:
-        if _UNDECODABLE in str(error):
+        if UNDECODABLE in str(error):
             return _error(create_error_response(error), body)
         raise
     except (AssertionError, AttributeError, LookupError) as error:
@@ -122,9 +122,8 @@ async def _try(handler: Handler, body: Any, request: Request, record: RequestRec
 
 def _error(result: ErrorResponse, body: Any) -> Response:
     error = result.error
-    if _UNDECODABLE in error.message:
-        # The decoder's own words can tell of its memory: CVE-2026-22778.
-        raise GatewayError(400, "an image can't be decoded", reason=Reason.IMAGE_BROKEN)
+    if UNDECODABLE in error.message:
+        raise GatewayError(400, UNDECODABLE, reason=Reason.IMAGE_BROKEN)
     if body.himap is not None:  # fields by the names that the client gave them
         for arg, field in _FIELDS.items():
             error.message = error.message.replace(arg, field)

@@ -93,16 +93,14 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
     """
     if len(data) > limits.max_bytes:
         raise _too_large(limits, param)
-    matches = ((kind, decoder) for kind, magic, decoder in _FORMATS if magic.match(data))
-    kind, decoder = next(matches, ("", None))
-    if decoder is None:
+    kind = next((kind for kind, magic, _ in _FORMATS if magic.match(data)), None)
+    if kind is None:
         raise _refusal(Reason.IMAGE_TYPE, "the image must be PNG, JPEG, WebP or GIF", param)
     try:
         if kind in _ONCE and _repeats(data, _ONCE[kind]):
             raise ValueError
         # The WebP decoder needs the whole file.
-        header = data if kind == "webp" else data[:_MAX_HEADER]
-        with decoder(BytesIO(header)) as image:
+        with open_image(data if kind == "webp" else data[:_MAX_HEADER]) as image:
             width, height = image.size
         too_many = width * height > limits.max_pixels
     except DecompressionBombError:
@@ -116,6 +114,19 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
         message = f"the image must be at least {limits.min_side} pixels wide and high"
         raise _refusal(Reason.IMAGE_SIDE, message, param)
     return CheckedImage(kind, width * height)
+
+
+def open_image(data: bytes) -> ImageFile:
+    """The image in one of the four formats, its header read.
+
+    Raises:
+        ValueError: it is in no such format.
+        Exception: the header is damaged.
+    """
+    for _, magic, decoder in _FORMATS:
+        if magic.match(data):
+            return decoder(BytesIO(data))
+    raise ValueError("not a PNG, JPEG, WebP or GIF")
 
 
 def _repeats(data: bytes, name: bytes) -> bool:
