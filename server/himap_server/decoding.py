@@ -25,7 +25,7 @@ def decode_image(data: bytes, background: tuple[int, int, int] = WHITE) -> Image
     """The image's pixels in mode RGB.
 
     Args:
-        data: an image that `check_image` has let through.
+        data: of an image that `check_image` has let through.
         background: what transparent pixels show.
 
     Raises:

@@ -133,7 +133,7 @@ class MediaCheck:
             data = await self._fetcher.fetch(url, path, partial(budget.take_bytes, param=path))
         checked = await asyncio.to_thread(check_image, data, self._limits, path)
         budget.take_pixels(checked.pixels, path)
-        stored = self._store.add(data)
+        stored = self._store.add(checked.data)
         held.append(stored)
         kind = part.get("type")
         if kind == "input_image" and part.get("detail") is None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import NamedTuple
 
-import numpy as np
 import pybase64
 from PIL.GifImagePlugin import GifImageFile
 from PIL.Image import DecompressionBombError, DecompressionBombWarning
@@ -21,6 +20,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from ..errors import GatewayError, Reason
+from .containers import without_metadata
 
 # Pillow's own classes instead of Image.open: each reads one format, no multi-picture JPEG (MPO),
 # and has no limit of its own. They read the header; none decodes pixels before load().
@@ -49,16 +49,6 @@ _LONE_SPACE = re.compile(r" (?<=[^ \t\r\n\f] ) *[^ \t\r\n\f]")
 _EXAMPLE = "data:image/png;base64,..."
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
-# An image has these once, a hostile one a thousand times. Pillow inflates each colour profile of a
-# PNG, up to 1 MiB (10 MB of profiles took 20 s). It appends each Exif segment of a JPEG to those
-# before it, which takes time in the square of their number (16 MB took 114 s).
-_ONCE = {"png": b"iCCP", "jpeg": b"Exif\0\0"}
-_MAX_REPEATED = 8
-_MAX_LOOK_ALIKES = 100_000
-
-# Pillow reads up to the size only. Photos have megabytes before it, in depth maps.
-_MAX_HEADER = 8 << 20
-
 # Pillow warns about odd metadata. A client can vary the texts of warnings without end, and Python
 # keeps each text. The filter is global because catch_warnings is not safe in threads.
 for _category in (UserWarning, DecompressionBombWarning):
@@ -75,14 +65,21 @@ class ImageLimits:
 
 
 class CheckedImage(NamedTuple):
-    """An image that may be decoded: "png", "jpeg", "webp" or "gif", and its number of pixels."""
+    """An image that may be decoded.
+
+    Attributes:
+        kind: "png", "jpeg", "webp" or "gif".
+        pixels: their number.
+        data: the file without metadata, for the decoder.
+    """
 
     kind: str
     pixels: int
+    data: bytes
 
 
 def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
-    """The image's format and size.
+    """The image's format and size, and what of it the decoder gets.
 
     They come from the content, whatever a header or a URL declares, and without decoding it: vLLM
     PR #47010 (a decompression bomb), CVE-2026-22773 (a 1x1 image ended the engine).
@@ -97,10 +94,8 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
     if kind is None:
         raise _refusal(Reason.IMAGE_TYPE, "the image must be PNG, JPEG, WebP or GIF", param)
     try:
-        if kind in _ONCE and _repeats(data, _ONCE[kind]):
-            raise ValueError
-        # The WebP decoder needs the whole file.
-        with open_image(data if kind == "webp" else data[:_MAX_HEADER]) as image:
+        data = without_metadata(kind, data)
+        with open_image(data) as image:
             width, height = image.size
         too_many = width * height > limits.max_pixels
     except DecompressionBombError:
@@ -113,7 +108,7 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
     if min(width, height) < limits.min_side:
         message = f"the image must be at least {limits.min_side} pixels wide and high"
         raise _refusal(Reason.IMAGE_SIDE, message, param)
-    return CheckedImage(kind, width * height)
+    return CheckedImage(kind, width * height, data)
 
 
 def open_image(data: bytes) -> ImageFile:
@@ -127,15 +122,6 @@ def open_image(data: bytes) -> ImageFile:
         if magic.match(data):
             return decoder(BytesIO(data))
     raise ValueError("not a PNG, JPEG, WebP or GIF")
-
-
-def _repeats(data: bytes, name: bytes) -> bool:
-    """Whether a name occurs too often. `bytes.count` takes ten times as long."""
-    values = np.frombuffer(data, np.uint8)
-    found = np.flatnonzero((values[:-1] == name[0]) & (values[1:] == name[1]))
-    if len(found) > _MAX_LOOK_ALIKES:
-        return True
-    return sum(data.startswith(name, int(place)) for place in found) > _MAX_REPEATED
 
 
 def may_be_image(kind: str) -> bool:
