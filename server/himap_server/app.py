@@ -44,7 +44,7 @@ _POST_ERRORS = _ANY_ERRORS | {
     "400": "something in the request is wrong; `param` names it",
     "403": "the API key does not allow it",
     "404": "no such model",
-    "415": "the body is not JSON",
+    "415": "the body is not JSON, or compressed",
     "500": "an error of the engine",
     "501": "not supported by the model",
 }

@@ -28,6 +28,7 @@ from .security.limits import KeyLimits
 
 REQUEST_ID_HEADER = "x-request-id"
 _ACCEPTED_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_SLASHES = re.compile("/{2,}")
 _CLIENT_WENT_AWAY = 499  # nginx's status for it, in the log and the metrics only
 _LAST_WORDS_SECONDS = 5.0
 _RETRY_SECONDS = 5
@@ -70,15 +71,18 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "path": _plain_path(scope["path"])}
         headers = Headers(scope=scope)
         pairs = scope["headers"]
         too_large = len(pairs) > _MAX_HEADERS or sum(map(len, chain(*pairs))) > _MAX_HEADER_BYTES
         request_id = _request_id(headers)
         answer = ResponseTracker(send, request_id)
+        record = RequestRecord(request_id, scope["method"])
+        if scope["method"] == "HEAD":
+            scope["method"] = "GET"  # uvicorn knows that no body may follow
         if not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, answer)
             return
-        record = RequestRecord(request_id, scope["method"])
         token = current.set(record)
         inner = {
             **scope,
@@ -107,7 +111,7 @@ class RequestMiddleware:
                     await _refuse(error, scope, receive, answer)
         finally:
             current.reset(token)
-            record.route = getattr(inner.get("route"), "path", "")
+            record.route = getattr(inner.get("route"), "path_format", "")
             record.status = record.status or (answer.status if answer.complete else 500)
             record.duration = record.elapsed
             self._report(record)
@@ -159,6 +163,14 @@ class RequestMiddleware:
 
     async def _read_body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
         if scope["method"] == "POST":
+            encoding = headers.get("content-encoding", "identity").strip().lower()
+            if encoding not in ("identity", ""):
+                raise GatewayError(
+                    415,
+                    f"the body must not be compressed: Content-Encoding is {encoding[:32]!r}",
+                    reason=Reason.TYPE,
+                    headers={"accept-encoding": "identity"},
+                )
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise GatewayError(
@@ -282,6 +294,11 @@ async def _refuse(
         await error_response(error)(scope, receive, answer)
     elif answer.is_stream and not answer.complete:
         await answer({"type": "http.response.body", "body": error_event(error).encode()})
+
+
+def _plain_path(path: str) -> str:
+    """The path without a slash at its end, and without empty segments."""
+    return "/" + _SLASHES.sub("/", path).strip("/")
 
 
 def _is_websocket(scope: Scope, headers: Headers) -> bool:

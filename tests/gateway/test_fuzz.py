@@ -42,7 +42,10 @@ from tests.gateway.images import ImageHost
 from tests.gateway.support import post
 from tests.servers import Server, picture_message
 
-GETS = ("/v1/models", "/version", "/health/live", "/health/ready", "/metrics")
+GETS = (
+    "/v1/models", "/v1/models/{model_id}",
+    "/version", "/health", "/health/live", "/health/ready", "/metrics",
+)  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("goes_on")
 

@@ -40,6 +40,8 @@ logger = init_logger("vllm.himap.server")
 
 _STRUCTURE = ("structured_outputs", "response_format", "tools", "text")
 _FIELDS = {SHALLOW_ARG: "himap.shallow_ratio", DEEP_ARG: "himap.deep_ratio"}
+# For proxies: nginx would hold a stream back.
+_UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 _ERROR_EVENT = 'data: {"error"'
 
 Handler = Callable[[Any, Request], Awaitable[Any]]
@@ -117,7 +119,9 @@ async def _try(handler: Handler, body: Any, request: Request, record: RequestRec
         raise GatewayError(400, text, reason=Reason.INVALID) from None
     if refusal is not None:
         return _error(ErrorResponse.model_validate(refusal), body)
-    return StreamingResponse(_stream(opening, result, record), media_type="text/event-stream")
+    return StreamingResponse(
+        _stream(opening, result, record), headers=_UNBUFFERED, media_type="text/event-stream"
+    )
 
 
 def _error(result: ErrorResponse, body: Any) -> Response:

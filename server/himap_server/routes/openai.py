@@ -9,8 +9,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
+from ..errors import GatewayError, Reason
 from ..gateway import GatewayDep, RecordDep
-from ..schemas import EXAMPLES, ChatRequest, ResponsesBody, TextRequest
+from ..schemas import EXAMPLES, ChatRequest, ErrorBody, ResponsesBody, TextRequest
 from .answer import answer
 from .body import ChatBody, ResponsesBodyDep, TextBody
 
@@ -36,6 +37,20 @@ async def models(gateway: GatewayDep) -> JSONResponse:
     """The served model, with its names."""
     listed = await gateway.model.models.show_available_models()
     return JSONResponse(listed.model_dump())
+
+
+@router.get(
+    "/models/{model_id:path}", responses={404: {"model": ErrorBody, "description": "no such model"}}
+)
+async def model(model_id: str, gateway: GatewayDep) -> JSONResponse:
+    """One model by its name, which may contain slashes."""
+    listed = await gateway.model.models.show_available_models()
+    for card in listed.data:
+        # The middleware has taken slashes out of the path that a name may have.
+        if "/".join(filter(None, card.id.split("/"))) == model_id:
+            return JSONResponse(card.model_dump())
+    text = f"The model `{model_id[:256]}` does not exist."
+    raise GatewayError(404, text, reason=Reason.NOT_FOUND, param="model")
 
 
 @router.post("/chat/completions", **_documented(ChatRequest, EXAMPLES["chat"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Any
 
 import vllm
 from fastapi import APIRouter
@@ -36,10 +37,13 @@ async def live() -> dict[str, str]:
     return {"status": "live"}
 
 
-@router.get(
-    "/health/ready",
-    responses={503: {"description": "loading, draining, or the engine is dead"}},
-)
+_NOT_READY: dict[int | str, dict[str, Any]] = {
+    503: {"description": "loading, draining, or the engine is dead"}
+}
+
+
+@router.get("/health", responses=_NOT_READY)
+@router.get("/health/ready", responses=_NOT_READY)
 async def ready(gateway: GatewayDep) -> JSONResponse:
     """The model answers; 503 while it loads, while the service drains, and when it is dead."""
     phase = gateway.lifecycle.phase
