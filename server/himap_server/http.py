@@ -7,9 +7,15 @@ may ignore Upgrade).
 
 from __future__ import annotations
 
+import asyncio
+import json
+from typing import Any
+
 import httptools
 from typing_extensions import override
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from .errors import error_body
 
 MAX_HEAD_BYTES = 128 << 10
 MAX_PIPELINED = 16
@@ -19,7 +25,10 @@ _CONNECTION = frozenset({b"connection", b"proxy-connection"})
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's protocol for one connection, with two limits, and without upgrades.
+    """uvicorn's protocol for one connection, with more limits, and without upgrades.
+
+    A request line with its headers may take `header_timeout` seconds: then 408. A connection on
+    which nothing comes is closed after `timeout_keep_alive` seconds, also before its first request.
 
     * `uvicorn.protocols.http.httptools_impl.HttpToolsProtocol` (subclassed): uvicorn (0.54) has no
       limit for a request line, headers and trailers, and none for the number of requests that come
@@ -33,10 +42,28 @@ class BoundedHttp(HttpToolsProtocol):
       body of a request whose upgrade it ignores.
     """
 
+    _head_timer: asyncio.TimerHandle | None = None
+    """Runs from the first byte of a head to its last."""
     _incomplete = 0
     """Bytes since the parser last called one of the methods below."""
     _without_upgrade = False
     """Whether the parser has the head of a request again, whose upgrade was ignored."""
+
+    def __init__(self, *args: Any, header_timeout: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_timeout = header_timeout
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Called when a client has connected."""
+        super().connection_made(transport)
+        self._close_if_idle()
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called when the connection is closed."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -52,6 +79,20 @@ class BoundedHttp(HttpToolsProtocol):
             return
         if self._incomplete > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"The headers are larger than {MAX_HEAD_BYTES} bytes.")
+        if self._head_timer is None and not self._is_answering():
+            self._close_if_idle()  # only line ends came, or the rest of an unread body
+
+    @override
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP request, and close the connection."""
+        self._send_error(400, msg)
+
+    @override
+    def on_message_begin(self) -> None:
+        """Called by the parser at the first byte of a request."""
+        super().on_message_begin()
+        if self._head_timer is None:
+            self._start_head_timer()
 
     @override
     def on_headers_complete(self) -> None:
@@ -62,6 +103,7 @@ class BoundedHttp(HttpToolsProtocol):
             if self._without_upgrade:
                 raise ValueError("an upgrade that cannot be ignored")
             return  # the next parser gets this request again
+        self._stop_head_timer()
         self._without_upgrade = False
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many requests at once")
@@ -81,6 +123,42 @@ class BoundedHttp(HttpToolsProtocol):
             return
         self._incomplete = 0
         super().on_message_complete()
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _close_if_idle(self) -> None:
+        self._unset_keepalive_if_required()
+        if not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(self._header_timeout, self._head_is_late)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        if self._is_answering():  # the request before this one: wait, and do not write into it
+            self._start_head_timer()
+        elif not self.transport.is_closing():
+            self._send_error(408, f"the headers took longer than {self._header_timeout:g} s")
+
+    def _send_error(self, status: int, message: str) -> None:
+        body = json.dumps(error_body(status, message)).encode()
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+        ]
+        lines = [b"%s: %s\r\n" % pair for pair in headers]
+        self.transport.write(b"".join([STATUS_LINE[status], *lines, b"\r\n", body]))
+        self.transport.close()
 
     def _parse(self, data: bytes) -> None:
         while True:

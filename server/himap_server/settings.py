@@ -7,6 +7,7 @@ The first that is given wins. The YAML file (`--config`) may also hold flags of 
 from __future__ import annotations
 
 import json
+import os
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -66,6 +67,13 @@ class GatewaySettings(_Operators):
         "operator, in at most 256 printable ASCII characters",
     )
     request_timeout: float = Field(600.0, gt=0, description="seconds for a whole request")
+    keep_alive_timeout: int = Field(
+        620,
+        gt=0,
+        description="seconds after which an idle connection is closed: more than the proxy in "
+        "front waits. VLLM_HTTP_TIMEOUT_KEEP_ALIVE sets it, too",
+    )
+    header_timeout: float = Field(30.0, gt=0, description="seconds for the headers of a request")
     grace_seconds: float = Field(
         30.0, ge=0, description="seconds for requests in flight after SIGTERM"
     )
@@ -142,8 +150,10 @@ def load(
         SettingsError: a value of a wrong type or out of range.
     """
     given = {key: value for key, value in flags.items() if value is not None}
+    keep_alive = os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE")
+    vllms = {} if keep_alive is None else {"keep_alive_timeout": keep_alive}
     try:
-        gateway = _layered(GatewaySettings, given, file)
+        gateway = _layered(GatewaySettings, given, {**vllms, **file})
         engine = _layered(EngineFlags, given, file)
     except ValidationError as error:
         first = error.errors()[0]
