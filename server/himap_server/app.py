@@ -13,17 +13,18 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.v1.engine.exceptions import EngineDeadError
 
 import himap_vllm
 
 from .checked_images import ImageStore
-from .errors import GatewayError, Reason, error_response
+from .errors import GatewayError, Reason, error_body, error_response, param_of
 from .gateway import Gateway
 from .lifecycle import Lifecycle
 from .media import MediaCheck
@@ -60,6 +61,9 @@ def build_app(args: Namespace, settings: GatewaySettings, lifecycle: Lifecycle) 
     app.include_router(openai.router)
     app.include_router(operations.router)
     init_exception_handler(app)
+    for kind, handler in list(app.exception_handlers.items()):
+        if handler.__module__.startswith("vllm."):
+            app.add_exception_handler(kind, _in_openai_shape(handler))
     # vLLM handles FastAPI's own; the router raises Starlette's.
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(GatewayError, _refused)
@@ -92,6 +96,18 @@ def _media_check(settings: GatewaySettings) -> MediaCheck:
         settings.max_body_bytes,  # fetched or sent along
         fetcher,
     )
+
+
+def _in_openai_shape(handler: Any) -> Any:
+    """vLLM's handler with the words of our errors, because clients branch on them."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        response: Response = await handler(request, error)
+        found = ErrorResponse.model_validate_json(response.body).error
+        body = error_body(int(response.status_code), found.message, param_of(found.param))
+        return JSONResponse(body, int(response.status_code))
+
+    return handle
 
 
 async def _refused(request: Request, error: Any) -> Response:

@@ -5,22 +5,21 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 from typing import Any
 
 from fastapi import HTTPException
 from starlette.responses import JSONResponse
 
+# OpenAI's words: its SDKs have an exception for each.
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    408: "timeout_error",
-    413: "request_too_large",
-    415: "unsupported_media_type",
     429: "rate_limit_error",
-    500: "server_error",
-    503: "service_unavailable",
 }
+# Index of a list in pydantic's paths.
+_INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 class Reason(enum.StrEnum):
@@ -71,6 +70,23 @@ class Reason(enum.StrEnum):
     ERROR = "error"
 
 
+# `error.code`, where OpenAI has one: of its API, and of `ResponseError` in its document.
+_CODES = {
+    Reason.KEY: "invalid_api_key",
+    Reason.RATE: "rate_limit_exceeded",
+    Reason.CONCURRENCY: "rate_limit_exceeded",
+    Reason.PROMPT_TOKENS: "context_length_exceeded",
+    Reason.IMAGE_URL: "invalid_image_url",
+    Reason.IMAGE_HOST: "invalid_image_url",
+    Reason.IMAGE_FETCH: "failed_to_download_image",
+    Reason.IMAGE_TYPE: "unsupported_image_media_type",
+    Reason.IMAGE_BYTES: "image_file_too_large",
+    Reason.IMAGE_PIXELS: "image_too_large",
+    Reason.IMAGE_SIDE: "image_too_small",
+    Reason.IMAGE_BROKEN: "image_parse_error",
+}
+
+
 class GatewayError(HTTPException):
     """A request that the gateway refuses.
 
@@ -96,18 +112,54 @@ class GatewayError(HTTPException):
         self.param = param
 
 
-def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    """`{"error": {"message", "type", "param", "code"}}`."""
-    kind = _TYPES.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+def error_body(
+    status: int, message: str, param: str | None = None, reason: Reason | None = None
+) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`; `code` is OpenAI's word, or null."""
+    kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
+    code = None if reason is None else _CODES.get(reason)
+    if (status, param) == (404, "model"):
+        code = "model_not_found"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def param_of(path: str | None) -> str | None:
+    """`error.param` of a path by which pydantic names a field; None for the body itself.
+
+    >>> param_of("body.messages.0.content")
+    'messages[0].content'
+    """
+    if path is None or path == "body" or re.fullmatch(r"body\.\d+", path):  # a place in the text
+        return None
+    return _INDEX.sub(r"[\1]", path.removeprefix("body."))
+
+
+def body_of(error: HTTPException) -> dict[str, Any]:
+    """The body of the answer to a request that the gateway or the router (404, 405) refuses."""
+    param, reason = getattr(error, "param", None), getattr(error, "reason", None)
+    return error_body(error.status_code, str(error.detail), param, reason)
 
 
 def error_response(error: HTTPException) -> JSONResponse:
-    """The answer to a request that the gateway or the router (404, 405) refuses."""
-    body = error_body(error.status_code, str(error.detail), getattr(error, "param", None))
-    return JSONResponse(body, error.status_code, error.headers)
+    """The answer with that body."""
+    return JSONResponse(body_of(error), error.status_code, error.headers)
 
 
-def error_event(error: GatewayError) -> str:
-    """The last event of a stream that ends with an error."""
-    return f"data: {json.dumps(error_body(error.status_code, error.detail, error.param))}\n\n"
+def error_event(body: dict[str, Any], sequence_number: int | None = None) -> str:
+    """The last event of a stream that ends with an error.
+
+    Args:
+        body: an `error_body`.
+        sequence_number: of this event, if it is a stream of the Responses API. OpenAI has the parts
+            of its error in the event itself, Open Responses in `error`.
+    """
+    if sequence_number is None:
+        return f"data: {_dumps(body)}\n\n"
+    error = body["error"]
+    fields = {name: error[name] for name in ("message", "param", "code")}
+    event = {"type": "error", "sequence_number": sequence_number, **fields, **body}
+    return f"event: error\ndata: {_dumps(event)}\n\n"
+
+
+def _dumps(body: dict[str, Any]) -> str:
+    return json.dumps(body, separators=(",", ":"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -20,8 +21,9 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import GatewayError, Reason, error_event, error_response
-from .lifecycle import Lifecycle
+from . import retries
+from .errors import GatewayError, Reason, body_of, error_event, error_response
+from .lifecycle import Lifecycle, Phase
 from .record import RequestRecord, current
 from .security.keys import KeyRing
 from .security.limits import KeyLimits
@@ -56,6 +58,7 @@ class RequestMiddleware:
         keys: KeyRing | None,
         max_body_bytes: int,
         request_timeout: float,
+        root_path: str = "",
         report: Callable[[RequestRecord], None],
     ) -> None:
         self._app = app
@@ -64,23 +67,29 @@ class RequestMiddleware:
         self._limits = KeyLimits()
         self._max_body_bytes = max_body_bytes
         self._timeout = request_timeout
+        self._root = "" if not root_path else _plain_path(root_path).rstrip("/")
         self._report = report
+        self._retries = retries.Retries()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry point."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = {**scope, "path": _plain_path(scope["path"])}
+        path = _plain_path(scope["path"])
+        if self._root and f"{path}/".startswith(f"{self._root}/"):  # a proxy may take it off
+            path = path[len(self._root) :] or "/"
+        # The router takes off one root: with it, the router sees the path that is checked here.
+        scope = {**scope, "path": self._root + path, "root_path": self._root}
         headers = Headers(scope=scope)
         pairs = scope["headers"]
         too_large = len(pairs) > _MAX_HEADERS or sum(map(len, chain(*pairs))) > _MAX_HEADER_BYTES
         request_id = _request_id(headers)
-        answer = ResponseTracker(send, request_id)
+        answer = ResponseTracker(send, request_id, self._when_to_retry)
         record = RequestRecord(request_id, scope["method"])
         if scope["method"] == "HEAD":
             scope["method"] = "GET"  # uvicorn knows that no body may follow
-        if not scope["path"].startswith("/v1/"):
+        if not path.startswith("/v1/"):
             await self._app(scope, receive, answer)
             return
         token = current.set(record)
@@ -108,12 +117,14 @@ class RequestMiddleware:
             # A client that has stopped reading must not block this.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_WORDS_SECONDS):
-                    await _refuse(error, scope, receive, answer)
+                    await _refuse(error, inner, receive, answer)
         finally:
             current.reset(token)
             record.route = getattr(inner.get("route"), "path_format", "")
             record.status = record.status or (answer.status if answer.complete else 500)
             record.duration = record.elapsed
+            if record.completion_tokens:
+                self._retries.answered(record.started, time.perf_counter())
             self._report(record)
 
     async def _admit(
@@ -144,6 +155,12 @@ class RequestMiddleware:
                 raise GatewayError(408, text, reason=Reason.TIMEOUT) from None
             finally:
                 self._lifecycle.in_flight -= 1
+
+    def _when_to_retry(self) -> dict[str, str]:
+        """Headers of an answer with status 503."""
+        if self._lifecycle.phase is not Phase.READY:
+            return {"retry-after": str(_RETRY_SECONDS)}
+        return retries.headers(self._retries.after(time.perf_counter()))
 
     def _authenticate(
         self, headers: Headers, record: RequestRecord
@@ -216,9 +233,12 @@ class ResponseTracker:
     stream at `[DONE]`, or at the event that ends a response of the Responses API.
     """
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(
+        self, send: Send, request_id: str, when_to_retry: Callable[[], dict[str, str]]
+    ) -> None:
         self._send = send
         self._request_id = request_id
+        self._when_to_retry = when_to_retry
         self.status = 0
         self.complete = False
         self.is_stream = False
@@ -229,8 +249,8 @@ class ResponseTracker:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers[REQUEST_ID_HEADER] = self._request_id
-            if self.status == 503:
-                headers.setdefault("retry-after", str(_RETRY_SECONDS))
+            if self.status == 503 and "retry-after" not in headers:
+                headers.update(self._when_to_retry())
             self.is_stream = headers.get("content-type", "").startswith("text/event-stream")
         elif not message.get("more_body", False):
             self.complete = True
@@ -293,7 +313,8 @@ async def _refuse(
     if not answer.status:
         await error_response(error)(scope, receive, answer)
     elif answer.is_stream and not answer.complete:
-        await answer({"type": "http.response.body", "body": error_event(error).encode()})
+        event = error_event(body_of(error), scope["state"]["record"].next_event)
+        await answer({"type": "http.response.body", "body": event.encode()})
 
 
 def _plain_path(path: str) -> str:

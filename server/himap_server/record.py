@@ -43,6 +43,8 @@ class RequestRecord:
         time_to_first_token: from the request's arrival to the first prompt's first token.
         time_per_output_token: mean over the tokens after the first, of all its prompts.
         savings: of each prompt with images.
+        next_event: number of the next event, if it is a stream of the Responses API.
+        asked: whether it says itself how it is to be pruned.
         failed_at_once: the engine's first output for one of its prompts was an error.
     """
 
@@ -63,6 +65,8 @@ class RequestRecord:
     time_to_first_token: float | None = None
     duration: float = 0.0
     savings: list[PromptSavings] = field(default_factory=list)
+    next_event: int | None = None
+    asked: bool = False
     failed_at_once: bool = False
     started: float = field(default_factory=time.perf_counter)
     _decoding: float = 0.0

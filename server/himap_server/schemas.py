@@ -159,7 +159,7 @@ class ErrorInfo(BaseModel):
     message: str
     type: str
     param: str | None = Field(description="the field of the request that is at fault")
-    code: int = Field(description="the HTTP status")
+    code: str | None = Field(description="OpenAI's word for it, if it has one")
 
 
 class ErrorBody(BaseModel):

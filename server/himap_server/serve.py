@@ -11,13 +11,16 @@ import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import uvicorn
 import uvloop
 import yaml
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 from vllm.config.logging import LoggingConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import configure_logging_from_args, init_logger
@@ -42,9 +45,10 @@ from .checked_images import CONNECTOR
 from .engine import run_engine
 from .http import BoundedHttp
 from .lifecycle import GatewayServer, Lifecycle, Phase
+from .load_report import REPORT_HEADER
 from .memory import available_memory
 from .metrics import GatewayMetrics
-from .middleware import RequestMiddleware
+from .middleware import REQUEST_ID_HEADER, RequestMiddleware
 from .record import RequestRecord
 from .request_log import log_request
 from .security.keys import KeyFileError, KeyRing
@@ -59,11 +63,13 @@ _MAX_N_SEQUENCES = "128"
 # Flags of vLLM's HTTP server that its handlers or this module read. The others would have no
 # effect, so they are refused.
 _SERVED = frozenset({
+    "allow_credentials", "allowed_headers", "allowed_methods", "allowed_origins",
     "chat_template", "chat_template_content_format", "default_chat_template_kwargs",
     "enable_auto_tool_choice", "enable_force_include_usage", "enable_log_deltas",
     "enable_log_outputs", "enable_per_request_metrics", "enable_prompt_tokens_details",
+    "enable_server_load_tracking",
     "exclude_tools_when_tool_choice_none", "host", "log_error_stack", "lora_modules", "max_log_len",
-    "port", "reasoning_effort_map", "response_role", "return_tokens_as_token_ids",
+    "port", "reasoning_effort_map", "response_role", "return_tokens_as_token_ids", "root_path",
     "tool_call_parser", "tool_parser_plugin", "tool_server", "tool_strict_level",
     "trust_request_chat_template", "trust_request_mm_kwargs", "uvicorn_log_level",
 })  # fmt: skip
@@ -206,6 +212,20 @@ def _configure_logging(args: Namespace) -> None:
         log.propagate = name != "uvicorn"
 
 
+def _for_browsers(app: ASGIApp, args: Namespace) -> ASGIApp:
+    """The app with answers to CORS preflights, if the operator allows origins."""
+    if not args.allowed_origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=args.allowed_origins,
+        allow_methods=args.allowed_methods,
+        allow_headers=args.allowed_headers,
+        allow_credentials=args.allow_credentials,
+        expose_headers=[REQUEST_ID_HEADER, "retry-after", REPORT_HEADER],
+    )
+
+
 async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None) -> int:
     """Serve until stopped; returns the process's exit status."""
     lifecycle = Lifecycle(settings.grace_seconds)
@@ -222,16 +242,18 @@ async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None
         keys=keys,
         max_body_bytes=settings.max_body_bytes,
         request_timeout=settings.request_timeout,
+        root_path=args.root_path or "",
         report=report,
     )
     config = uvicorn.Config(
-        middleware,
+        _for_browsers(middleware, args),
         host=args.host or "0.0.0.0",
         port=args.port,
-        http=BoundedHttp,
+        http=cast("Any", partial(BoundedHttp, header_timeout=settings.header_timeout)),
         ws="none",
         log_config=None,
         log_level=args.uvicorn_log_level,
+        timeout_keep_alive=settings.keep_alive_timeout,
         access_log=False,  # request_log.py writes it
         timeout_graceful_shutdown=2,  # the grace time is over by then
         lifespan="off",

@@ -9,6 +9,8 @@ import os
 import socket
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from tests.world import World
 
 SECRET = "a sentence that no log may repeat"
 LONG = {"model": "tiny", "prompt": SECRET, "max_tokens": 400, "ignore_eos": True}
+ORIGIN = "https://app.example"
 PREFIX = "one two three four " * 4
 
 
@@ -95,6 +98,7 @@ def guarded(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with gateway(
         world.checkpoint("mha12"),
         *("--config", str(settings), "--max-body-bytes", "200000"),
+        *("--root-path", "/proxy/", "--allowed-origins", f'["{ORIGIN}"]'),
         environment={
             "HIMAP_REQUEST_TIMEOUT": "1.5",
             "HIMAP_MAX_BODY_BYTES": "1",
@@ -118,11 +122,51 @@ def test_without_a_key_there_is_nothing(guarded: Guarded) -> None:
         for path in ("/v1/chat/completions", "/v1/nothing"):
             status, _, body = post(guarded.server, path, {}, **headers)
             assert (status, body["error"]["type"]) == (401, "authentication_error")
+            assert body["error"]["code"] == "invalid_api_key"
     with pytest.raises(openai.AuthenticationError):
         client(guarded.server).models.list()
     assert client(guarded.server, guarded.keys["plain"]).models.list().data
     assert metric(guarded.server, 'himap_refused_requests_total{model_name="tiny",reason="key"}')
     assert guarded.server.status("/health/ready") == 200
+
+
+@pytest.mark.parametrize("root", ["", "/proxy", "//proxy/"])
+def test_behind_a_path_prefix(guarded: Guarded, root: str) -> None:
+    """With and without the prefix: some proxies take it off. The keys hold either way."""
+    body = {"model": "tiny", "prompt": "hi", "max_tokens": 1}
+    assert guarded.post(body, path=f"{root}/v1/completions")[0] == 200
+    assert guarded.server.status(f"{root}/health/ready") == 200
+    assert post(guarded.server, f"{root}/v1/completions", body)[0] == 401
+    assert post(guarded.server, f"/proxy{root}/v1/completions", body)[0] in (401, 404)
+
+
+def test_the_document_names_the_prefix(guarded: Guarded) -> None:
+    with urllib.request.urlopen(f"{guarded.server.url}/openapi.json", timeout=10) as response:
+        assert json.load(response)["servers"] == [{"url": "/proxy"}]
+
+
+def test_browsers(guarded: Guarded) -> None:
+    """A preflight has no key; the answer to another origin lets no browser read it."""
+    for origin, status in ((ORIGIN, 200), ("https://other.example", 400)):
+        request = urllib.request.Request(
+            f"{guarded.server.url}/v1/chat/completions",
+            method="OPTIONS",
+            headers={
+                "Origin": origin,
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization,content-type",
+            },
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                found, headers = response.status, response.headers
+        except urllib.error.HTTPError as error:
+            found, headers = error.code, error.headers
+        assert found == status
+        assert headers["Access-Control-Allow-Origin"] == (origin if status == 200 else None)
+    _, headers, _ = post(guarded.server, "/v1/chat/completions", {}, Origin=ORIGIN)
+    assert headers["Access-Control-Allow-Origin"] == ORIGIN
+    assert "x-request-id" in headers["Access-Control-Expose-Headers"]
 
 
 def test_a_key_is_kept_as_its_hash(guarded: Guarded) -> None:
@@ -235,7 +279,7 @@ def test_a_body_that_is_no_json(guarded: Guarded) -> None:
     status, _, answer = post(
         guarded.server, "/v1/completions", {}, **{"content-type": "text/plain", **authorization}
     )
-    assert (status, answer["error"]["type"]) == (415, "unsupported_media_type")
+    assert (status, answer["error"]["type"]) == (415, "invalid_request_error")
     status, _, answer = guarded.post(b"{")
     assert status == 400
 

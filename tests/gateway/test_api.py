@@ -159,12 +159,13 @@ def test_only_the_listed_routes_exist(server: Server) -> None:
         document = json.load(response)
     assert set(document["paths"]) == {
         "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models",
-        "/v1/models/{model_id}", "/version", "/health", "/health/live", "/health/ready", "/metrics",
+        "/v1/models/{model_id}", "/version", "/health", "/health/live", "/health/ready", "/load",
+        "/metrics",
     }  # fmt: skip
     assert "HiMAPOptions" in document["components"]["schemas"]
     for path in ("/tokenize", "/v1/embeddings", "/pause", "/collective_rpc", "/invocations"):
         status, headers, body = post(server, path, {})
-        assert (status, body["error"]["code"]) == (404, 404)
+        assert (status, body["error"]["type"]) == (404, "not_found_error")
         assert headers["X-Request-Id"]
     assert [model.id for model in client(server).models.list().data] == ["tiny"]
 

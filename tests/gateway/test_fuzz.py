@@ -44,7 +44,8 @@ from tests.servers import Server, picture_message
 
 GETS = (
     "/v1/models", "/v1/models/{model_id}",
-    "/version", "/health", "/health/live", "/health/ready", "/metrics",
+    "/version", "/health", "/health/live", "/health/ready", "/load",
+        "/metrics",
 )  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("goes_on")
@@ -53,14 +54,24 @@ pytestmark = pytest.mark.usefixtures("goes_on")
 INSIDE = ("0x", "Traceback", "site-packages", '.py"', "/tmp", "/usr", "object at", "127.0.0.1")
 
 
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
 def assert_refused(status: int, body: Any, statuses: Any = range(400, 500)) -> None:
     assert status in statuses
     assert status != 422
     assert set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert body["error"]["code"] == status
+    assert body["error"]["type"] == TYPES.get(status, "invalid_request_error")
     assert body["error"]["message"]
-    assert body["error"]["type"]
+    code, param = body["error"]["code"], body["error"]["param"]
+    assert code is None or isinstance(code, str)
+    assert param is None or not param.startswith("body")
     assert not any(word in body["error"]["message"] for word in INSIDE)
 
 

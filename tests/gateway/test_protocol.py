@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 from http.client import HTTPConnection, HTTPMessage
+from typing import Any
 from urllib.parse import urlsplit
 
 import openai
@@ -38,7 +39,7 @@ def test_one_model(server: Server) -> None:
     for name in ("gone", "a/b", "tiny/tiny", "x" * 1000):
         with pytest.raises(openai.NotFoundError) as error:
             client(server).models.retrieve(name)
-        assert error.value.param == "model"
+        assert (error.value.param, error.value.code) == ("model", "model_not_found")
         assert f"`{name[:256]}`" in error.value.message
 
 
@@ -100,3 +101,99 @@ def test_proxies_may_not_hold_streams_back(server: Server, path: str) -> None:
     assert status == 200
     assert headers["content-type"].startswith("text/event-stream")
     assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-cache", "no")
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "word"),
+    [
+        (b"{", None, "JSON"),
+        ({"himap": {"shallow_ratio": 2}}, "himap.shallow_ratio", "1"),
+        ({"himap": {"deep_ratio": 0.95}}, "himap.deep_ratio", "0.9"),
+        ({"messages": [{"role": 5}]}, "messages[0]", ""),
+        ({"seed": 2**63}, "seed", "9223372036854775807"),
+        ({"seed": -(2**63) - 1}, "seed", "-9223372036854775808"),
+        ({"logit_bias": {"5": 10**30}}, "logit_bias.5", "9223372036854775807"),
+        ({"stop_token_ids": [1, 2**64]}, "stop_token_ids[1]", "9223372036854775807"),
+        ({"temperature": -1}, "temperature", ""),
+    ],
+)
+def test_errors_name_the_field_as_clients_write_it(
+    server: Server, body: Any, param: str | None, word: str
+) -> None:
+    whole = body if isinstance(body, bytes) else {**GOOD[CHAT], **body}
+    status, _, answer = post(server, CHAT, whole)
+    error = answer["error"]
+    assert (status, error["type"], error["code"]) == (400, "invalid_request_error", None)
+    found = error["param"] if param is None else error["param"][: len(param)]
+    assert found == param
+    assert word in error["message"]
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63), 0])
+def test_the_smallest_and_the_largest_seed(server: Server, seed: int) -> None:
+    assert post(server, CHAT, {**GOOD[CHAT], "seed": seed, "temperature": 1})[0] == 200
+
+
+@pytest.mark.parametrize("maximum", [2**63, 2**64 - 1, 10**40, -(2**63) - 1])
+def test_schemas_may_have_large_integers(server: Server, maximum: int) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "maximum": maximum}}}
+    fields = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    status, _, answer = post(server, CHAT, {**GOOD[CHAT], "response_format": fields})
+    assert (status, answer.get("error")) == (200, None)
+
+
+def test_background_is_refused_by_its_own_reason(server: Server) -> None:
+    status, _, answer = post(server, RESPONSES, {**GOOD[RESPONSES], "background": True})
+    assert (status, answer["error"]["param"]) == (400, "background")
+    assert "VLLM" not in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "end"), [(2, "response.incomplete"), (None, "response.completed")]
+)
+def test_a_truncated_responses_stream_ends_as_incomplete(
+    server: Server, tokens: int | None, end: str
+) -> None:
+    extra = {} if tokens else {"structured_outputs": {"choice": ["a"]}}
+    events = list(
+        client(server).responses.create(
+            model="tiny", input="Once", max_output_tokens=tokens, stream=True, extra_body=extra
+        )
+    )
+    last: Any = events[-1]
+    assert (last.type, last.response.status) == (end, end.removeprefix("response."))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+def test_usage_has_what_pruning_saved_where_it_applies(server: Server) -> None:
+    unpruned = {"himap_shallow_ratio": 0, "himap_deep_ratio": 0}
+    for fields, present in (
+        ({}, True),  # the server prunes
+        ({"himap": {"enabled": False}}, True),  # asked for
+        ({"vllm_xargs": unpruned}, True),
+        ({"messages": [{"role": "user", "content": "Once"}]}, False),  # nothing to prune
+        ({"messages": [{"role": "user", "content": "Once"}], "himap": {}}, False),
+    ):
+        _, _, answer = post(server, CHAT, {**GOOD[CHAT], **fields})
+        assert ("himap" in answer["usage"]) == present
+
+
+def test_load_balancers_are_told_the_load(server: Server) -> None:
+    for path in GOOD:
+        for stream in (False, True):
+            body = json.dumps({**GOOD[path], "stream": stream}).encode()
+            for form, start in (("TEXT", "TEXT named_metrics."), ("json", "JSON {")):
+                status, headers, _ = ask(
+                    server, "POST", path, body,
+                    content_type="application/json", endpoint_load_metrics_format=form,
+                )  # fmt: skip
+                report = headers["endpoint-load-metrics"]
+                assert (status, report[: len(start)]) == (200, start)
+                assert "kv_cache_usage_perc" in report
+                assert "num_requests_waiting" in report
+    _, headers, _ = ask(
+        server, "POST", TEXT, json.dumps(GOOD[TEXT]).encode(),
+        content_type="application/json", endpoint_load_metrics_format="xml",
+    )  # fmt: skip
+    assert "endpoint-load-metrics" not in headers
+    assert json.loads(ask(server, "GET", "/load")[2]) == {"server_load": 0}

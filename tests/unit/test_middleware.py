@@ -14,6 +14,7 @@ from himap_server.lifecycle import Lifecycle, Phase
 from himap_server.middleware import RequestMiddleware
 from himap_server.record import RequestRecord
 from himap_server.security.keys import KeyRing, make_key
+from starlette._utils import get_route_path
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 START = {"type": "http.response.start", "status": 200, "headers": []}
@@ -23,7 +24,9 @@ EVENTS = {**START, "headers": [(b"content-type", b"text/event-stream")]}
 class Client:
     """Sends one request through a middleware around `app`."""
 
-    def __init__(self, app: App, timeout: float = 5.0, body: bytes = b"{}") -> None:
+    def __init__(
+        self, app: App, timeout: float = 5.0, body: bytes = b"{}", root_path: str = ""
+    ) -> None:
         self.sent: list[Any] = []
         self.records: list[RequestRecord] = []
         self.reads = True
@@ -37,6 +40,7 @@ class Client:
             keys=None,
             max_body_bytes=100,
             request_timeout=timeout,
+            root_path=root_path,
             report=self.records.append,
         )
 
@@ -51,10 +55,12 @@ class Client:
             await asyncio.Event().wait()
         self.sent.append(message)
 
-    async def ask(self) -> RequestRecord:
+    async def ask(self, *headers: tuple[bytes, bytes]) -> RequestRecord:
         """Run the request to its end; nothing may be left of it."""
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": headers}
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/x",
+            "headers": [(b"content-type", b"application/json"), *headers],
+        }  # fmt: skip
         await self.middleware(scope, self.receive, self.send)
         assert self.lifecycle.in_flight == 0
         await asyncio.sleep(0)  # a cancelled task ends with the loop's next turn
@@ -62,10 +68,16 @@ class Client:
         (record,) = self.records
         return record
 
+    async def seen_path(self, path: str) -> tuple[str, bool]:
+        """The path that the router sees, and whether the request is one to `/v1`."""
+        scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+        await self.middleware(scope, self.receive, self.send)
+        return self.sent[-1]["body"].decode(), bool(self.records)
+
     @property
     def error(self) -> Any:
         """The error in the answer's last body."""
-        text = self.sent[-1]["body"].decode().removeprefix("data: ")
+        text = self.sent[-1]["body"].decode().rpartition("data: ")[2]
         return json.loads(text)["error"]
 
 
@@ -99,6 +111,22 @@ async def fails_in_mid_answer(scope: Any, receive: Any, send: Any) -> None:  # n
     raise RuntimeError
 
 
+async def responses_stream(scope: Any, receive: Any, send: Any) -> None:
+    scope["state"]["record"].next_event = 7
+    await stuck_stream(scope, receive, send)
+
+
+async def tells_its_path(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+    assert scope["method"] == "GET"
+    await send(START)
+    await send({"type": "http.response.body", "body": get_route_path(scope).encode()})
+
+
+async def is_busy(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+    await send({**START, "status": 503})
+    await send({"type": "http.response.body", "body": b"full"})
+
+
 async def answers(scope: Any, receive: Any, send: Any) -> None:
     assert (await receive())["body"] == b"{}"
     assert dict(scope["headers"]) == {b"content-type": b"application/json"}
@@ -123,7 +151,7 @@ def test_the_time_limit(app: App) -> None:
     async def run() -> None:
         client = Client(app, timeout=0.1)
         record = await client.ask()
-        assert client.error["code"] == 408
+        assert client.error["type"] == "invalid_request_error"
         assert record.reason == "timeout"
         assert record.status == 408
         (start,) = (message for message in client.sent if message["type"] == "http.response.start")
@@ -144,6 +172,72 @@ def test_a_client_that_goes_away(app: App) -> None:
         assert len(client.sent) == (2 if app is stuck_stream else 0)
 
     asyncio.run(run())
+
+
+def test_the_time_limit_of_a_responses_stream() -> None:
+    async def run() -> None:
+        client = Client(responses_stream, timeout=0.1)
+        assert (await client.ask()).status == 408
+        text = client.sent[-1]["body"].decode()
+        assert text.startswith("event: error\ndata: ")
+        event = json.loads(text.partition("data: ")[2])
+        assert (event["type"], event["sequence_number"], event["code"]) == ("error", 7, None)
+        assert event["message"] == event["error"]["message"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("encoding", [b"gzip", b"zstd", b"deflate, BR"])
+def test_a_compressed_body(encoding: bytes) -> None:
+    async def run() -> None:
+        client = Client(answers)
+        record = await client.ask((b"content-encoding", encoding))
+        assert (record.status, record.reason) == (415, "type")
+        assert encoding.decode().lower() in client.error["message"]
+        assert (b"accept-encoding", b"identity") in client.sent[0]["headers"]
+
+    asyncio.run(run())
+
+
+def test_a_full_queue_spreads_its_clients() -> None:
+    async def run() -> list[bytes]:
+        found = []
+        client = Client(is_busy)
+        for _ in range(3):
+            client._messages = [{"type": "http.request", "body": b"{}", "more_body": False}]
+            client.records.clear()
+            await client.ask()
+            headers = dict(client.sent[-2]["headers"])
+            assert int(headers[b"retry-after"]) >= 1
+            found.append(headers[b"retry-after-ms"])
+        return found
+
+    times = [int(value) for value in asyncio.run(run())]
+    assert 400 < times[0] <= 500 < times[1] <= 1000 < times[2] <= 1500
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "seen", "counted"),
+    [
+        ("", "/v1/x", "/v1/x", True),
+        ("", "//v1//x/", "/v1/x", True),
+        ("", "/health/", "/health", False),
+        ("", "/", "/", False),
+        ("", "///", "/", False),
+        ("/a/b", "/v1/x", "/v1/x", True),
+        ("/a/b", "/a/b/v1/x", "/v1/x", True),
+        ("a/b/", "//a//b//v1/x", "/v1/x", True),
+        ("/a", "/a", "/", False),
+        ("/a", "/ab/v1/x", "/ab/v1/x", False),
+        ("/a", "/a/a/v1/x", "/a/v1/x", False),  # else it would pass by the keys
+        ("/a", "/b/a/v1/x", "/b/a/v1/x", False),
+    ],
+)
+def test_the_router_sees_the_path_that_was_checked(
+    root: str, path: str, seen: str, counted: bool
+) -> None:
+    client = Client(tells_its_path, root_path=root)
+    assert asyncio.run(client.seen_path(path)) == (seen, counted)
 
 
 def test_a_client_that_stops_reading(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,11 +27,13 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMClientError
 from vllm.logger import init_logger
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 
 from ..decoding import UNDECODABLE
-from ..errors import GatewayError, Reason
+from ..errors import GatewayError, Reason, error_body, error_event
+from ..load_report import FORMAT_HEADER, load_report
 from ..pruning import PruningPolicy
 from ..record import RequestRecord
 from ..schemas import ChatRequest, ResponsesBody, TextRequest
@@ -66,6 +68,11 @@ async def answer(
         GatewayError: the gateway or the engine refuses the request.
     """
     _refuse_truncation(body, record)
+    if getattr(body, "background", False):
+        text = "background must be false: this server stores no responses"
+        raise GatewayError(400, text, reason=Reason.INVALID, param="background")
+    xargs = getattr(body, "vllm_xargs", None) or {}
+    record.asked = body.himap is not None or not xargs.keys().isdisjoint(_FIELDS)
     pruning.apply(body, record.key)
     record.stream = bool(body.stream)
     body.request_id = f"{body.ID_PREFIX}{uuid.uuid4().hex}"
@@ -79,6 +86,8 @@ async def answer(
                 raise
         else:
             if not record.failed_at_once:
+                form = request.headers.get(FORMAT_HEADER)
+                response.headers.update(load_report(get_prometheus_registry(), form))
                 return response
     if any(getattr(body, name, None) for name in _STRUCTURE):
         text = "the engine can't generate what the grammar, schema or tools ask for"
@@ -132,7 +141,7 @@ def _error(result: ErrorResponse, body: Any) -> Response:
         for arg, field in _FIELDS.items():
             error.message = error.message.replace(arg, field)
         error.param = _FIELDS.get(error.param or "", error.param)
-    return JSONResponse(result.model_dump(), status_code=error.code)
+    return JSONResponse(error_body(error.code, error.message, error.param), error.code)
 
 
 async def _open(events: AsyncIterator[Any]) -> tuple[list[Any], dict[str, Any] | None]:
@@ -164,27 +173,38 @@ async def _stream(
             yield _to_text(event, record)
     except Exception as error:
         # vLLM's chat and text streams do this themselves.
-        failure = create_error_response(error)
-        record.status = failure.error.code
-        yield f"event: error\ndata: {failure.model_dump_json()}\n\n"
+        yield _failure(create_error_response(error), record)
 
 
 def _to_text(event: Any, record: RequestRecord) -> str:
     if isinstance(event, str):
         if event.startswith(_ERROR_EVENT):
-            record.status = json.loads(event.removeprefix("data: "))["error"]["code"]
-        elif record.savings and '"choices":[]' in event and '"usage":{' in event:
+            failure = json.loads(event.removeprefix("data: "))
+            return _failure(ErrorResponse.model_validate(failure), record)
+        if record.savings and '"choices":[]' in event and '"usage":{' in event:
             chunk = json.loads(event.removeprefix("data: "))
             _add_savings(chunk, record)
             return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
         return event
     body = event.model_dump(mode="json", by_alias=True)
-    if event.type in ("response.completed", "response.incomplete"):
+    record.next_event = event.sequence_number + 1
+    if event.type == "response.completed":
+        # vLLM (0.32) says so of truncated responses, too.
+        if body["response"]["status"] == "incomplete":
+            body["type"] = "response.incomplete"
         _add_savings(body["response"], record)
-    return f"event: {event.type}\ndata: {json.dumps(body, separators=(',', ':'))}\n\n"
+    return f"event: {body['type']}\ndata: {json.dumps(body, separators=(',', ':'))}\n\n"
+
+
+def _failure(result: ErrorResponse, record: RequestRecord) -> str:
+    """The event that ends a stream with an error of the engine."""
+    error = result.error
+    record.status = error.code
+    return error_event(error_body(error.code, error.message, error.param), record.next_event)
 
 
 def _add_savings(body: dict[str, Any], record: RequestRecord) -> None:
-    savings = record.usage()
+    """Add `usage.himap`, unless neither client nor operator prunes: clients compare usage."""
+    savings = record.usage() if record.asked or record.pruned else None
     if savings is not None and body.get("usage"):
         body["usage"]["himap"] = savings

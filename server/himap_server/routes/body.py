@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -19,7 +20,10 @@ from ..schemas import ChatRequest, ResponsesBody, TextRequest
 from ..security.grammars import check_repetitions
 
 _MAX_VALUES = 1_000_000
-_MAX_INTEGER = 2**63 - 1
+_INTEGERS = range(-(2**63), 2**63)
+_MAX_DIGITS = 300  # a double has no more
+# Fields whose integers are a schema's, which may have larger ones.
+_SCHEMAS = frozenset({"structured_outputs", "response_format", "tools", "text"})
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _HALF_A_PAIR = "the body has half of a surrogate pair, which is no character"
 
@@ -74,7 +78,12 @@ def _parse(raw: bytes) -> Any:
         return None
     try:
         text = _decode(raw)
-        body = json.loads(text, parse_constant=_refuse_constant, parse_int=_integer)
+        large: list[int] = []
+        body = json.loads(
+            text, parse_constant=_refuse_constant, parse_int=partial(_integer, large=large)
+        )
+        if large and isinstance(body, dict | list):
+            _settle_large(body)
         if _ESCAPED_SURROGATE.search(text):
             json.dumps(body, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -120,8 +129,36 @@ def _refuse_constant(name: str) -> Any:
     raise GatewayError(400, f"{name} is not JSON", reason=Reason.INVALID)
 
 
-def _integer(digits: str) -> int:
-    value = int(digits) if len(digits) <= len(str(_MAX_INTEGER)) + 1 else _MAX_INTEGER + 1
-    if abs(value) > _MAX_INTEGER:
-        raise GatewayError(400, f"{digits[:32]} is too large a number", reason=Reason.INVALID)
-    return value
+class _Large(int):
+    """An integer that most of vLLM can't take: the engine's messages have 64 bits for it."""
+
+
+def _integer(digits: str, large: list[int]) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise GatewayError(400, f"{digits[:32]}... is too large a number", reason=Reason.INVALID)
+    value = int(digits)
+    if value in _INTEGERS:
+        return value
+    large.append(_Large(value))
+    return large[-1]
+
+
+def _settle_large(body: Any) -> None:
+    """Make large integers of schemas numbers that the engine takes, and refuse all others.
+
+    Raises:
+        GatewayError: HTTP 400, with the path of the integer.
+    """
+    rest: list[tuple[str, Any, bool]] = [("", body, False)]
+    while rest:
+        path, node, in_schema = rest.pop()
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            step = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
+            is_schemas = in_schema or step in _SCHEMAS
+            if isinstance(value, dict | list):
+                rest.append((step, value, is_schemas))
+            elif isinstance(value, _Large) and is_schemas:
+                node[key] = int(value) if 0 < value < 2**64 else float(value)
+            elif isinstance(value, _Large):
+                text = f"{step[:200]} must be an integer in [{_INTEGERS[0]}, {_INTEGERS[-1]}]"
+                raise GatewayError(400, text, reason=Reason.INVALID, param=step[:200])

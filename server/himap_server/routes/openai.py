@@ -77,4 +77,9 @@ async def respond(
 ) -> Response:
     """The Responses API, with the same `himap`. Nothing is stored."""
     model = gateway.model
+    # vLLM (0.32) checks this for chat completions only, and ignores the choice here.
+    choice = getattr(body, "tool_choice", "auto")
+    if choice not in ("auto", "none") and not request.app.state.args.tool_call_parser:
+        text = "tool_choice must be auto or none: this server has no --tool-call-parser"
+        raise GatewayError(400, text, reason=Reason.INVALID, param="tool_choice")
     return await answer(model.responses.create_responses, body, request, model.pruning, record)

@@ -51,6 +51,12 @@ async def ready(gateway: GatewayDep) -> JSONResponse:
     return JSONResponse({"status": phase.value}, status_code=status)
 
 
+@router.get("/load")
+async def load(gateway: GatewayDep) -> dict[str, int]:
+    """The requests to `/v1` in flight, as `server_load`."""
+    return {"server_load": gateway.lifecycle.in_flight}
+
+
 @router.get("/metrics", response_class=Response)
 async def metrics(gateway: GatewayDep) -> Response:
     """Prometheus: vLLM's own metrics, the gateway's, and the plugin's counters."""
