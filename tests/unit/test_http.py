@@ -84,8 +84,9 @@ def test_headers_that_come_slowly(port: int, start: bytes) -> None:
 
 
 def test_bytes_that_trickle_do_not_help(port: int) -> None:
+    trickle: list[bytes | float] = [b"X: y\r\n", 0.1] * 30
     with pytest.raises(ConnectionError):  # closed while the client writes
-        talk(port, GET[:-2], *[b"X: y\r\n", 0.1] * 30, b"\r\n")
+        talk(port, GET[:-2], *trickle, b"\r\n")
 
 
 def test_a_second_request_that_comes_slowly(port: int) -> None:
