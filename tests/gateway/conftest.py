@@ -24,6 +24,8 @@ from tests.gateway.support import gateway, metric, post
 from tests.servers import Server
 from tests.world import World
 
+ORIGIN = "https://app.example"
+
 
 @pytest.fixture(scope="package")
 def image_host() -> Iterator[ImageHost]:
@@ -38,6 +40,7 @@ def server(world: World, image_host: ImageHost) -> Iterator[Server]:
         world.checkpoint("mha12"),
         *("--image-hosts", image_host.address, "--image-timeout", "2"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        *("--root-path", "/proxy", "--allowed-origins", f'["{ORIGIN}"]'),
     ) as server:
         # Live long before the model is loaded; not ready, and requests are refused with a reason.
         server.wait_for("/health/live", 180)

@@ -14,6 +14,7 @@ import pytest
 import vllm
 
 import himap_vllm
+from tests.gateway.conftest import ORIGIN
 from tests.gateway.hostile import CHAT, GOOD, RESPONSES, TEXT
 from tests.gateway.support import client, post
 from tests.servers import Server
@@ -24,7 +25,8 @@ def ask(
 ) -> tuple[int, HTTPMessage, bytes]:
     """Status, headers and body. The path is sent as it is."""
     connection = HTTPConnection(urlsplit(server.url).netloc, timeout=60)
-    connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, body, named)
     response = connection.getresponse()
     answer = response.status, response.headers, response.read()
     connection.close()
@@ -197,3 +199,26 @@ def test_load_balancers_are_told_the_load(server: Server) -> None:
     )  # fmt: skip
     assert "endpoint-load-metrics" not in headers
     assert json.loads(ask(server, "GET", "/load")[2]) == {"server_load": 0}
+
+
+def test_behind_a_path_prefix(server: Server) -> None:
+    assert post(server, f"/proxy{TEXT}", GOOD[TEXT])[0] == 200
+    document = json.loads(ask(server, "GET", "/proxy/openapi.json")[2])
+    assert document["servers"] == [{"url": "/proxy"}]
+    assert b"/proxy/openapi.json" in ask(server, "GET", "/proxy/docs")[2]
+
+
+@pytest.mark.parametrize(("origin", "status"), [(ORIGIN, 200), ("https://other.example", 400)])
+def test_browsers_may_ask_from_the_operators_origins(
+    server: Server, origin: str, status: int
+) -> None:
+    found, headers, _ = ask(
+        server, "OPTIONS", CHAT,
+        origin=origin, access_control_request_method="POST",
+        access_control_request_headers="authorization,content-type",
+    )  # fmt: skip
+    allowed = origin if status == 200 else None
+    assert (found, headers["access-control-allow-origin"]) == (status, allowed)
+    _, headers, _ = ask(server, "GET", "/v1/models", origin=origin)
+    assert headers["access-control-allow-origin"] == allowed
+    assert "x-request-id" in headers["access-control-expose-headers"]
