@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.check_vllm import check, load_known, record, register
+from himap_vllm.vllm_versions import MOVED
+from scripts.check_vllm import check, load_known, lost, record, register
 from scripts.vllm_sources import Sources
 
 SCHEDULER = """
@@ -82,6 +83,18 @@ def test_a_seam_broken_on_purpose_is_found(
 def test_a_symbol_that_nobody_has_read_is_found(product: Path, tmp_path: Path) -> None:
     (line, _) = check(release(tmp_path / "known"), {}, product)
     assert line.startswith("UNREAD")
+
+
+def test_a_name_that_has_moved_to_an_unknown_place_is_found(tmp_path: Path) -> None:
+    *found, gone = sorted(MOVED)
+    for name in found:
+        module = MOVED[name][-1].split(".")
+        file = tmp_path.joinpath(*module).with_suffix(".py")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as text:
+            text.write(f"{name} = None\n")
+    (line,) = lost(Sources(tmp_path))
+    assert gone in line
 
 
 def test_the_installed_vllm_is_as_it_was_read() -> None:
