@@ -93,7 +93,7 @@ def test_the_operations_are_those_that_are_tested(document: Any) -> None:
 def test_generated_requests(
     document: Any, image_host: ImageHost, path: str, mode: schemathesis.GenerationMode
 ) -> None:
-    # By strategy and not by schemathesis' own decorators: those, as of 4.32, break with pytest 9.2.
+    # By strategy and not by schemathesis' own decorators: those, as of 4.32, break with pytest 9.
     cases = document[path]["post"].as_strategy(generation_mode=mode)
     reached = set()
 

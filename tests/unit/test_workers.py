@@ -38,6 +38,27 @@ def test_a_dead_worker_is_one_failed_test(tmp_path: Path) -> None:
     assert re.search(r"Aborted\b.*line 5 in test_deadly", done.stdout, re.DOTALL)
 
 
+_GROUPED = """
+import os, pytest
+from pathlib import Path
+
+@pytest.mark.xdist_group("one")
+@pytest.mark.parametrize("number", range(20))
+def test_together(number):
+    with Path("workers").open("a") as file:
+        file.write(os.environ["PYTEST_XDIST_WORKER"] + chr(10))
+"""
+
+
+def test_a_group_stays_on_one_worker(tmp_path: Path) -> None:
+    """Else each worker starts every engine."""
+    (tmp_path / "test_grouped.py").write_text(_GROUPED)
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-q"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    workers = (tmp_path / "workers").read_text().split()
+    assert (len(workers), len(set(workers))) == (20, 1)
+
+
 def _die(word: str) -> None:
     print(word, flush=True)
     os.abort()
