@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first request of a new engine process, of the lengths that choose different kernels.
-
-Each engine is a process of its own: a kernel that ends its process is one failed test.
-"""
+"""The first request of a new engine process, of the lengths that choose different kernels."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from tests.world import compiled_or_not
 
@@ -38,25 +33,34 @@ plugin.register()
 print(before, imported, permitted(), allow_amx(), permitted())
 """
 
-# No warm-up: with a KV cache of given size and without compilation vLLM runs none by itself.
-_FIRST_REQUEST = """
-import json, sys
+# No warm-up: with a KV cache of given size and without compilation vLLM runs none by itself. An
+# engine that nobody has asked anything is forked for each length: a new engine for each.
+_FIRST_REQUESTS = """
+import json, os, sys
 from pathlib import Path
 from vllm import LLM, SamplingParams
 from himap_demo import MODEL_PATH
 
-length, eager = int(sys.argv[1]), sys.argv[2] == "eager"
 settings = json.loads((Path(MODEL_PATH) / "himap.json").read_text())
 engine = LLM(
-    str(MODEL_PATH), additional_config={"himap": settings}, enforce_eager=eager, max_model_len=256,
-    max_num_seqs=2, max_num_batched_tokens=512, kv_cache_memory_bytes=64 << 20,
-    limit_mm_per_prompt={"image": 1},
+    str(MODEL_PATH), additional_config={"himap": settings}, enforce_eager=sys.argv[1] == "eager",
+    max_model_len=256, max_num_seqs=2, max_num_batched_tokens=512,
+    kv_cache_memory_bytes=64 << 20, limit_mm_per_prompt={"image": 1},
 )
-prompt = {"prompt_token_ids": [50 + i for i in range(length)]}
-params = SamplingParams(max_tokens=2, ignore_eos=True, temperature=0)
-(output,) = engine.generate(prompt, params, use_tqdm=False)
-print(len(output.prompt_token_ids), len(output.outputs[0].token_ids), engine.model_config.dtype)
+print(engine.model_config.dtype, flush=True)
+for length in map(int, sys.argv[2:]):
+    child = os.fork()
+    if child == 0:
+        prompt = {"prompt_token_ids": [50 + i for i in range(length)]}
+        params = SamplingParams(max_tokens=2, ignore_eos=True, temperature=0)
+        (output,) = engine.generate(prompt, params, use_tqdm=False)
+        print(len(output.prompt_token_ids), len(output.outputs[0].token_ids), flush=True)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status:
+        print(length, "ended with", os.waitstatus_to_exitcode(status), flush=True)
 """
+_LENGTHS = (1, 4, 5, 40)
 
 
 def _run(program: str, *arguments: str, **environment: str) -> str:
@@ -87,18 +91,12 @@ def test_registering_asks_for_the_tile_permission_where_there_is_amx() -> None:
         assert (allowed, int(final)) == ("False", registered)
 
 
-@pytest.fixture(scope="module")
-def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first compiled engine fills it for the others."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.mark.parametrize("length", [1, 4, 5, 40])
 @compiled_or_not
-def test_the_first_request_of_a_new_engine(
-    length: int, compiled: bool, compile_cache: Path
-) -> None:
+def test_the_first_request_of_a_new_engine(compiled: bool) -> None:
     """In bfloat16, for which vLLM takes its AMX kernels where it can; up to 4 tokens, others."""
-    cache = {"VLLM_CACHE_ROOT": str(compile_cache), "TORCHINDUCTOR_CACHE_DIR": str(compile_cache)}
-    answer = _run(_FIRST_REQUEST, str(length), "compiled" if compiled else "eager", **cache)
-    assert answer.splitlines()[-1].split() == [str(length), "2", "torch.bfloat16"]
+    kind = "compiled" if compiled else "eager"
+    *_, dtype, answers = _run(_FIRST_REQUESTS, kind, *map(str, _LENGTHS)).partition(
+        "torch.bfloat16\n"
+    )
+    assert dtype
+    assert [line.split() for line in answers.splitlines()] == [[str(n), "2"] for n in _LENGTHS]

@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import pytest
@@ -19,22 +20,28 @@ INNER = b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n"
 BODY = json.dumps({"model": "tiny", "prompt": INNER.decode(), "max_tokens": 1}).encode()
 
 
-def talk(server: Server, pieces: Sequence[bytes], pause: float = 0.2) -> list[bytes]:
-    """Send pieces in TCP segments of their own; returns the answers until the server is silent."""
+# Sent when the server has answered, so that it closes: whatever else it had to say comes before.
+LAST = b"GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+
+def talk(server: Server, pieces: Sequence[bytes], pause: float = 0.05) -> list[bytes]:
+    """Send pieces in TCP segments of their own; returns all answers, up to that to `LAST`."""
     address = urlsplit(server.url)
-    with socket.create_connection((address.hostname, address.port)) as connection:
+    with socket.create_connection((address.hostname, address.port), 60) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for piece in pieces:
             connection.sendall(piece)
             time.sleep(pause)
-        connection.settimeout(3)
-        received = b""
-        try:
+        received = connection.recv(1 << 16)
+        with suppress(ConnectionError):  # it may have closed
+            connection.sendall(LAST)
+        with suppress(ConnectionError):
             while data := connection.recv(1 << 16):
                 received += data
-        except TimeoutError:
-            pass
-    return [b"HTTP/1.1 " + answer for answer in received.split(b"HTTP/1.1 ")[1:]]
+    answers = [b"HTTP/1.1 " + answer for answer in received.split(b"HTTP/1.1 ")[1:]]
+    closed = b"\r\nconnection: close\r\n" in answers[-1]
+    assert closed, "the server closed without saying so"
+    return answers[:-1] if answers[-1].endswith(b'{"status":"live"}') else answers
 
 
 def post(
