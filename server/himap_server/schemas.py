@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from typing_extensions import override
+from vllm.config import ModelConfig
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponseInputOutputItem, ResponsesRequest
+from vllm.renderers import TokenizeParams
 from vllm.renderers.chat_utils import ChatCompletionMessageParam
 
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
@@ -147,10 +151,25 @@ class TextRequest(_WithPruning, CompletionRequest):
 
 
 class ResponsesBody(_WithPruning, ResponsesRequest):
-    """Body of `POST /v1/responses`."""
+    """Body of `POST /v1/responses`.
+
+    * `vllm.entrypoints.openai.responses.protocol.ResponsesRequest.build_tok_params` (overridden):
+      with `truncation: auto` vLLM (0.32) may cut off the tokens of an image, and answers 500.
+      Remove when: vLLM truncates prompts with images, or refuses to.
+    """
 
     ID_PREFIX = "resp_"
     input: str | Annotated[list[ResponseInputOutputItem], Field(fail_fast=True)]
+    _whole: bool = PrivateAttr(default=False)
+
+    def keep_whole(self) -> None:
+        """Let the prompt be refused, and not truncated, if it is too long."""
+        self._whole = True
+
+    @override
+    def build_tok_params(self, model_config: ModelConfig) -> TokenizeParams:
+        params = super().build_tok_params(model_config)
+        return replace(params, truncate_prompt_tokens=None) if self._whole else params
 
 
 class ErrorInfo(BaseModel):

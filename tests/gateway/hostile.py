@@ -194,8 +194,6 @@ RESPONSES_FIELDS: list[dict[str, Any]] = [
         [{"role": "user", "content": [{"type": "input_text"}]}],
         [{"role": "wizard", "content": "x"}],
         [{"type": "item_reference", "id": "x"}],
-        [{"type": "message", "role": "assistant", "id": "x", "status": "completed",
-          "content": []}],
     ),
     {"previous_response_id": "resp_x"},
     {"previous_response_id": LONE},

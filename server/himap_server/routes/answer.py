@@ -22,7 +22,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMClientError
@@ -67,7 +67,7 @@ async def answer(
     Raises:
         GatewayError: the gateway or the engine refuses the request.
     """
-    _refuse_truncation(body, record)
+    _settle_truncation(body, record)
     if getattr(body, "background", False):
         text = "background must be false: this server stores no responses"
         raise GatewayError(400, text, reason=Reason.INVALID, param="background")
@@ -95,12 +95,18 @@ async def answer(
     raise GatewayError(500, "the engine failed at this request", reason=Reason.ERROR)
 
 
-def _refuse_truncation(body: Any, record: RequestRecord) -> None:
-    """vLLM (0.32) answers 500 if the tokens of an image are cut off."""
-    for param, off in (("truncate_prompt_tokens", None), ("truncation", "disabled")):
-        if record.images and getattr(body, param, off) not in (None, off):
-            text = f"{param} can't be combined with images"
-            raise GatewayError(400, text, reason=Reason.TRUNCATION, param=param)
+def _settle_truncation(body: Any, record: RequestRecord) -> None:
+    """vLLM (0.32) answers 500 if the tokens of an image are cut off: such a prompt stays whole.
+
+    `truncation` asks for it only if a prompt is too long. With images such a prompt is refused.
+    """
+    if not record.images:
+        return
+    if getattr(body, "truncate_prompt_tokens", None) is not None:
+        text = "truncate_prompt_tokens can't be combined with images"
+        raise GatewayError(400, text, reason=Reason.TRUNCATION, param="truncate_prompt_tokens")
+    if isinstance(body, ResponsesBody):
+        body.keep_whole()
 
 
 async def _try(handler: Handler, body: Any, request: Request, record: RequestRecord) -> Response:
@@ -115,17 +121,17 @@ async def _try(handler: Handler, body: Any, request: Request, record: RequestRec
         opening, refusal = await _open(result)
     except VLLMClientError as error:
         return _error(create_error_response(error), body)
-    except ValueError as error:
-        if UNDECODABLE in str(error):
-            return _error(create_error_response(error), body)
-        raise
-    except (AssertionError, AttributeError, LookupError) as error:
+    except (AssertionError, AttributeError, LookupError, ValidationError) as error:
         # vLLM's parsers and templates raise these for request shapes they do not handle.
         if record.prompt_tokens:
             raise
         logger.warning("no prompt could be made of a request: %s", type(error).__name__)
         text = "no prompt can be made of this request: check the form of its messages"
         raise GatewayError(400, text, reason=Reason.INVALID) from None
+    except ValueError as error:
+        if UNDECODABLE in str(error):
+            return _error(create_error_response(error), body)
+        raise
     if refusal is not None:
         return _error(ErrorResponse.model_validate(refusal), body)
     return StreamingResponse(

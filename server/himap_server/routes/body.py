@@ -11,13 +11,15 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import Depends, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from openai.types.chat import ChatCompletionMessageToolCallUnionParam
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from vllm.exceptions import VLLMValidationError
 
 from ..errors import GatewayError, Reason
 from ..gateway import GatewayDep, RecordDep
 from ..schemas import ChatRequest, ResponsesBody, TextRequest
 from ..security.grammars import check_repetitions
+from ..validation import refusal
 
 _MAX_VALUES = 1_000_000
 _INTEGERS = range(-(2**63), 2**63)
@@ -26,6 +28,8 @@ _MAX_DIGITS = 300  # a double has no more
 _SCHEMAS = frozenset({"structured_outputs", "response_format", "tools", "text"})
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _HALF_A_PAIR = "the body has half of a surrogate pair, which is no character"
+
+_CALLS = TypeAdapter(list[ChatCompletionMessageToolCallUnionParam])
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -44,18 +48,57 @@ CheckedBody = Annotated[Any, Depends(_checked)]
 def _validated(model: type[_Model]) -> Callable[..., Coroutine[Any, Any, _Model]]:
     async def validate(body: CheckedBody) -> _Model:
         if body is None:
-            raise RequestValidationError(
-                [{"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}]
-            )
+            raise GatewayError(400, "the body is empty", reason=Reason.INVALID)
         try:
-            return model.model_validate(body, from_attributes=True)
-        except ValidationError as error:
-            errors = error.errors(include_url=False)
-            raise RequestValidationError(
-                [{**entry, "loc": ("body", *entry["loc"])} for entry in errors], body=body
+            found = model.model_validate(body, from_attributes=True)
+        except (ValidationError, TypeError) as error:
+            _validate_lists(body)
+            if isinstance(error, TypeError):
+                raise
+            raise refusal(error, body) from None
+        except VLLMValidationError as error:
+            raise GatewayError(
+                400, error.args[0], reason=Reason.INVALID, param=error.parameter
             ) from None
+        if isinstance(found, ChatRequest):
+            _validate_parts(found, body)
+        return found
 
     return validate
+
+
+def _validate_lists(body: Any) -> None:
+    """Validate tools and tool calls, of which vLLM's own errors do not tell where they are.
+
+    Raises:
+        GatewayError: HTTP 400.
+    """
+    tools = body.get("tools") if isinstance(body, dict) else None
+    if tools is not None and not isinstance(tools, list):
+        raise GatewayError(400, "tools must be an array", reason=Reason.INVALID, param="tools")
+    messages = body.get("messages") if isinstance(body, dict) else None
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        calls = message.get("tool_calls") if isinstance(message, dict) else None
+        try:
+            _CALLS.validate_python(calls or [])
+        except ValidationError as error:
+            raise refusal(error, body, ("messages", index, "tool_calls")) from None
+
+
+def _validate_parts(request: ChatRequest, body: Any) -> None:
+    """Validate content parts, which pydantic would do while vLLM reads them.
+
+    Raises:
+        GatewayError: HTTP 400.
+    """
+    for index, message in enumerate(request.messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        if content is None or isinstance(content, str | list):
+            continue
+        try:
+            message["content"] = list(content)
+        except ValidationError as error:
+            raise refusal(error, body, ("messages", index, "content")) from None
 
 
 ChatBody = Annotated[ChatRequest, Depends(_validated(ChatRequest))]
@@ -68,7 +111,6 @@ def _parse(raw: bytes) -> Any:
 
     Raises:
         GatewayError: HTTP 400 or 413.
-        RequestValidationError: it is not JSON.
     """
     # Megabytes of small values, unlike text and images, block the event loop for seconds.
     if len(raw) > _MAX_VALUES and _num_values(raw) > _MAX_VALUES:
@@ -87,18 +129,8 @@ def _parse(raw: bytes) -> Any:
         if _ESCAPED_SURROGATE.search(text):
             json.dumps(body, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise RequestValidationError(
-            [
-                {
-                    "type": "json_invalid",
-                    "loc": ("body", error.pos),
-                    "msg": "JSON decode error",
-                    "input": {},
-                    "ctx": {"error": error.msg},
-                }
-            ],
-            body=error.doc,
-        ) from None
+        text = f"the body is not JSON: {error.msg} at character {error.pos}"
+        raise GatewayError(400, text, reason=Reason.INVALID) from None
     except UnicodeEncodeError:
         raise GatewayError(400, _HALF_A_PAIR, reason=Reason.INVALID) from None
     except RecursionError:
