@@ -14,6 +14,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponseInputOutputItem, ResponsesRequest
 from vllm.renderers import TokenizeParams
 from vllm.renderers.chat_utils import ChatCompletionMessageParam
+from vllm.sampling_params import SamplingParams
 
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 
@@ -119,7 +120,20 @@ def drop_nulls(body: Any) -> None:
             rest.extend(value for value in node if isinstance(value, dict | list))
 
 
+_GREEDY = {"top_k": 1}
+"""Sampling from one token."""
+
+
 class _WithPruning(BaseModel):
+    """What the three bodies have in common.
+
+    * `vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest.to_sampling_params`,
+      `vllm.entrypoints.openai.completion.protocol.CompletionRequest.to_sampling_params`,
+      `vllm.entrypoints.openai.responses.protocol.ResponsesRequest.to_sampling_params` (overridden):
+      vLLM (0.32) refuses a `top_p` of 0 and several greedy answers, which OpenAI gives, and asks
+      for log probabilities of the prompt at `echo` in a chat. Remove when: vLLM does as OpenAI.
+    """
+
     ID_PREFIX: ClassVar[str] = ""
     """Prefix of the request id, where vLLM's handler does not add one itself."""
 
@@ -128,6 +142,21 @@ class _WithPruning(BaseModel):
     himap: HiMAPOptions | None = Field(
         default=None, description="pruning of image tokens; see HiMAPOptions"
     )
+
+    def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
+        """As vLLM's, with what OpenAI accepts."""
+        asked: Any = self
+        changes: dict[str, Any] = {}
+        if asked.top_p == 0:
+            changes |= {"top_p": 1.0, **_GREEDY}
+        if (getattr(asked, "n", None) or 1) > 1 and asked.temperature == 0:
+            changes |= {"temperature": 1.0, **_GREEDY}
+        if isinstance(self, ChatRequest) and self.prompt_logprobs is None:
+            changes["echo"] = False
+        changed: Any = self.model_copy(update=changes)
+        vllms: Any = super(_WithPruning, changed)
+        params: SamplingParams = vllms.to_sampling_params(*args, **kwargs)
+        return params
 
     @model_validator(mode="before")
     @classmethod

@@ -100,7 +100,7 @@ CHAT_FIELDS: list[dict[str, Any]] = [
     *_each("seed", 10**31, "x"),
     *_each("temperature", -1, 3, "hot"),
     *_each("top_k", -2, 10**31),
-    *_each("top_p", 0, -1, 1.1),
+    *_each("top_p", -1, 1.1),
     *_each("min_tokens", -1, 10),
     {"repetition_penalty": 0},
     {"priority": 10**30},

@@ -148,6 +148,19 @@ def test_openai_n_seed_and_temperature(server: Server) -> None:
     assert ask(2) != texts
 
 
+def test_openai_accepts_these_too(server: Server, expected: Expected) -> None:
+    """All of them are greedy, and so the same."""
+    asking: Any = client(server).chat.completions
+    request = {**GREEDY, "messages": chat_messages(DATA_URL)}
+    for more in ({"n": 2}, {"temperature": 1, "top_p": 0}, {"temperature": 1, "top_p": 0, "n": 2}):
+        answer = asking.create(**{**request, **more}, extra_body={"himap": HIMAP})
+        texts = [choice.message.content for choice in answer.choices]
+        assert texts == [expected.text] * more.get("n", 1)
+        assert answer.usage.himap["kept_deep"] == KEPT_DEEP
+    answer = asking.create(**request, extra_body={"himap": HIMAP, "echo": True})
+    assert answer.choices[0].message.content.endswith(expected.text)
+
+
 def test_openai_n_in_a_stream(server: Server) -> None:
     texts = ["", ""]
     for chunk in client(server).chat.completions.create(

@@ -36,6 +36,7 @@ from ..errors import GatewayError, Reason, error_body, error_event
 from ..load_report import FORMAT_HEADER, load_report
 from ..pruning import PruningPolicy
 from ..record import RequestRecord
+from ..response_objects import complete_event, complete_response
 from ..schemas import ChatRequest, ResponsesBody, TextRequest
 
 logger = init_logger("vllm.himap.server")
@@ -116,6 +117,8 @@ async def _try(handler: Handler, body: Any, request: Request, record: RequestRec
             return _error(result, body)
         if isinstance(result, BaseModel):
             content = result.model_dump(mode="json", by_alias=True)
+            if isinstance(body, ResponsesBody):
+                complete_response(content, body)
             _add_savings(content, record)
             return JSONResponse(content)
         opening, refusal = await _open(result)
@@ -134,9 +137,8 @@ async def _try(handler: Handler, body: Any, request: Request, record: RequestRec
         raise
     if refusal is not None:
         return _error(ErrorResponse.model_validate(refusal), body)
-    return StreamingResponse(
-        _stream(opening, result, record), headers=_UNBUFFERED, media_type="text/event-stream"
-    )
+    events = _stream(opening, result, body, record)
+    return StreamingResponse(events, headers=_UNBUFFERED, media_type="text/event-stream")
 
 
 def _error(result: ErrorResponse, body: Any) -> Response:
@@ -170,19 +172,19 @@ async def _open(events: AsyncIterator[Any]) -> tuple[list[Any], dict[str, Any] |
 
 
 async def _stream(
-    opening: list[Any], events: AsyncIterator[Any], record: RequestRecord
+    opening: list[Any], events: AsyncIterator[Any], body: Any, record: RequestRecord
 ) -> AsyncIterator[str]:
     for event in opening:
-        yield _to_text(event, record)
+        yield _to_text(event, body, record)
     try:
         async for event in events:
-            yield _to_text(event, record)
+            yield _to_text(event, body, record)
     except Exception as error:
         # vLLM's chat and text streams do this themselves.
         yield _failure(create_error_response(error), record)
 
 
-def _to_text(event: Any, record: RequestRecord) -> str:
+def _to_text(event: Any, asked: Any, record: RequestRecord) -> str:
     if isinstance(event, str):
         if event.startswith(_ERROR_EVENT):
             failure = json.loads(event.removeprefix("data: "))
@@ -193,6 +195,7 @@ def _to_text(event: Any, record: RequestRecord) -> str:
             return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
         return event
     body = event.model_dump(mode="json", by_alias=True)
+    complete_event(body, asked)
     record.next_event = event.sequence_number + 1
     if event.type == "response.completed":
         # vLLM (0.32) says so of truncated responses, too.

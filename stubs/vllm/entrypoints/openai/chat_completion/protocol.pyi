@@ -9,3 +9,4 @@ class ChatCompletionRequest(BaseModel):
     model: str | None = None
     stream: bool | None = False
     request_id: str = ...
+    prompt_logprobs: int | None = None
