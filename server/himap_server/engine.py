@@ -27,7 +27,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from himap_vllm.config import engine_settings
+from himap_vllm.config import DEEP_ARG, SHALLOW_ARG, engine_settings
 from himap_vllm.frontend.admission import admission_of
 
 from .gateway import Gateway, ServedModel
@@ -49,15 +49,18 @@ class _ObservedLLM(AsyncLLM):
     """vLLM's engine client, which also writes what it yields into the record of the request.
 
     * `vllm.v1.engine.async_llm.AsyncLLM.generate` (overridden): vLLM's handlers call it without the
-      HTTP request, so the record comes from `record.current`. Remove when: vLLM reports a request's
-      tokens and times to its caller.
+      HTTP request, so the record comes from `record.current`. Beam search calls it for each of its
+      steps with parameters of its own, in which `vllm_xargs` are missing. Remove when: vLLM reports
+      a request's tokens and times to its caller, and its beam search passes on `vllm_xargs`.
     """
 
     @override
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
         """As `AsyncLLM.generate`."""
-        outputs = super().generate(*args, **kwargs)
         record = current.get(None)
+        if record is not None and record.beam_search:
+            args[1].extra_args = {SHALLOW_ARG: 0.0, DEEP_ARG: 0.0}
+        outputs = super().generate(*args, **kwargs)
         # Closing it at once when the client goes away aborts the request.
         async with aclosing(outputs):
             async for output in outputs if record is None else record.watch(outputs):

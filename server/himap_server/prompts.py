@@ -51,8 +51,10 @@ class PromptObserver:
         if record is None:
             return
         tokens = request.prompt_token_ids or []
-        record.prompt_tokens += len(tokens)
-        if self._max_tokens is not None and len(tokens) > self._max_tokens:
+        # A later step of a beam search has the same prompt, and what was generated.
+        is_step = record.beam_search and record.prompt_tokens > 0
+        record.prompt_tokens += 0 if is_step else len(tokens)
+        if self._max_tokens is not None and len(tokens) > self._max_tokens and not is_step:
             record.reason = Reason.PROMPT_TOKENS
             raise VLLMValidationError(
                 f"this prompt has {len(tokens)} tokens, image tokens included; this server takes "
@@ -70,7 +72,7 @@ class PromptObserver:
                 "parts",
                 parameter="prompt",
             )
-        if images:
+        if images and not is_step:
             record.savings.append(
                 prompt_savings(len(tokens), count, plan, self._layers, self._shape)
             )

@@ -17,20 +17,13 @@ class PruningPolicy:
     def __init__(self, settings: EngineSettings) -> None:
         self._defaults = {SHALLOW_ARG: settings.shallow_ratio, DEEP_ARG: settings.deep_ratio}
 
-    def apply(self, request: Any, key: Key | None) -> None:
+    def apply(self, request: Any, key: Key | None, images: int) -> None:
         """Turn `himap` into `vllm_xargs`, and keep the prefix caches of API keys apart.
 
         Raises:
-            GatewayError: 403 if the key does not allow a ratio; 400 for beam search, because vLLM
-                runs each of its steps as a new request without `vllm_xargs`.
+            GatewayError: 403 if the key does not allow a ratio; 400 for a beam search that prunes:
+                the tokens of a beam would vote, because vLLM runs each step as a new request.
         """
-        if getattr(request, "use_beam_search", False):
-            raise GatewayError(
-                400,
-                "beam search is not supported",
-                reason=Reason.BEAM_SEARCH,
-                param="use_beam_search",
-            )
         args = dict(request.vllm_xargs or {})
         if request.himap is not None:
             args.update(request.himap.as_xargs())
@@ -39,6 +32,14 @@ class PruningPolicy:
             # Otherwise the speed of an answer would tell one key what another's requests left in
             # the prefix cache (vLLM RFC #16016).
             request.cache_salt = f"{key.name}:{request.cache_salt or ''}"
+        prunes = images and any((self._defaults | args)[name] for name in self._defaults)
+        if prunes and getattr(request, "use_beam_search", False):
+            raise GatewayError(
+                400,
+                "beam search can't be combined with pruning: himap.enabled must be false",
+                reason=Reason.BEAM_SEARCH,
+                param="use_beam_search",
+            )
         request.vllm_xargs = args or None
 
     def _bound(self, args: dict[str, Any], key: Key) -> None:

@@ -45,6 +45,7 @@ class RequestRecord:
         savings: of each prompt with images.
         next_event: number of the next event, if it is a stream of the Responses API.
         asked: whether it says itself how it is to be pruned.
+        beam_search: whether vLLM makes a new request of each of its steps.
         failed_at_once: the engine's first output for one of its prompts was an error.
     """
 
@@ -67,6 +68,7 @@ class RequestRecord:
     savings: list[PromptSavings] = field(default_factory=list)
     next_event: int | None = None
     asked: bool = False
+    beam_search: bool = False
     failed_at_once: bool = False
     started: float = field(default_factory=time.perf_counter)
     _decoding: float = 0.0

@@ -192,10 +192,23 @@ def test_an_assistants_message_of_every_form(server: Server, message: dict[str, 
     assert answer["usage"]["himap"]["image_tokens"] == 2 * IMAGE_TOKENS
 
 
-def test_beam_search_is_refused(server: Server) -> None:
-    body = {"model": "tiny", "messages": MESSAGES, "use_beam_search": True, "n": 2}
+def test_beam_search_does_not_prune(server: Server) -> None:
+    pruned = 'himap_requests_total{outcome="pruned"}'
+    before = metric(server, pruned)
+    body = {"model": "tiny", "messages": MESSAGES, "use_beam_search": True, "n": 2, "max_tokens": 3}
     status, _, answer = post(server, "/v1/chat/completions", body)
     assert (status, answer["error"]["param"]) == (400, "use_beam_search")
+    unpruned = (
+        {"himap": {"enabled": False}},
+        {"vllm_xargs": {"himap_shallow_ratio": 0, "himap_deep_ratio": 0}},
+        {"messages": [{"role": "user", "content": QUESTION}]},
+    )
+    for fields in unpruned:
+        status, _, answer = post(server, "/v1/chat/completions", {**body, **fields})
+        assert (status, len(answer["choices"])) == (200, 2)
+        if "messages" not in fields:
+            assert answer["usage"]["himap"]["kept_deep"] == IMAGE_TOKENS
+    assert metric(server, pruned) == before
 
 
 def test_request_ids(server: Server) -> None:

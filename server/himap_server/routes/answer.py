@@ -74,7 +74,8 @@ async def answer(
         raise GatewayError(400, text, reason=Reason.INVALID, param="background")
     xargs = getattr(body, "vllm_xargs", None) or {}
     record.asked = body.himap is not None or not xargs.keys().isdisjoint(_FIELDS)
-    pruning.apply(body, record.key)
+    pruning.apply(body, record.key, record.images)
+    record.beam_search = getattr(body, "use_beam_search", False)
     record.stream = bool(body.stream)
     body.request_id = f"{body.ID_PREFIX}{uuid.uuid4().hex}"
     record.hand_over()
