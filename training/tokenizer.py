@@ -46,5 +46,6 @@ def build_tokenizer(scenes: int = 2000) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
+        extra_special_tokens=[IMAGE],  # load generators leave those out of random prompts
         chat_template=CHAT_TEMPLATE,
     )

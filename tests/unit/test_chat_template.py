@@ -295,3 +295,8 @@ def test_items_of_other_roles(item: dict[str, Any], text: str) -> None:
 
 def test_an_input_that_is_a_text() -> None:
     assert responses("Hi") == "<s>USER: Hi ASSISTANT:"
+
+
+def test_random_prompts_of_load_generators_have_no_image_token() -> None:
+    """They leave out `all_special_ids`; the gateway refuses an image token without an image."""
+    assert "<image>" in _tokenizer().all_special_tokens
