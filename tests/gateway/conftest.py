@@ -41,6 +41,7 @@ def server(world: World, image_host: ImageHost) -> Iterator[Server]:
         *("--image-hosts", image_host.address, "--image-timeout", "2"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         *("--root-path", "/proxy", "--allowed-origins", f'["{ORIGIN}"]'),
+        *("--header-timeout", "4"),
     ) as server:
         # Live long before the model is loaded; not ready, and requests are refused with a reason.
         server.wait_for("/health/live", 180)

@@ -14,6 +14,7 @@ import openai
 import psutil
 import pytest
 
+from tests.gateway.hostile import CHAT, GOOD
 from tests.gateway.support import client, gateway, metric, post
 from tests.gateway.test_api import MESSAGES
 from tests.servers import Server
@@ -52,11 +53,26 @@ def ask(server: Server, stream: bool) -> int:
 
 
 def test_sigterm_under_load(world: World) -> None:
-    """No new requests; those in flight finish; probes tell the difference."""
-    with gateway(world.checkpoint("mha12")) as server, ThreadPoolExecutor(8) as pool:
+    """No new requests; those in flight finish; probes tell the difference.
+
+    The queue is full before: a client is told when to come back.
+    """
+    with (
+        gateway(world.checkpoint("mha12"), "--max-num-queued-reqs", "6") as server,
+        ThreadPoolExecutor(8) as pool,
+    ):
         server.wait_for("/health/ready")
         answers = [pool.submit(ask, server, number % 2 == 0) for number in range(6)]
         wait_until_running(server, 6)
+        wait_until_running(server, 6, "vllm:num_requests_running")
+        for _ in range(3):
+            status, headers, body = post(server, CHAT, GOOD[CHAT])
+            assert (status, body["error"]["type"]) == (503, "server_error")
+            assert 1 <= int(headers["Retry-After"]) <= 30
+            assert 0 < int(headers["retry-after-ms"]) <= 30_000
+        assert metric(
+            server, 'himap_refused_requests_total{model_name="tiny",reason="engine_busy"}'
+        )
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         assert server.status("/health/live") == 200
@@ -98,9 +114,9 @@ def test_death_of_the_engine_ends_the_service(world: World, tmp_path: Path) -> N
     assert found == [(False, 503, "failed")] * 2 + [(True, 500, "error")] * 2
 
 
-def wait_until_running(server: Server, count: int) -> None:
+def wait_until_running(server: Server, count: int, name: str = "himap_requests_in_flight") -> None:
     """Requests are on their way through the engine."""
     deadline = time.monotonic() + 60
-    while metric(server, "himap_requests_in_flight") < count:
+    while metric(server, name) < count:
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
+import time
 from http.client import HTTPConnection, HTTPMessage
 from typing import Any
 from urllib.parse import urlsplit
@@ -222,3 +224,22 @@ def test_browsers_may_ask_from_the_operators_origins(
     _, headers, _ = ask(server, "GET", "/v1/models", origin=origin)
     assert headers["access-control-allow-origin"] == allowed
     assert "x-request-id" in headers["access-control-expose-headers"]
+
+
+def test_idle_connections_stay_and_slow_headers_do_not(server: Server) -> None:
+    """After 6 s: uvicorn's own limit for idle connections is 5."""
+    address = urlsplit(server.url)
+    request = b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+    with (
+        socket.create_connection((address.hostname, address.port), 30) as idle,
+        socket.create_connection((address.hostname, address.port), 30) as slow,
+    ):
+        idle.sendall(request)
+        assert idle.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        slow.sendall(request[:-2])
+        time.sleep(6)
+        idle.sendall(request)
+        assert idle.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        answer = slow.recv(1 << 16)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
