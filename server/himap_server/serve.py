@@ -21,6 +21,7 @@ import uvloop
 import yaml
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
+from vllm.config import StructuredOutputsConfig
 from vllm.config.logging import LoggingConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import configure_logging_from_args, init_logger
@@ -142,6 +143,11 @@ def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
 
 
 def _serve_bundled(args: Namespace, bundled: BundledModel) -> None:
+    if args.structured_outputs_config == StructuredOutputsConfig():
+        # It was trained on no JSON, and writes nothing but white space where JSON may have any.
+        args.structured_outputs_config = StructuredOutputsConfig(
+            backend="xgrammar", disable_any_whitespace=True
+        )
     args.model = str(bundled.path)
     args.served_model_name = args.served_model_name or [bundled.name]
 

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundled model keeps what is published: pruned as recommended, through `himap eval`."""
+"""The bundled model as `himap serve` serves it: retention as published, JSON that ends."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from himap_demo import MODEL_PATH
 
-from tests.gateway.support import HIMAP
+from tests.gateway.clients import Paint
+from tests.gateway.support import HIMAP, client
 from tests.gateway.test_eval_commands import himap
-from tests.servers import running
+from tests.servers import Server, running
 
 PUBLISHED = Path(__file__).parents[2] / "bench" / "results" / "quality-bundled-model.json"
 LARGEST_DROP = 0.03
@@ -19,22 +21,40 @@ LARGEST_DROP = 0.03
 FIRST_SCENE, NUM_SCENES = 20_000, 150
 
 
-def test_retention_at_the_recommended_setting(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("bundled") / "server.log"
+    with running([HIMAP, "serve", "--enforce-eager"], {}, log) as server:
+        server.wait_for("/health/ready")
+        yield server
+
+
+def test_retention_at_the_recommended_setting(bundled: Server, tmp_path: Path) -> None:
     published = json.loads(PUBLISHED.read_text())
     _, pruned = published["settings"]
     assert published["data"].endswith(f"from number {FIRST_SCENE} on")
     recommended = json.loads((MODEL_PATH / "himap.json").read_text())
     ratios = (recommended["shallow_ratio"], recommended["deep_ratio"])
     assert ratios == (pruned["ratios"]["shallow"], pruned["ratios"]["deep"])
-    with running([HIMAP, "serve", "--enforce-eager"], {}, tmp_path / "server.log") as server:
-        server.wait_for("/health/ready")
-        himap(
-            "eval", "--url", f"{server.url}/v1", "--ratios", "{},{}".format(*ratios),
-            "--first-scene", str(FIRST_SCENE), "--num-scenes", str(NUM_SCENES),
-            "--min-retention", str(pruned["retention"]["value"] - LARGEST_DROP),
-            "--no-plot", "--quiet", "--output", str(tmp_path),
-        )  # fmt: skip
+    himap(
+        "eval", "--url", f"{bundled.url}/v1", "--ratios", "{},{}".format(*ratios),
+        "--first-scene", str(FIRST_SCENE), "--num-scenes", str(NUM_SCENES),
+        "--min-retention", str(pruned["retention"]["value"] - LARGEST_DROP),
+        "--no-plot", "--quiet", "--output", str(tmp_path),
+    )  # fmt: skip
     # Nor by dropping less.
     found = json.loads((tmp_path / "results.json").read_text())["settings"][1]
     left = pruned["savings"]["image_token_layers"]
     assert found["savings"]["image_token_layers"] == pytest.approx(left)
+
+
+def test_json_without_a_limit(bundled: Server) -> None:
+    """It ends by itself, because the model can put no white space into it."""
+    parsed = client(bundled).chat.completions.parse(
+        model="himap-demo",
+        messages=[{"role": "user", "content": "What color is the star?"}],
+        temperature=0,
+        response_format=Paint,
+    )
+    choice = parsed.choices[0]
+    assert (choice.finish_reason, type(choice.message.parsed)) == ("stop", Paint)
