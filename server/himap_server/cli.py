@@ -19,6 +19,9 @@ Every command takes --help.
 
 
 def _serve(argv: list[str]) -> int:
+    from .preflight import check
+
+    check(argv)
     from .serve import main
 
     return main(argv)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -358,22 +359,24 @@ def test_vllms_warnings_do_not_repeat_prompts(guarded: Guarded) -> None:
 
 
 def test_failures_at_start_name_the_setting(world: World, tmp_path: Path) -> None:
+    """Of the gateway's own settings, at once: vLLM is not imported."""
     broken = tmp_path / "keys.yaml"
     broken.write_text("keys:\n  - name: a b\n    sha256: x\n")
     for flags, text in (
-        (("--ssl-ciphers", "x"), "--ssl-ciphers is not supported"),
         (("--max-images", "-1"), "max-images: Input should be greater than or equal to 0"),
         (("--api-keys-file", str(broken)), "keys.0.name"),
         (("--api-keys-file", str(tmp_path / "none")), "No such file"),
         (("--config", str(tmp_path / "none.yaml")), "No such file"),
         (("--image-hosts", "a,b/c"), "must be host or host:port, got 'b/c'"),
-        (("--deep-ratio", "1.5"), "deep_ratio must be in"),
+        (("--deep_ratio=1.5",), "deep_ratio must be in"),
     ):
         command = [HIMAP, "serve", str(world.checkpoint("mha12")), *flags]
+        profiled = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, env={**os.environ}, check=False
+            command, capture_output=True, text=True, timeout=120, env=profiled, check=False
         )
         assert (done.returncode, text in done.stderr) == (2, True), done.stderr[-500:]
+        assert not re.search(r"\| +(torch|vllm)$", done.stderr, re.MULTILINE)
 
 
 def wait_until_idle(guarded: Guarded) -> None:

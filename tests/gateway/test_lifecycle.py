@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +25,39 @@ from tests.world import World
 REQUEST_LOG = '"vllm.himap.request"'
 
 
-@pytest.mark.parametrize("flag", [("--api-key", "secret"), ("--ssl-certfile", "x")])
-def test_flags_that_would_be_ignored_are_refused(world: World, flag: tuple[str, str]) -> None:
-    with gateway(world.checkpoint("mha12"), *flag) as server:
-        assert server.process.wait(60) == 2
+# One process for all, as each would import vLLM.
+_REFUSALS = """
+import contextlib, io, json, sys
+from himap_server.cli import main
+
+refused = []
+for command in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            status = main(command)
+        except SystemExit as ended:
+            status = ended.code
+    refused.append([status, said.getvalue()])
+print("\\n" + json.dumps(refused))
+"""
+
+
+def test_flags_that_would_be_ignored_are_refused(world: World) -> None:
+    flags = {"--api-key": "secret", "--ssl-certfile": "x", "--ssl-ciphers": "x"}
+    model = str(world.checkpoint("mha12"))
+    commands = [["serve", model, flag, value] for flag, value in flags.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", _REFUSALS, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused = json.loads(done.stdout.splitlines()[-1])
+    assert [status for status, _ in refused] == [2] * len(flags)
+    for flag, (_, said) in zip(flags, refused, strict=True):
+        assert f"{flag} is not supported by himap serve" in said
 
 
 def test_sigterm_while_loading(world: World) -> None:
