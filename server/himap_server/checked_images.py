@@ -18,6 +18,7 @@ is asked for that URL, and decodes the bytes that were checked (decoding.py).
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Iterable
 from functools import partial
@@ -34,6 +35,7 @@ from vllm.multimodal.media.connector import (
 from vllm.multimodal.media.image import ImageMediaIO
 
 from .decoding import decode_image
+from .record import current
 
 CONNECTOR = "himap"
 """Name of the connector, as the value of `VLLM_MEDIA_CONNECTOR`."""
@@ -80,18 +82,23 @@ class _StoreConnector(MediaConnector):
 
     @override
     def load_from_url(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
-        return _decode(self._store.get(url), media_io)
+        return _decode(self._store.get(url), media_io)[0]
 
     @override
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
         image = self._store.get(url)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(global_thread_pool, _decode, image, media_io)
+        media, seconds = await loop.run_in_executor(global_thread_pool, _decode, image, media_io)
+        if (record := current.get(None)) is not None:
+            record.decoding += seconds
+        return media
 
 
-def _decode(data: bytes, media_io: MediaIO[Any]) -> MediaWithBytes[Image.Image]:
+def _decode(data: bytes, media_io: MediaIO[Any]) -> tuple[MediaWithBytes[Image.Image], float]:
     if not isinstance(media_io, ImageMediaIO):
         raise TypeError("the gateway lets images through only")
+    begun = time.perf_counter()
     background = media_io.rgba_background_color
+    image = decode_image(data, background)
     # The bytes and the background name the image in vLLM's cache.
-    return MediaWithBytes(decode_image(data, background), data, {"background": background})
+    return MediaWithBytes(image, data, {"background": background}), time.perf_counter() - begun

@@ -21,6 +21,7 @@ from himap_vllm.vllm_versions import MM_PARSER_MAP, TEXT_PART_TYPES
 
 from .checked_images import ImageStore
 from .errors import GatewayError, Reason
+from .offload import off_the_loop
 from .record import RequestRecord
 from .security.fetch import ImageFetcher
 from .security.images import ImageLimits, check_image, decode_data_url
@@ -120,7 +121,7 @@ class MediaCheck:
             raise GatewayError(400, "an image must have a URL", reason=Reason.IMAGE_URL, param=path)
         # Decoding and checking megabytes takes milliseconds: not on the event loop.
         if _is_data_url(url):
-            data = await asyncio.to_thread(decode_data_url, url, self._limits, path)
+            data = await off_the_loop(decode_data_url, url, self._limits, path)
             budget.take_bytes(len(data), path)
         elif self._fetcher is None:
             raise GatewayError(

@@ -71,6 +71,12 @@ _FETCH = Histogram(
     _BY_MODEL,
     buckets=TIME_TO_FIRST_TOKEN_BUCKETS,
 )
+_DECODE = Histogram(
+    "himap_image_decode_seconds",
+    "decoding a request's images into pixels, the sum over the images",
+    _BY_MODEL,
+    buckets=TIME_TO_FIRST_TOKEN_BUCKETS,
+)
 _IMAGES = Counter("himap_images", "images in requests that reached the engine", _BY_MODEL)
 _SAVINGS = {
     "kv_tokens": Counter(
@@ -144,6 +150,8 @@ class GatewayMetrics:
             _REFUSED.labels(model, record.reason).inc()
         if record.fetching:
             _FETCH.labels(model).observe(record.fetching)
+        if record.decoding:
+            _DECODE.labels(model).observe(record.decoding)
         pruned = str(record.pruned).lower() if record.images or record.savings else "no_images"
         for histogram, value in (
             (_FIRST_TOKEN, record.time_to_first_token),

@@ -39,6 +39,7 @@ class RequestRecord:
         received: from the request's arrival to the last byte of its body.
         overhead: from that byte to vLLM's handler, without fetching images.
         fetching: for fetching images.
+        decoding: for decoding images into pixels, in threads; the sum over the images.
         queued: longest wait of one of its prompts for the scheduler.
         time_to_first_token: from the request's arrival to the first prompt's first token.
         time_per_output_token: mean over the tokens after the first, of all its prompts.
@@ -58,6 +59,7 @@ class RequestRecord:
     received: float = 0.0
     overhead: float | None = None
     fetching: float = 0.0
+    decoding: float = 0.0
     images: int = 0
     stream: bool = False
     prompt_tokens: int = 0
@@ -71,8 +73,8 @@ class RequestRecord:
     beam_search: bool = False
     failed_at_once: bool = False
     started: float = field(default_factory=time.perf_counter)
-    _decoding: float = 0.0
-    _decoded: int = 0
+    _generating: float = 0.0
+    _generated: int = 0
 
     @property
     def elapsed(self) -> float:
@@ -87,7 +89,7 @@ class RequestRecord:
     @property
     def time_per_output_token(self) -> float | None:
         """See the class."""
-        return self._decoding / self._decoded if self._decoded else None
+        return self._generating / self._generated if self._generated else None
 
     def hand_over(self) -> None:
         """Note that the gateway's own work is done, before vLLM's handler is called."""
@@ -121,8 +123,8 @@ class RequestRecord:
                 self.completion_tokens += tokens
                 stats: Any = last.metrics
                 if stats is not None:  # None: --disable-log-stats
-                    self._decoding += stats.last_token_ts - stats.first_token_ts
-                    self._decoded += max(0, stats.num_generation_tokens - 1)
+                    self._generating += stats.last_token_ts - stats.first_token_ts
+                    self._generated += max(0, stats.num_generation_tokens - 1)
 
     def _first_output(self, output: RequestOutput) -> None:
         self.failed_at_once |= any(

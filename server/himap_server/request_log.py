@@ -32,6 +32,7 @@ def log_request(record: RequestRecord) -> None:
         "duration_s": _rounded(record.duration),
         "overhead_s": _rounded(record.overhead),
         "image_fetch_s": _rounded(record.fetching),
+        "image_decode_s": _rounded(record.decoding),
         "queue_s": _rounded(record.queued),
         "time_to_first_token_s": _rounded(record.time_to_first_token),
         "time_per_output_token_s": _rounded(record.time_per_output_token),

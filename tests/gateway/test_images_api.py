@@ -11,6 +11,7 @@ import io
 import time
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from PIL import Image
@@ -43,12 +44,14 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> str:
 
 def test_an_image_from_a_url_is_the_same_as_its_data(server: Server, image_host: ImageHost) -> None:
     fetches = metric(server, "himap_image_fetch_seconds_count")
+    decodes = metric(server, "himap_image_decode_seconds_count")
     by_url = ask(server, image_part(image_host.url("0.png")))
     by_data = ask(server, image_part(DATA_URL))
     assert by_url.choices[0].message.content == by_data.choices[0].message.content
     assert by_url.usage == by_data.usage
     assert by_url.usage.himap["kept_deep"] == 5
     assert metric(server, "himap_image_fetch_seconds_count") == fetches + 1
+    assert metric(server, "himap_image_decode_seconds_count") == decodes + 2
     other = ask(server, image_part(image_host.url("1.png")))
     assert other.choices[0].message.content != by_url.choices[0].message.content
 
@@ -76,6 +79,19 @@ def test_responses_api_takes_images_both_ways(server: Server, image_host: ImageH
 def test_the_four_formats(server: Server, kind: str) -> None:
     url = f"data:image/{kind.lower()};base64,{encoded(PICTURES[0], kind)}"
     assert ask(server, image_part(url)).usage.himap["image_tokens"] == 36
+
+
+def test_16_bit_gray_is_as_its_8_bit_copy(server: Server) -> None:
+    """It was a white square."""
+    gray = np.asarray(PICTURES[0].convert("L"))
+    wide = Image.fromarray(gray.astype(np.uint16) << 8)
+    texts = [
+        ask(server, image_part(f"data:image/png;base64,{encoded(image, 'PNG')}"), logprobs=True)
+        for image in (Image.fromarray(gray), wide, Image.new("L", wide.size, 255))
+    ]
+    copy, scan, white = (answer.choices[0].logprobs.content[0].logprob for answer in texts)
+    assert scan == pytest.approx(copy, abs=1e-5)
+    assert abs(white - copy) > 1e-4
 
 
 def test_an_image_server_that_stalls(server: Server, image_host: ImageHost) -> None:

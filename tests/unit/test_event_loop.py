@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What large bodies cost the event loop: little of their parsing and decoding happens on it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from himap_server.checked_images import ImageStore
+from himap_server.errors import GatewayError
+from himap_server.media import MediaCheck
+from himap_server.record import RequestRecord
+from himap_server.routes.body import _checked, _load
+from himap_server.security.images import ImageLimits
+
+from tests.unit.image_files import encode
+
+LIMITS = ImageLimits(max_bytes=20 << 20, max_pixels=1_000_000, min_side=8)
+PHOTO = encode("JPEG") + b"\0" * (5_800_000)  # a photo's bytes, without the time to make one
+
+
+def body_of(photo: bytes) -> bytes:
+    url = f"data:image/jpeg;base64,{base64.b64encode(photo).decode()}"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    return json.dumps({"messages": [{"role": "user", "content": [part]}]}).encode()
+
+
+async def take(raw: bytes, media: MediaCheck) -> Any:
+    """The body as a route gets it."""
+
+    async def body() -> bytes:
+        return raw
+
+    request: Any = SimpleNamespace(body=body)
+    gateway: Any = SimpleNamespace(media=media)
+    checked = asynccontextmanager(_checked)(request, gateway, RequestRecord("id", "POST"))
+    async with checked as parsed:
+        return parsed
+
+
+def media_check() -> MediaCheck:
+    return MediaCheck(ImageStore(), LIMITS, 16, 64 << 20, None)
+
+
+def test_large_bodies_take_the_loop_no_time() -> None:
+    raw = body_of(PHOTO)
+    _load(raw)
+    begun = time.thread_time()
+    _load(raw)
+    parsing = time.thread_time() - begun
+
+    async def scenario() -> float:
+        media = media_check()
+        await take(raw, media)
+        begun = time.thread_time()
+        for parsed in await asyncio.gather(*[take(raw, media) for _ in range(16)]):
+            image = parsed["messages"][0]["content"][0]["image_url"]["url"]
+            assert image.startswith("himap-image:")
+        return time.thread_time() - begun
+
+    assert asyncio.run(scenario()) < 16 * parsing / 3
+
+
+@pytest.mark.parametrize("size", [10, 5_000_000])
+def test_refusals_of_bodies_of_any_size(size: int) -> None:
+    raw = b'{"messages": "' + b"a" * size + b'", "x": NaN}'
+    with pytest.raises(GatewayError, match="NaN is not JSON"):
+        asyncio.run(take(raw, media_check()))
