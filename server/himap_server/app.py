@@ -74,7 +74,7 @@ def build_app(args: Namespace, settings: GatewaySettings, lifecycle: Lifecycle) 
 
 
 def _media_check(settings: GatewaySettings) -> MediaCheck:
-    store = ImageStore()
+    store = ImageStore(settings.max_image_pixels)
     store.register()
     fetcher = None
     if settings.fetch_images:
@@ -93,6 +93,7 @@ def _media_check(settings: GatewaySettings) -> MediaCheck:
             min_side=settings.min_image_side,
         ),
         settings.max_images,
+        settings.max_request_pixels,
         settings.max_body_bytes,  # fetched or sent along
         fetcher,
     )

@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from typing_extensions import override
@@ -34,26 +34,35 @@ from vllm.multimodal.media.connector import (
 )
 from vllm.multimodal.media.image import ImageMediaIO
 
-from .decoding import decode_image
+from .decoding import Room, decode_image
 from .record import current
 
 CONNECTOR = "himap"
 """Name of the connector, as the value of `VLLM_MEDIA_CONNECTOR`."""
 
 
+class StoredImage(NamedTuple):
+    """Bytes of a checked image, and the factor by which its decoder scales it down."""
+
+    data: bytes
+    factor: int
+
+
 class ImageStore:
-    """Bytes of checked images, by the URLs that stand for them in requests."""
+    """Checked images, by the URLs that stand for them in requests."""
 
-    def __init__(self) -> None:
-        self._images: dict[str, bytes] = {}
+    def __init__(self, max_pixels: int) -> None:
+        """`max_pixels` is of images that are decoded at the same time."""
+        self.room = Room(max_pixels)
+        self._images: dict[str, StoredImage] = {}
 
-    def add(self, image: bytes) -> str:
+    def add(self, data: bytes, factor: int = 1) -> str:
         """Keep an image; returns its URL."""
         url = f"himap-image:{uuid.uuid4().hex}"
-        self._images[url] = image
+        self._images[url] = StoredImage(data, factor)
         return url
 
-    def get(self, url: str) -> bytes:
+    def get(self, url: str) -> StoredImage:
         """The image of a URL.
 
         Raises:
@@ -82,23 +91,28 @@ class _StoreConnector(MediaConnector):
 
     @override
     def load_from_url(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
-        return _decode(self._store.get(url), media_io)[0]
+        return _decode(self._store.get(url), self._store.room, media_io)[0]
 
     @override
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
         image = self._store.get(url)
         loop = asyncio.get_running_loop()
-        media, seconds = await loop.run_in_executor(global_thread_pool, _decode, image, media_io)
+        media, seconds = await loop.run_in_executor(
+            global_thread_pool, _decode, image, self._store.room, media_io
+        )
         if (record := current.get(None)) is not None:
             record.decoding += seconds
         return media
 
 
-def _decode(data: bytes, media_io: MediaIO[Any]) -> tuple[MediaWithBytes[Image.Image], float]:
+def _decode(
+    stored: StoredImage, room: Room, media_io: MediaIO[Any]
+) -> tuple[MediaWithBytes[Image.Image], float]:
     if not isinstance(media_io, ImageMediaIO):
         raise TypeError("the gateway lets images through only")
     begun = time.perf_counter()
     background = media_io.rgba_background_color
-    image = decode_image(data, background)
-    # The bytes and the background name the image in vLLM's cache.
-    return MediaWithBytes(image, data, {"background": background}), time.perf_counter() - begun
+    image = decode_image(stored.data, background, stored.factor, room)
+    # They name the image in vLLM's cache.
+    config = {"background": background, "factor": stored.factor}
+    return MediaWithBytes(image, stored.data, config), time.perf_counter() - begun

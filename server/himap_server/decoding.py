@@ -6,10 +6,13 @@ The first frame of an animation, upright by its Exif data. Color profiles and ga
 
 from __future__ import annotations
 
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.ImageFile import ImageFile
 
 from .security.images import open_image
 
@@ -21,26 +24,70 @@ WHITE = (255, 255, 255)
 _PNG_DEPTH = 24  # the place of the bit depth in a PNG's first chunk
 
 
-def decode_image(data: bytes, background: tuple[int, int, int] = WHITE) -> Image.Image:
+class Room:
+    """Lets images be decoded beside each other as long as they have few pixels together.
+
+    One image is decoded whatever it has. A pixel takes up to 16 bytes meanwhile.
+    """
+
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels = max_pixels
+        self._pixels = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Wait for room, in a thread, and hold it."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._pixels or self._pixels + pixels <= self._max_pixels
+            )
+            self._pixels += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._pixels -= pixels
+                self._changed.notify_all()
+
+
+def decode_image(
+    data: bytes,
+    background: tuple[int, int, int] = WHITE,
+    factor: int = 1,
+    room: Room | None = None,
+) -> Image.Image:
     """The image's pixels in mode RGB.
 
     Args:
         data: of an image that `check_image` has let through.
         background: what transparent pixels show.
+        factor: 1, 2, 4 or 8, which divides width and height: the image is scaled down by it.
+        room: shared by images that are decoded at the same time.
 
     Raises:
         ValueError: the pixels are damaged; its text is `UNDECODABLE`.
     """
     try:
         with open_image(data) as image:
-            frame = image.tile[0][1] if image.format == "GIF" else None
-            with suppress(Exception):  # Exif data can be wrong in every way
-                ImageOps.exif_transpose(image, in_place=True)
-            image.load()
-            depth = data[_PNG_DEPTH] if image.format == "PNG" else 8
-            return _on_background(_eight_bits(image, depth), background, frame)
+            width = image.width
+            if factor > 1:  # a JPEG's decoder can do it
+                image.draft(None, (width // factor, image.height // factor))
+            factor = factor * image.width // width
+            with room.take(image.width * image.height) if room is not None else nullcontext():
+                shown = _decode(image, data, background)
+                return shown.reduce(factor) if factor > 1 else shown
     except Exception:  # decoders raise all kinds of exceptions
         raise ValueError(UNDECODABLE) from None
+
+
+def _decode(image: ImageFile, data: bytes, background: tuple[int, int, int]) -> Image.Image:
+    frame = image.tile[0][1] if image.format == "GIF" else None
+    with suppress(Exception):  # Exif data can be wrong in every way
+        ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    depth = data[_PNG_DEPTH] if image.format == "PNG" else 8
+    return _on_background(_eight_bits(image, depth), background, frame)
 
 
 def _eight_bits(image: Image.Image, depth: int) -> Image.Image:
@@ -71,7 +118,7 @@ def _on_background(
     """The image in RGB. `frame` is the part that has pixels; the rest is transparent."""
     shown = image
     if image.has_transparency_data:
-        shown = image.convert("RGBA")
+        shown = image.convert("RGBA") if image.mode != "RGBA" else image
     elif image.mode != "RGB":
         shown = image.convert("RGB")
     whole = (0, 0, *image.size)

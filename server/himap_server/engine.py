@@ -36,6 +36,7 @@ from .metrics import GatewayMetrics
 from .prompts import PromptObserver, placeholder_tokens
 from .pruning import PruningPolicy
 from .record import current
+from .reduction import reduction_of
 from .settings import GatewaySettings
 from .shared_memory import SharedMemoryError, check_shared_memory
 from .warm_up import warm_up
@@ -87,6 +88,8 @@ async def run_engine(
         metrics.describe(pruning)
         gateway: Gateway = app.state.gateway
         gateway.media.placeholders = placeholder_tokens(engine)
+        if not args.trust_request_mm_kwargs:  # a request could ask for a larger size
+            gateway.media.reduction = reduction_of(engine)
         admission = admission_of(engine.input_processor)
         assert admission is not None
         admission.second_step = PromptObserver(config, pruning, settings.max_prompt_tokens).observe

@@ -23,6 +23,7 @@ from .checked_images import ImageStore
 from .errors import GatewayError, Reason
 from .offload import off_the_loop
 from .record import RequestRecord
+from .reduction import Reduction
 from .security.fetch import ImageFetcher
 from .security.images import ImageLimits, check_image, decode_data_url
 
@@ -49,15 +50,19 @@ class MediaCheck:
         store: ImageStore,
         limits: ImageLimits,
         max_images: int,
+        max_pixels: int,
         max_bytes: int,
         fetcher: ImageFetcher | None,
     ) -> None:
-        """`max_bytes` is for all images of a request together, as pixels in `limits` are."""
+        """`max_pixels` and `max_bytes` are for all images of a request together."""
         self._store = store
         self._limits = limits
         self._max_images = max_images
+        self._max_pixels = max_pixels
         self._max_bytes = max_bytes
         self._fetcher = fetcher
+        self.reduction = Reduction()
+        """What the model's processor makes of large images; known when the model is loaded."""
         self.placeholders: Collection[str] = ()
         """Tokens that stand for an image in a prompt; known when the model is loaded."""
 
@@ -98,7 +103,7 @@ class MediaCheck:
         begun = record.elapsed
         try:
             async with asyncio.TaskGroup() as group:
-                budget = _Budget(self._limits.max_pixels, self._max_bytes)
+                budget = _Budget(self._max_pixels, self._max_bytes)
                 for path, part in images:
                     group.create_task(self._keep(path, part, budget, held))
         except* GatewayError as errors:
@@ -133,8 +138,9 @@ class MediaCheck:
         else:
             data = await self._fetcher.fetch(url, path, partial(budget.take_bytes, param=path))
         checked = await asyncio.to_thread(check_image, data, self._limits, path)
-        budget.take_pixels(checked.pixels, path)
-        stored = self._store.add(checked.data)
+        factor = self.reduction.factor(checked.width, checked.height)
+        budget.take_pixels(checked.width * checked.height // factor**2, path)
+        stored = self._store.add(checked.data, factor)
         held.append(stored)
         kind = part.get("type")
         if kind == "input_image" and part.get("detail") is None:
@@ -192,7 +198,7 @@ def _path(place: _Place | None) -> str:
 
 
 class _Budget:
-    """Counts the pixels and bytes of all images of a request together."""
+    """Counts bytes, and pixels that are kept, of all images of a request together."""
 
     def __init__(self, max_pixels: int, max_bytes: int) -> None:
         self._max_pixels = max_pixels

@@ -86,7 +86,7 @@ _NOT_SERVED_ENVIRONMENT = {
     "VLLM_ENABLE_RESPONSES_API_STORE": "himap serve stores no responses",
     "VLLM_SERVER_DEV_MODE": "himap serve has none of its routes",
     "VLLM_MAX_IMAGE_PIXELS": "use --max-image-pixels",
-    MEDIA_BYTES: "use --max-image-pixels",
+    MEDIA_BYTES: "use --max-request-pixels",
     "VLLM_MEDIA_CONNECTOR": "himap serve fetches images itself",
 }
 
@@ -129,7 +129,7 @@ def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
     # vLLM takes images from the gateway only, and as a second check counts their pixels.
     os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
     os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(settings.max_image_pixels)
-    limit_media(settings.max_image_pixels)
+    limit_media(settings.max_request_pixels)
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", _MAX_N_SEQUENCES)
     # A signal to the process group reaches the engine core, too, which must not drop requests.
     args.shutdown_timeout = args.shutdown_timeout or math.ceil(settings.grace_seconds)

@@ -50,6 +50,12 @@ class GatewaySettings(_Operators):
     max_images: int = Field(16, ge=0, description="most images in one request")
     max_image_bytes: int = Field(20 << 20, gt=0, description="largest encoded image")
     max_image_pixels: int = Field(50_000_000, gt=0, description="largest image, width x height")
+    max_request_pixels: int = Field(
+        200_000_000,
+        gt=0,
+        description="pixels of all images of a request together, scaled down as far as the model's "
+        "processor allows",
+    )
     min_image_side: int = Field(8, gt=0, description="smallest width and height")
     fetch_images: bool = Field(
         True, description="fetch images by http(s); otherwise only data URLs are taken"

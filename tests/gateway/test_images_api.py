@@ -213,10 +213,18 @@ def test_fields_that_are_null_are_not_there(server: Server) -> None:
 
 def test_images_of_a_request_together(server: Server) -> None:
     """One can be within the limits, and sixteen of it too much for the memory."""
-    large = encoded(Image.new("1", (5000, 5000)), "PNG")
+    large = encoded(Image.new("1", (4999, 4999)), "PNG")  # odd: it cannot be scaled down
     part = image_part(f"data:image/png;base64,{large}")
-    with pytest.raises(openai.BadRequestError, match="50000000 pixels together"):
-        ask(server, part, part, part)
+    with pytest.raises(openai.BadRequestError, match="200000000 pixels together"):
+        ask(server, *[part] * 9)
+
+
+def test_photos_of_a_phone(server: Server) -> None:
+    """Five have more pixels than one image may have."""
+    photo = encoded(PICTURES[0].resize((4032, 3024)), "JPEG", quality=60)
+    part = image_part(f"data:image/jpeg;base64,{photo}")
+    answer = ask(server, *[part] * 5)
+    assert answer.usage.himap["image_tokens"] == 5 * 36
 
 
 def test_sizes(server: Server) -> None:

@@ -45,7 +45,7 @@ async def take(raw: bytes, media: MediaCheck) -> Any:
 
 
 def media_check() -> MediaCheck:
-    return MediaCheck(ImageStore(), LIMITS, 16, 64 << 20, None)
+    return MediaCheck(ImageStore(10**9), LIMITS, 16, 10**9, 64 << 20, None)
 
 
 def test_large_bodies_take_the_loop_no_time() -> None:

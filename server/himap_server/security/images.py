@@ -69,12 +69,13 @@ class CheckedImage(NamedTuple):
 
     Attributes:
         kind: "png", "jpeg", "webp" or "gif".
-        pixels: their number.
+        width, height: in pixels, before it is turned upright.
         data: the file without metadata, for the decoder.
     """
 
     kind: str
-    pixels: int
+    width: int
+    height: int
     data: bytes
 
 
@@ -108,7 +109,7 @@ def check_image(data: bytes, limits: ImageLimits, param: str) -> CheckedImage:
     if min(width, height) < limits.min_side:
         message = f"the image must be at least {limits.min_side} pixels wide and high"
         raise _refusal(Reason.IMAGE_SIDE, message, param)
-    return CheckedImage(kind, width * height, data)
+    return CheckedImage(kind, width, height, data)
 
 
 def open_image(data: bytes) -> ImageFile:
