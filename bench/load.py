@@ -32,56 +32,48 @@ class Load:
     seed: int
     images: int = 1  # per request
 
-    def arguments(
-        self, url: str, model: Path, model_name: str, xargs: Mapping[str, float]
-    ) -> list[str]:
-        """Options of `vllm bench serve`."""
-        arguments = [
-            "--backend", "openai-chat",
-            "--base-url", url,
-            "--endpoint", "/v1/chat/completions",
-            "--model", str(model),
-            "--served-model-name", model_name,
-            "--dataset-name", "random-mm",
-            "--random-input-len", str(self.text_tokens),
-            "--random-output-len", str(self.output_tokens),
-            "--random-mm-base-items-per-request", str(self.images),
-            "--random-mm-num-mm-items-range-ratio", "0",
-            "--random-mm-limit-mm-per-prompt", '{"image": 1}',
-            "--random-mm-bucket-config", f"{{({IMAGE_SIZE}, {IMAGE_SIZE}, 1): 1.0}}",
-            "--num-prompts", str(self.num_requests),
-            "--max-concurrency", str(self.concurrency),
-            "--seed", str(self.seed),
-            "--ignore-eos",
-            "--temperature", "0",
+    def run(self, url: str, model: Path, xargs: Mapping[str, float], log: Path) -> dict[str, Any]:
+        """Put it on the server of `model`; the result, the command's output being put in `log`.
+
+        Raises:
+            RuntimeError: a request failed.
+        """
+        from vllm.benchmarks.serve import add_cli_args, main_async
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        options = {
+            "backend": "openai-chat",
+            "base-url": url,
+            "endpoint": "/v1/chat/completions",
+            "model": model,
+            "served-model-name": model.name,
+            "dataset-name": "random-mm",
+            "random-input-len": self.text_tokens,
+            "random-output-len": self.output_tokens,
+            "random-mm-base-items-per-request": self.images,
+            "random-mm-num-mm-items-range-ratio": 0,
+            "random-mm-limit-mm-per-prompt": '{"image": 1}',
+            "random-mm-bucket-config": f"{{({IMAGE_SIZE}, {IMAGE_SIZE}, 1): 1.0}}",
+            "num-prompts": self.num_requests,
+            "max-concurrency": self.concurrency,
+            "seed": self.seed,
+            "temperature": 0,
             # The trial request is the first of the load, and would leave it in the caches.
-            "--ready-check-timeout-sec", "0",
-            "--disable-tqdm",
-            "--save-detailed",
-        ]  # fmt: skip
+            "ready-check-timeout-sec": 0,
+        }
+        arguments = ["--ignore-eos", "--disable-tqdm", "--save-detailed"]
+        arguments += [f"--{name}={value}" for name, value in options.items()]
         if xargs:
-            arguments += ["--extra-body", json.dumps({"vllm_xargs": dict(xargs)})]
-        return arguments
-
-
-def run(arguments: list[str], log: Path) -> dict[str, Any]:
-    """Run `vllm bench serve` and return its result; its output is appended to `log`.
-
-    Raises:
-        RuntimeError: a request failed.
-    """
-    from vllm.benchmarks.serve import add_cli_args, main_async
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser()
-    add_cli_args(parser)
-    with (
-        log.open("a") as output,
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(output),
-    ):
-        result: dict[str, Any] = asyncio.run(main_async(parser.parse_args(arguments)))
-    if result["failed"]:
-        raise RuntimeError(f"{result['failed']} requests failed; see {log}")
-    del result["generated_texts"], result["errors"]
-    return result
+            arguments.append("--extra-body=" + json.dumps({"vllm_xargs": dict(xargs)}))
+        parser = FlexibleArgumentParser()
+        add_cli_args(parser)
+        with (
+            log.open("a") as output,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            result: dict[str, Any] = asyncio.run(main_async(parser.parse_args(arguments)))
+        if result["failed"]:
+            raise RuntimeError(f"{result['failed']} requests failed; see {log}")
+        del result["generated_texts"], result["errors"]
+        return result

@@ -30,6 +30,11 @@ class Cuts:
     deep_layer: int
     ratios: Ratios
 
+    def engine_settings(self) -> dict[str, Any]:
+        """Of an engine that prunes only what asks for it."""
+        layers = {"shallow_layer": self.shallow_layer, "deep_layer": self.deep_layer}
+        return {**layers, "shallow_ratio": 0, "deep_ratio": 0}
+
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         """[NUM_STAGES] decoder layers of each stage."""
         return stage_layers(self.shallow_layer, self.deep_layer, num_layers)

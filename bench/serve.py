@@ -21,23 +21,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench import load
-from bench.capacity import Capacity, measure
-from bench.environment import environment
+from bench.capacity import measure
 from bench.load import Load
 from bench.model import DTYPE_BYTES, FULL, QUICK, THIN, Cuts, Model, prefill_bound
-from bench.report import (
-    CELLS,
-    PRUNED,
-    STOCK,
-    Measurement,
-    Results,
-    checks,
-    markdown,
-    mean_prompt_tokens,
-)
+from bench.report import CELLS, CLIENT, PREFILL, Results, checks, markdown, mean_prompt_tokens
+from bench.samples import PRUNED, STOCK, Sample, Samples, turns
 from bench.server import VLLM, Server
-from bench.tables import add_run_options, progress
+from bench.tables import environment, progress, run_parser
 from himap_vllm.config import ADDITIONAL_CONFIG_KEY, DEEP_ARG, SHALLOW_ARG
 from himap_vllm.plan.prompt import Ratios
 
@@ -67,36 +57,33 @@ class Plan:
 
     def load(self, concurrency: int, round_index: int) -> Load:
         """The requests of one round; the same for all cells."""
-        return Load(
-            concurrency=concurrency,
-            num_requests=3 if concurrency == 1 else max(4, concurrency),
-            text_tokens=self.text_tokens,
-            output_tokens=self.output_tokens,
-            seed=self.seed + 1000 * concurrency + round_index,
-        )
+        number = 3 if concurrency == 1 else max(4, concurrency)
+        seed = self.seed + 1000 * concurrency + round_index
+        return Load(concurrency, number, self.text_tokens, self.output_tokens, seed)
 
 
 class Bench:
     """Two running servers and the cells on them."""
 
     def __init__(self, plan: Plan, checkpoint: Path, work_dir: Path) -> None:
-        self._plan = plan
-        self._checkpoint = checkpoint
+        self._plan, self._checkpoint = plan, checkpoint
         self._log = work_dir / "load.log"
         self._log.unlink(missing_ok=True)
-        himap = {
-            "shallow_layer": plan.cuts.shallow_layer,
-            "deep_layer": plan.cuts.deep_layer,
-            "shallow_ratio": 0,
-            "deep_ratio": 0,
-        }
         options = self._server_options()
-        pruning = ["--additional-config", json.dumps({ADDITIONAL_CONFIG_KEY: himap})]
-        log = work_dir / "server-stock.log"
-        self.stock = Server(VLLM, checkpoint, options, log, {**DEV_MODE, "VLLM_PLUGINS": ""})
-        plugins = {**DEV_MODE, "VLLM_PLUGINS": "himap,himap_stats"}
-        log = work_dir / "server-himap.log"
-        self.himap = Server(VLLM, checkpoint, [*options, *pruning], log, plugins)
+        himap = json.dumps({ADDITIONAL_CONFIG_KEY: plan.cuts.engine_settings()})
+        self.servers = {
+            name: Server(
+                VLLM,
+                checkpoint,
+                [*options, *more],
+                work_dir / f"server-{name}.log",
+                {**DEV_MODE, "VLLM_PLUGINS": plugins},
+            )
+            for name, plugins, more in (
+                ("stock", "", []),
+                ("himap", "himap,himap_stats", ["--additional-config", himap]),
+            )
+        }
 
     def _server_options(self) -> list[str]:
         plan = self._plan
@@ -115,9 +102,9 @@ class Bench:
             "--limit-mm-per-prompt", '{"image": 1}',
         ]  # fmt: skip
 
-    def measure(self, cell: str, request: Load, round_index: int = 0) -> Measurement:
+    def measure(self, cell: str, load: Load, round_index: int = 0) -> Sample:
         """Put one load on one cell."""
-        server = self.stock if cell == STOCK else self.himap
+        server = self.servers["stock" if cell == STOCK else "himap"]
         ratios = self._plan.cuts.ratios
         xargs = {SHALLOW_ARG: ratios.shallow, DEEP_ARG: ratios.deep} if cell == PRUNED else {}
         server.empty_caches()
@@ -125,78 +112,53 @@ class Bench:
         server.wake()
         # The server counts a request a moment after it has sent its last token.
         before = server.histogram(PREFILL_METRIC, asleep.number + 1)
-        arguments = request.arguments(server.url, self._checkpoint, server.model_name, xargs)
-        result = load.run(arguments, self._log)
-        after = server.histogram(PREFILL_METRIC, before.number + request.num_requests)
-        return Measurement(
-            cell=cell,
-            concurrency=request.concurrency,
-            round_index=round_index,
-            prefill_ms=1000 * (after.total - before.total) / request.num_requests,
-            result=result,
-        )
+        result = load.run(server.url, self._checkpoint, xargs, self._log)
+        after = server.histogram(PREFILL_METRIC, before.number + load.num_requests)
+        values = {metric: float(result[metric]) for metric in CLIENT}
+        values[PREFILL] = 1000 * (after.total - before.total) / load.num_requests
+        return Sample(load.concurrency, cell, round_index, values, result)
 
     def warm_up(self) -> None:
         """Run each cell alone and with company, unmeasured: memory is touched, code compiled."""
+        plan = self._plan
         for concurrency in (1, 2):
-            request = Load(
-                concurrency=concurrency,
-                num_requests=concurrency,
-                text_tokens=self._plan.text_tokens,
-                output_tokens=4,
-                seed=self._plan.seed + concurrency,
-            )
             for cell in CELLS:
-                self.measure(cell, request)
+                seed = plan.seed + concurrency
+                self.measure(cell, Load(concurrency, concurrency, plan.text_tokens, 4, seed))
 
-    def rounds(self) -> list[Measurement]:
+    def rounds(self) -> Samples:
         """All rounds, cells alternating and taking turns at being first.
 
         Raises:
             RuntimeError: not exactly the requests that asked for pruning were pruned.
         """
-        plan = self._plan
+        plan, samples = self._plan, Samples()
         pruned_before = self._pruned()
-        measurements = []
         for index in range(plan.rounds):
             for concurrency in plan.concurrencies:
-                if index >= plan.rounds_at(concurrency):
-                    continue
-                for place in range(len(CELLS)):
-                    cell = CELLS[(place + index) % len(CELLS)]
-                    measurements.append(self.measure(cell, plan.load(concurrency, index), index))
+                if index < plan.rounds_at(concurrency):
+                    load = plan.load(concurrency, index)
+                    samples += [self.measure(cell, load, index) for cell in turns(CELLS, index)]
             progress(f"round {index + 1} of {plan.rounds} done")
         pruned = self._pruned() - pruned_before
-        asked = sum(m.result["completed"] for m in measurements if m.cell == PRUNED)
+        asked = sum(s.raw["completed"] for s in samples if s.system == PRUNED)
         if pruned != asked:
             raise RuntimeError(f"{asked} requests asked for pruning, {pruned} were pruned")
-        return measurements
+        return samples
 
     def _pruned(self) -> int:
-        return int(self.himap.pruning_stats()["requests"].get("pruned", 0))
+        return int(self.servers["himap"].pruning_stats()["requests"].get("pruned", 0))
 
 
-def measure_capacity(plan: Plan, work_dir: Path) -> dict[str, Capacity]:
-    """KV blocks and requests that fit, by cell."""
-    checkpoint = THIN.checkpoint(work_dir)
-    answers = {}
-    for cell, pruning in ((STOCK, False), (PRUNED, True)):
-        progress(f"KV cache of {cell}")
-        log = work_dir / f"capacity-{'pruned' if pruning else 'stock'}.log"
-        answers[cell] = measure(checkpoint, plan.cuts, pruning, log)
-    return answers
-
-
-def measure_speed(plan: Plan, work_dir: Path) -> list[Measurement]:
+def measure_speed(plan: Plan, work_dir: Path) -> Samples:
     """Latency and throughput of all cells."""
     progress("checkpoint")
-    checkpoint = plan.model.checkpoint(work_dir)
-    bench = Bench(plan, checkpoint, work_dir)
-    with ExitStack() as servers:
+    bench = Bench(plan, plan.model.checkpoint(work_dir), work_dir)
+    with ExitStack() as running:
         # One after the other: two that compile at once take far longer than twice.
-        for name, server in (("stock", bench.stock), ("himap", bench.himap)):
+        for name, server in bench.servers.items():
             progress(f"starting the {name} server")
-            servers.enter_context(server)
+            running.enter_context(server)
         progress("warming up")
         bench.warm_up()
         progress(f"measuring, {plan.rounds} rounds")
@@ -206,10 +168,13 @@ def measure_speed(plan: Plan, work_dir: Path) -> list[Measurement]:
 def run(plan: Plan, work_dir: Path, capacity: bool) -> Results:
     """Measure everything."""
     work_dir.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    blocks = measure_capacity(plan, work_dir) if capacity else {}
-    measurements = measure_speed(plan, work_dir)
-    tokens = mean_prompt_tokens(measurements)
+    began, blocks = time.monotonic(), {}
+    for cell in (STOCK, PRUNED) if capacity else ():
+        progress(f"KV cache of {cell}")
+        log = work_dir / f"capacity-{cell.split()[-1]}.log"
+        blocks[cell] = measure(THIN.checkpoint(work_dir), plan.cuts, cell == PRUNED, log)
+    samples = measure_speed(plan, work_dir)
+    tokens = mean_prompt_tokens(samples)
     model = plan.model
     return Results(
         description={
@@ -219,36 +184,35 @@ def run(plan: Plan, work_dir: Path, capacity: bool) -> Results:
             "prompt_tokens": tokens,
             "seconds": time.monotonic() - began,
         },
-        measurements=measurements,
+        samples=samples,
         bound=prefill_bound(tokens, model.image_tokens, model.num_layers, plan.cuts),
         capacity=blocks,
     )
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = run_parser("bench.serve", __doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="smoke run: a model too small to judge by")
+    add("--rounds", type=int, help="at concurrency 1, fewer above (default 6; quick: 2)")
+    add("--concurrency", type=int, nargs="+", help="(default 1 2 4 8 16; quick: 1 4)")
+    add("--dtype", choices=sorted(DTYPE_BYTES), default="float32")
+    add("--shallow-layer", type=int, default=2, help="K1 (default %(default)s)")
+    add("--deep-layer", type=int, default=8, help="K2 (default %(default)s)")
+    add("--shallow-ratio", type=float, default=0.5, help="R1 (%(default)s)")
+    add("--deep-ratio", type=float, default=0.75, help="R2 (%(default)s)")
+    add("--text-tokens", type=int, default=35)
+    add("--output-tokens", type=int, default=16)
+    add("--seed", type=int, default=0)
+    add("--no-capacity", action="store_true", help="leave the KV cache part out")
+    add("--output", type=Path, help="JSON file for all raw numbers")
+    add("--check", action="store_true", help="exit with 1 unless all checks pass")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="smoke run: a model too small to judge by"
-    )
-    parser.add_argument(
-        "--rounds", type=int, help="rounds at concurrency 1, fewer above (default 6; quick: 2)"
-    )
-    parser.add_argument(
-        "--concurrency", type=int, nargs="+", help="(default 1 2 4 8 16; quick: 1 4)"
-    )
-    parser.add_argument("--dtype", choices=sorted(DTYPE_BYTES), default="float32")
-    parser.add_argument("--shallow-layer", type=int, default=2, help="K1 (default %(default)s)")
-    parser.add_argument("--deep-layer", type=int, default=8, help="K2 (default %(default)s)")
-    parser.add_argument("--shallow-ratio", type=float, default=0.5, help="R1 (%(default)s)")
-    parser.add_argument("--deep-ratio", type=float, default=0.75, help="R2 (%(default)s)")
-    parser.add_argument("--text-tokens", type=int, default=35)
-    parser.add_argument("--output-tokens", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-capacity", action="store_true", help="leave the KV cache part out")
-    parser.add_argument("--output", type=Path, help="JSON file for all raw numbers")
-    add_run_options(parser)
-    args = parser.parse_args(arguments)
+    args = _parser().parse_args(arguments)
     plan = Plan(
         model=QUICK if args.quick else FULL,
         cuts=Cuts(args.shallow_layer, args.deep_layer, Ratios(args.shallow_ratio, args.deep_ratio)),

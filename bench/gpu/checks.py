@@ -9,16 +9,9 @@ from typing import Any
 
 from bench.gpu.counters import GRAPH_LAUNCH, KERNELS
 from bench.gpu.counting import REQUESTS
-from bench.gpu.plan import DECODE, LOAD, PREFILL, TTFT, System
-from bench.gpu.results import (
-    Metric,
-    Results,
-    prefill_ms,
-    requests_per_second,
-    step_ms,
-    ttft_ms,
-)
-from bench.report import STOCK, UNPRUNED
+from bench.gpu.plan import DECODE, LOAD, PLUGIN, PREFILL, TTFT, WITHOUT
+from bench.gpu.results import Results
+from bench.samples import STOCK, UNPRUNED
 from bench.tables import Check
 
 SHARE_WANTED = 0.90
@@ -39,46 +32,21 @@ def checks(results: Results) -> list[Check]:
     ]
 
 
-def flops(results: Results, system: System, text: int, tower: bool) -> float:
-    """Of one prompt's prefill."""
-    plan = results.plan
-    return sum(piece.flops for piece in plan.shape.prefill(text, system.cuts(plan), tower))
-
-
-def least_ms(results: Results, system: System, text: int, tower: bool) -> float | None:
-    """The least time of one prompt's prefill, by arithmetic and memory traffic."""
-    plan = results.plan
-    return results.bound_ms(plan.shape.prefill(text, system.cuts(plan), tower))
-
-
-def reachable(results: Results, system: System, text: int, tower: bool) -> float | None:
-    """The largest share of the FLOP bound's speed-up that memory traffic leaves."""
-    stock = results.plan.systems[0]
-    least = [least_ms(results, s, text, tower) for s in (stock, system)]
-    if least[0] is None or least[1] is None:
-        return None
-    of_flops = flops(results, stock, text, tower) / flops(results, system, text, tower)
-    return least[0] / least[1] / of_flops
-
-
 def _speedups(results: Results) -> Iterator[Check]:
-    plan = results.plan
-    stock = plan.systems[0]
+    plan, samples = results.plan, results.samples
     for text in plan.text_tokens:
         for part, what in ((TTFT, "prefill"), (PREFILL, "the decoder's prefill")):
-            tower = part == TTFT
-            before = results.value(prefill_ms, part, STOCK, text, 1)
+            before = samples.median("prefill_ms", (part, text, 1), STOCK)
             for system in plan.systems[2:]:
-                after = results.value(prefill_ms, part, system.name, text, 1)
-                ceiling = reachable(results, system, text, tower)
-                if not before or not after or not ceiling:
+                after = samples.median("prefill_ms", (part, text, 1), system.name)
+                of_flops, of_both = results.saved(system, text, tower=part == TTFT)
+                if not before or not after or not of_both:
                     continue
                 claim = (
                     f"{text} text tokens, {system.name}: the speed-up of {what} reaches "
                     f"{SHARE_WANTED:.0%} of that of the"
                 )
-                of_flops = flops(results, stock, text, tower) / flops(results, system, text, tower)
-                share = before / after / of_flops
+                share, ceiling = before / after / of_flops, of_both / of_flops
                 passed = None if max(share, ceiling) < SHARE_WANTED else share >= SHARE_WANTED
                 why = f"not reachable on this device (at most {ceiling:.0%})"
                 yield Check(f"{claim} FLOP bound", passed, f"{share:.3f}", why)
@@ -90,49 +58,42 @@ def _speedups(results: Results) -> Iterator[Check]:
 def _near_stock(results: Results) -> Iterator[Check]:
     plan = results.plan
     for text in plan.text_tokens:
-        for metric, what in ((prefill_ms, "prefill"), (ttft_ms, "time to first token")):
+        for metric, what in (("prefill_ms", "prefill"), ("ttft_ms", "time to first token")):
             claim = f"{text} text tokens: unpruned {what} within 1 % of stock or better"
-            yield from _within(results, claim, metric, (TTFT, UNPRUNED, text, 1))
+            yield from _within(results, claim, metric, (TTFT, text, 1), UNPRUNED)
         for batch in plan.batches:
             for system in plan.systems[1:]:
-                claim = (
-                    f"{text} text tokens, batch {batch}, {system.name}: decode within 1 % of "
-                    "stock or better"
-                )
-                yield from _within(results, claim, step_ms, (DECODE, system.name, text, batch))
+                claim = f"{text} text tokens, batch {batch}, {system.name}: decode within 1 % of "
+                load = (DECODE, text, batch)
+                yield from _within(results, f"{claim}stock or better", "step_ms", load, system.name)
 
 
-def _within(results: Results, claim: str, metric: Metric, key: tuple[Any, ...]) -> Iterator[Check]:
-    part, _, text, batch = key
-    stock = results.values(metric, part, STOCK, text, batch)
-    own = results.values(metric, *key)
+def _within(
+    results: Results, claim: str, metric: str, load: tuple[str, int, int], system: str
+) -> Iterator[Check]:
+    stock = results.samples.rounds(metric, load, STOCK)
+    own = results.samples.rounds(metric, load, system)
     rounds = [own[index] / stock[index] for index in own.keys() & stock.keys()]
     if not rounds:
         return
     ratio = median(own.values()) / median(stock.values())
     spread = (max(stock.values()) - min(stock.values())) / median(stock.values())
-    found = f"{ratio:.3f}"
-    if len(rounds) > 1:
-        found += f" (by round {min(rounds):.3f} to {max(rounds):.3f}; stock's differ by "
-        found += f"{spread:.1%})"
-    else:
-        found += " (one round)"
+    more = f"by round {min(rounds):.3f} to {max(rounds):.3f}; stock's differ by {spread:.1%}"
+    found = f"{ratio:.3f} ({more if len(rounds) > 1 else 'one round'})"
     yield Check(claim, ratio <= ALLOWED, found)
 
 
 def _throughput(results: Results) -> Iterator[Check]:
-    plan = results.plan
+    plan, rate = results.plan, "requests_per_second"
     for text in plan.text_tokens:
         for concurrency in plan.concurrencies:
-            base = results.value(requests_per_second, LOAD, STOCK, text, concurrency)
+            load = (LOAD, text, concurrency)
+            base = results.samples.median(rate, load, STOCK)
             for system in plan.systems[2:]:
-                own = results.value(requests_per_second, LOAD, system.name, text, concurrency)
+                own = results.samples.median(rate, load, system.name)
                 if base and own:
-                    claim = (
-                        f"{text} text tokens, concurrency {concurrency}, {system.name}: "
-                        "throughput above stock"
-                    )
-                    yield Check(claim, own > base, f"{own / base:.3f}")
+                    claim = f"{text} text tokens, concurrency {concurrency}, {system.name}: "
+                    yield Check(f"{claim}throughput above stock", own > base, f"{own / base:.3f}")
 
 
 def _capacity(results: Results) -> Iterator[Check]:
@@ -187,17 +148,17 @@ def _replays(found: dict[str, Any]) -> Finding:
 def _waits(found: dict[str, Any]) -> Finding:
     if len(found) < 2:
         return None
-    more = sorted(found["himap"].keys() - found["stock"].keys())
-    return not more, _listed(more) if more else f"{len(found['stock'])} places in both"
+    more = sorted(found[PLUGIN].keys() - found[WITHOUT].keys())
+    return not more, _listed(more) if more else f"{len(found[WITHOUT])} places in both"
 
 
 def _compiled(found: dict[str, Any]) -> Finding:
-    if "himap" not in found:
+    if PLUGIN not in found:
         return None
-    before, added = found["himap"]["before"], found["himap"]["added"]
+    before, added = found[PLUGIN]["before"], found[PLUGIN]["added"]
     if not before["vllm num_models_seen"]:
         return None, "this engine compiles nothing"  # so nothing could fail
-    in_stock = found.get("stock", {}).get("added", {})
+    in_stock = found.get(WITHOUT, {}).get("added", {})
     more = sorted(name for name, count in added.items() if count > in_stock.get(name, 0))
     if more:
         return False, _listed(more)

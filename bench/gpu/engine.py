@@ -14,57 +14,17 @@ import asyncio
 import gc
 import itertools
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, NamedTuple
 
-from bench.model import Cuts, Model
+import numpy as np
+
+from bench.gpu.plan import PLUGIN, Load, Plan
 from himap_vllm.config import ADDITIONAL_CONFIG_KEY, DEEP_ARG, SHALLOW_ARG
 
-MAX_SEQS = 128
 BATCHED_TOKENS = 8192  # per step
 CAPTURED_TOKENS = 512  # of the largest CUDA graph: vLLM's default with 256 sequences or more
-
-
-@dataclass(frozen=True)
-class Options:
-    """Of an engine.
-
-    Attributes:
-        shape: of the model.
-        checkpoint: directory of it.
-        cuts: None for stock vLLM.
-        kv_bytes: KV cache.
-        num_images: different images; more than run at once and fit the encoder's cache.
-        warm_up: loads that leave nothing to be compiled, loaded or allocated while it is measured.
-        arguments: further ones of `AsyncEngineArgs`.
-    """
-
-    shape: Model
-    checkpoint: str
-    cuts: Cuts | None
-    kv_bytes: int
-    num_images: int
-    warm_up: tuple[Load, ...]
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Load:
-    """So many requests, so many of them at a time, all alike but for their image.
-
-    Attributes:
-        ratios: (R1, R2) asked for by each request; None: nothing is asked for.
-        text_tokens: of the prompt, beside the image's.
-        same_image: what the tower made of it is found in the encoder's cache: what is left is the
-            decoder's part.
-    """
-
-    concurrency: int
-    num_requests: int
-    text_tokens: int
-    output_tokens: int
-    ratios: tuple[float, float] | None = None
-    same_image: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,9 +49,20 @@ class Outcome:
     latency_ms: list[float]
     step_ms: float | None
 
+    def values(self) -> dict[str, float]:
+        """Medians, 99th percentiles (of fewer than 100 requests, their slowest) and throughput."""
+        found = {"requests_per_second": len(self.ttft_ms) / self.seconds}
+        if self.step_ms is not None:
+            found["step_ms"] = self.step_ms
+        for name in ("ttft", "prefill", "tpot", "latency"):
+            if times := getattr(self, f"{name}_ms"):
+                found[f"{name}_ms"] = median(times)
+                p99 = np.percentile(times, 99, method="inverted_cdf")
+                found[f"{name}_p99_ms"] = float(p99)
+        return found
 
-@dataclass(frozen=True)
-class _Timeline:
+
+class _Timeline(NamedTuple):
     began: float
     tokens: list[float]
     prefill: float
@@ -100,10 +71,10 @@ class _Timeline:
 class Engine:
     """Call `start` and `warm_up` first."""
 
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._turn = itertools.count()
-        self._requests = itertools.count()
+    def __init__(self, plan: Plan, name: str, checkpoint: str) -> None:
+        self._plan, self._name, self._checkpoint = plan, name, checkpoint
+        self._plugin = name == PLUGIN
+        self._turn, self._requests = itertools.count(), itertools.count()
         self._engine: Any = None
         self._images: list[Any] = []
 
@@ -113,49 +84,40 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         began = time.perf_counter()
-        options = self._options
-        additional: dict[str, Any] = {}
-        if options.cuts is not None:
-            additional[ADDITIONAL_CONFIG_KEY] = {
-                "shallow_layer": options.cuts.shallow_layer,
-                "deep_layer": options.cuts.deep_layer,
-                "shallow_ratio": 0,
-                "deep_ratio": 0,
-            }
-        arguments = {
-            "model": options.checkpoint,
-            "load_format": "dummy",
-            "max_model_len": 1024,
-            "max_num_seqs": MAX_SEQS,
-            "max_num_batched_tokens": BATCHED_TOKENS,
-            "max_cudagraph_capture_size": CAPTURED_TOKENS,
-            "kv_cache_memory_bytes": options.kv_bytes,
-            "gpu_memory_utilization": 0.05,  # only checked: the line above decides
-            "enable_prefix_caching": False,  # prompts are alike
-            "limit_mm_per_prompt": {"image": 1},
-            "additional_config": additional,
-            "worker_extension_cls": "bench.gpu.counters.Counters",
-            **options.arguments,
-        }
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        plan = self._plan
+        himap = plan.systems[-1].cuts(plan).engine_settings()
+        arguments = AsyncEngineArgs(
+            model=self._checkpoint,
+            load_format="dummy",
+            dtype=plan.dtype,
+            max_model_len=1024,
+            max_num_seqs=plan.max_seqs,
+            max_num_batched_tokens=BATCHED_TOKENS,
+            max_cudagraph_capture_size=CAPTURED_TOKENS,
+            kv_cache_memory_bytes=plan.kv_bytes,
+            gpu_memory_utilization=0.05,  # only checked: the line above decides
+            enable_prefix_caching=False,  # prompts are alike
+            limit_mm_per_prompt={"image": 1},
+            additional_config={ADDITIONAL_CONFIG_KEY: himap} if self._plugin else {},
+            worker_extension_cls="bench.gpu.counters.Counters",
+        )
+        self._engine = AsyncLLM.from_engine_args(arguments)
         return time.perf_counter() - began
 
-    async def warm_up(self) -> float:
-        """Show every image once, pruned and not, and fill the caches; the seconds that took."""
+    async def warm_up(self) -> None:
+        """Show every image once, pruned and not, and fill the caches."""
         from tests.checkpoints import sample_images
 
-        began = time.perf_counter()
-        count, size = self._options.num_images, self._options.shape.tower.image_size
+        count, size = self._plan.num_images, self._plan.shape.tower.image_size
         self._images = sample_images(count, size=size)
         await self.load(Load(min(count, 32), count, 35, 2))
-        if self._options.cuts is not None:
+        if self._plugin:
             for concurrency in (1, 8):
                 await self.load(Load(concurrency, 16, 35, 8, (0.5, 0.75)))
-        for load in self._options.warm_up:
+        for load in self._plan.warm_up(self._name):
             await self.load(load)
         gc.collect()
         gc.freeze()
-        return time.perf_counter() - began
 
     def close(self) -> None:
         """End the engine core."""
@@ -179,7 +141,7 @@ class Engine:
         return [{**seen, "steps": count} for seen, count in zip(found, steps, strict=True)]
 
     async def _pruning_steps(self) -> int:
-        if self._options.cuts is None:
+        if not self._plugin:
             return 0
         return int((await self.rpc("himap_stats"))["steps"])
 
@@ -187,7 +149,7 @@ class Engine:
         """Requests no two of which are alike in length or, with the plugin, in ratios."""
         shares = [(index + 1) / (count + 2) for index in range(count)]
         loads = [
-            Load(1, 1, 20 + 3 * index, 2, (share, 1 - share) if self._options.cuts else None)
+            Load(1, 1, 20 + 3 * index, 2, (share, 1 - share) if self._plugin else None)
             for index, share in enumerate(shares)
         ]
         for begin in range(0, count, 4):
@@ -210,9 +172,9 @@ class Engine:
             ttft_ms=[1000 * (t.tokens[0] - t.began) for t in timelines],
             prefill_ms=[1000 * t.prefill for t in timelines],
             tpot_ms=[
-                1000 * (t.tokens[-1] - t.tokens[0]) / (len(t.tokens) - 1)
+                1000 * (t.tokens[-1] - t.tokens[0]) / (load.output_tokens - 1)
                 for t in timelines
-                if len(t.tokens) > 1
+                if load.output_tokens > 1
             ],
             latency_ms=[1000 * (t.tokens[-1] - t.began) for t in timelines],
             step_ms=_step_ms(timelines) if load.concurrency == load.num_requests else None,
@@ -248,7 +210,7 @@ class Engine:
             tokens += [now] * len(output.outputs[0].token_ids)
         if len(tokens) != load.output_tokens:
             raise RuntimeError(f"{len(tokens)} of {load.output_tokens} tokens")
-        wanted = self._options.shape.image_tokens + load.text_tokens
+        wanted = self._plan.shape.image_tokens + load.text_tokens
         if len(output.prompt_token_ids) != wanted:
             raise RuntimeError(f"a prompt of {len(output.prompt_token_ids)}, not {wanted} tokens")
         metrics = output.metrics

@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that a run of `bench.gpu` measures, and numbers read off it."""
+"""Everything that a run of `bench.gpu` measures, and what the device allows at best."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from statistics import median
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench.capacity import Capacity
-from bench.gpu.engine import Outcome
-from bench.gpu.plan import Cell, Plan
+from bench.gpu.plan import Plan, System
 from bench.model import Peaks, Work, bound_seconds
-
-Metric = Callable[[Outcome], float | None]
+from bench.samples import Samples
 
 
 @dataclass
@@ -24,11 +21,11 @@ class Results:
         peaks: that the bounds use; None where there are none.
         nominal: by the data sheet; None for a device we have none of.
         peaks_measured: False: the peaks are nominal.
-        outcomes: with their cells, repetitions included.
+        samples: values and raw numbers of an `Outcome`; a load is part, text tokens, concurrency.
         scoring: `system`, `prompts` and what `Probe.scoring` returns.
         capacity: by what was filled.
         stats: the plugin's counters after the rounds.
-        counted: answers of the parts of `Counting`, by their name.
+        counted: what the functions of `counting` return, by their name.
         failures: what went wrong.
         dropped: what was left out for lack of time.
     """
@@ -39,7 +36,7 @@ class Results:
     peaks: Peaks | None = None
     nominal: Peaks | None = None
     peaks_measured: bool = False
-    outcomes: list[tuple[Cell, Outcome]] = field(default_factory=list)
+    samples: Samples = field(default_factory=Samples)
     scoring: list[dict[str, Any]] = field(default_factory=list)
     capacity: dict[str, Capacity] = field(default_factory=dict)
     start_seconds: dict[str, float] = field(default_factory=dict)
@@ -49,62 +46,17 @@ class Results:
     dropped: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
-    def add(self, cell: Cell, outcome: Outcome) -> None:
-        """Keep one outcome."""
-        self.outcomes.append((cell, outcome))
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        outcomes = [{**asdict(cell), "outcome": asdict(found)} for cell, found in self.outcomes]
-        return {
-            **{name: value for name, value in vars(self).items() if name != "outcomes"},
-            "plan": asdict(self.plan),
-            "peaks": self.peaks and asdict(self.peaks),
-            "nominal": self.nominal and asdict(self.nominal),
-            "capacity": {name: asdict(found) for name, found in self.capacity.items()},
-            "outcomes": outcomes,
-        }
-
-    def of(self, *key: Any) -> dict[int, Outcome]:
-        """By round, the repetitions of the cells `key`."""
-        return {cell.round_index: outcome for cell, outcome in self.outcomes if cell.key == key}
-
-    def values(self, metric: Metric, *key: Any) -> dict[int, float]:
-        """By round, of those that have one."""
-        found = {index: metric(outcome) for index, outcome in self.of(*key).items()}
-        return {index: value for index, value in found.items() if value is not None}
-
-    def value(self, metric: Metric, *key: Any) -> float | None:
-        """Median over the rounds; None if there is none."""
-        values = self.values(metric, *key)
-        return median(values.values()) if values else None
-
     def bound_ms(self, work: Sequence[Work]) -> float | None:
         """The least time for `work` on this device."""
         return 1000 * bound_seconds(work, self.peaks) if self.peaks else None
 
+    def prefill(self, system: System, text: int, tower: bool) -> list[Work]:
+        """One prompt's."""
+        return self.plan.shape.prefill(text, system.cuts(self.plan), tower)
 
-def ttft_ms(outcome: Outcome) -> float:
-    """Median time to first token, as the client sees it."""
-    return median(outcome.ttft_ms)
-
-
-def prefill_ms(outcome: Outcome) -> float:
-    """Median time to first token inside the engine core."""
-    return median(outcome.prefill_ms)
-
-
-def step_ms(outcome: Outcome) -> float | None:
-    """Time per token while nothing is prefilled."""
-    return outcome.step_ms
-
-
-def requests_per_second(outcome: Outcome) -> float:
-    """Throughput."""
-    return len(outcome.ttft_ms) / outcome.seconds
-
-
-def p99(values: Sequence[float]) -> float:
-    """The value that 99 % don't exceed: of fewer than 100, the largest."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, -(-99 * len(ordered) // 100) - 1)]
+    def saved(self, system: System, text: int, tower: bool) -> tuple[float, float | None]:
+        """Stock's prefill over the system's: by FLOPs, and by the least time on this device."""
+        stock, own = (self.prefill(s, text, tower) for s in (self.plan.systems[0], system))
+        flops = sum(piece.flops for piece in stock) / sum(piece.flops for piece in own)
+        before, after = self.bound_ms(stock), self.bound_ms(own)
+        return flops, before / after if before and after else None
