@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +17,24 @@ class Probe:
 
     def __init__(self, device: str) -> None:
         import torch
+        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
         self._device = torch.device(device)
         self._dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        # A cut asks how many ranks share its heads.
+        self._folder = tempfile.TemporaryDirectory()
+        backend = "nccl" if device == "cuda" else "gloo"
+        with set_current_vllm_config(VllmConfig()):
+            init_distributed_environment(1, 0, f"file://{self._folder.name}/ranks", 0, backend)
+            initialize_model_parallel()
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Leave the group of one rank."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+        self._folder.cleanup()
 
     def peaks(self) -> tuple[str, Peaks]:
         """Name of the device, and its measured peaks.
