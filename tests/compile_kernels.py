@@ -41,34 +41,54 @@ def compile_kernel(kernel: Any, constants: dict[str, int], **pointers: str) -> N
         print(kernel.__name__, capability, *pointers.values(), compiled.metadata.shared)
 
 
+def compile_votes() -> None:
+    """The kernels that score a cut."""
+    import triton
+
+    from himap_vllm.kernels import importance
+
+    for dtype, head_size in (("bf16", 128), ("fp16", 64), ("fp32", 128), ("bf16", 80)):
+        constants = {
+            "NUM_FIELDS": 5,
+            "HEADS_PER_KEY": 4,
+            "HEAD_SIZE": head_size,
+            "BLOCK_HEAD": triton.next_power_of_2(head_size),
+            "BLOCK_ROWS": importance.BLOCK_ROWS,
+            "BLOCK_KEYS": importance.BLOCK_KEYS,
+        }
+        vectors = dict.fromkeys(("query_ptr", "key_ptr"), f"*{dtype}")
+        indices = dict.fromkeys(("rows_ptr", "tiles_ptr"), "*i64")
+        compile_kernel(
+            importance._log_totals_kernel,
+            constants,
+            **vectors,
+            **indices,
+            cached_ptr=f"*{dtype}",
+            log_totals_ptr="*fp32",
+            scale="fp32",
+        )
+        compile_kernel(
+            importance._vote_kernel,
+            constants,
+            **vectors,
+            **indices,
+            image_tokens_ptr="*i64",
+            log_totals_ptr="*fp32",
+            received_ptr="*fp32",
+            scale="fp32",
+        )
+
+
 def main() -> None:
     """Compile all kernels, for the dtypes that models have."""
     interpreter.enable()
-    import triton
     from triton.backends import backends  # type: ignore[import-untyped]
 
-    from himap_vllm.kernels import gather, importance, stage_slots
+    from himap_vllm.kernels import gather, stage_slots
 
     del backends["cpu"]  # the stand-in, which has no compiler
 
-    for dtype, head_size in (("bf16", 128), ("fp16", 64), ("fp32", 128), ("bf16", 80)):
-        vectors = dict.fromkeys(("query_ptr", "key_ptr", "cached_ptr"), f"*{dtype}")
-        indices = dict.fromkeys(("rows_ptr", "image_tokens_ptr", "tiles_ptr"), "*i64")
-        compile_kernel(
-            importance._vote_kernel,
-            {
-                "NUM_FIELDS": 8,
-                "HEADS_PER_KEY": 4,
-                "HEAD_SIZE": head_size,
-                "BLOCK_HEAD": triton.next_power_of_2(head_size),
-                "BLOCK_ROWS": importance.BLOCK_ROWS,
-                "BLOCK_KEYS": importance.BLOCK_KEYS,
-            },
-            **vectors,
-            **indices,
-            partials_ptr="*fp32",
-            scale="fp32",
-        )
+    compile_votes()
     for num_dims in (1, 3):  # 3 with M-RoPE
         compile_kernel(
             gather._gather_kernel,

@@ -26,7 +26,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-KERNELS = ("_vote_kernel", "_gather_kernel")  # of the plugin, one of each per cut
+# Of the plugin, one of each per cut.
+KERNELS = ("_log_totals_kernel", "_vote_kernel", "_gather_kernel")
 GRAPH_LAUNCH = "cudaGraphLaunch"
 _MARK = "bench: a load"
 # Their frames are not the place that waits.

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score a cut in one kernel launch, for all pruned prompts of a step.
+"""Score a cut in two kernel launches, for all pruned prompts of a step.
 
-Work is split into *tiles*: up to `BLOCK_ROWS` rows that vote for one image. A program takes one
-tile and one head. It computes each row's softmax denominator over the keys that the row sees, and
-sums the rows' probabilities per image token. Probabilities of rows that do not vote are never
-computed, and no probability is written to memory.
+The first launch takes up to `BLOCK_ROWS` voting rows and one head per program, and computes each
+row's softmax denominator over the keys that the row sees. The second takes up to `BLOCK_KEYS` image
+tokens of one image and one head per program, walks over the rows that vote for that image, and sums
+their probabilities. Probabilities of rows that do not vote are never computed, and no probability
+is written to memory: what is written grows with rows and image tokens, not with their product.
 
-Tiles of an image must be added up. Atomic additions would add in another order each time and let
-rounding decide close calls differently from run to run, so each program writes a partial sum of
-its own, and one reduction adds them in a fixed order.
+Each sum is added up by one program, in the order of the rows. Atomic additions would add in another
+order each time and let rounding decide close calls differently from run to run.
 """
 
 from __future__ import annotations
@@ -26,58 +26,66 @@ if TYPE_CHECKING:
 
 BLOCK_ROWS = 32
 BLOCK_KEYS = 64
-_TILE_FIELDS = 8
+_TILE_FIELDS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class VoteTiles:
-    """A cut's work list.
+    """A cut's work lists.
 
     Attributes:
-        tiles: [num_tiles, 8] int64; the fields are named where the kernel reads them.
+        of_rows: [num_tiles, 5] int64, rows that vote. The fields are named where the kernel reads
+            them.
+        of_columns: [num_tiles, 5] int64, image tokens that get votes; likewise.
         rows: [num rows] int64, voting rows in the step; None: the image tokens' own rows, which
             are known on the device only.
-        num_partials: most tiles that any image has.
     """
 
-    tiles: IntArray
+    of_rows: IntArray
+    of_columns: IntArray
     rows: IntArray | None
-    num_partials: int
 
     @classmethod
     def of(cls, cut: Cut) -> VoteTiles:
         """The tiles of a cut. Host arithmetic: a loop over images, without device operations."""
-        tiles: list[tuple[int, ...]] = []
+        of_rows: list[tuple[int, ...]] = []
+        of_columns: list[tuple[int, ...]] = []
         rows: list[IntArray] = []
-        num_rows = num_cached = num_partials = 0
+        num_rows = num_cached = 0
         for request in cut.requests:
             if request.rows is None:
                 first_row = request.image_tokens.start
+                count = request.image_tokens.stop - first_row
             else:
-                first_row = num_rows
-                num_rows += len(request.rows)
+                first_row, count = num_rows, len(request.rows)
+                num_rows += count
                 rows.append(request.rows + request.tokens.start)
-            for vote in request.votes:
-                begins = range(vote.rows.start, vote.rows.stop, BLOCK_ROWS)
-                num_partials = max(num_partials, len(begins))
-                tiles += [
-                    (
-                        first_row + begin,
-                        min(BLOCK_ROWS, vote.rows.stop - begin),
-                        request.image_tokens.start + vote.tokens.start,
-                        vote.tokens.stop - vote.tokens.start,
-                        request.tokens.start,
-                        num_cached,
-                        request.num_cached,
-                        partial,
-                    )
-                    for partial, begin in enumerate(begins)
-                ]
+            of_rows += [
+                (
+                    first_row + begin,
+                    min(BLOCK_ROWS, count - begin),
+                    request.tokens.start,
+                    num_cached,
+                    request.num_cached,
+                )
+                for begin in range(0, count, BLOCK_ROWS)
+            ]
+            of_columns += [
+                (
+                    first_row + vote.rows.start,
+                    vote.rows.stop - vote.rows.start,
+                    request.image_tokens.start + begin,
+                    min(BLOCK_KEYS, vote.tokens.stop - begin),
+                    request.tokens.start,
+                )
+                for vote in request.votes
+                for begin in range(vote.tokens.start, vote.tokens.stop, BLOCK_KEYS)
+            ]
             num_cached += request.num_cached
         return cls(
-            tiles=np.array(tiles, dtype=np.int64),
+            of_rows=np.array(of_rows, dtype=np.int64),
+            of_columns=np.array(of_columns, dtype=np.int64),
             rows=np.concatenate(rows) if rows else None,
-            num_partials=num_partials,
         )
 
 
@@ -90,16 +98,15 @@ def _accumulate(logits, maximum, total):
     return new_maximum, total
 
 
-# The strides differ from step to step. A specialisation for some would be compiled while serving.
-@triton.jit(do_not_specialize=["partial_stride", "partial_head_stride"])
-def _vote_kernel(
+# The stride differs from step to step. A specialisation for some would be compiled while serving.
+@triton.jit(do_not_specialize=["log_totals_stride"])
+def _log_totals_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
     key_ptr,  # [num_tokens, num_kv_heads, head_size]
     cached_ptr,  # [num cached keys, num_kv_heads, head_size]
     rows_ptr,  # [num rows]
-    image_tokens_ptr,  # [num flat images]
     tiles_ptr,  # [num_tiles, NUM_FIELDS]
-    partials_ptr,  # [num_partials, num_heads, num flat images]
+    log_totals_ptr,  # [num_heads, num rows]
     scale,
     query_stride,
     query_head_stride,
@@ -107,8 +114,7 @@ def _vote_kernel(
     key_head_stride,
     cached_stride,
     cached_head_stride,
-    partial_stride,
-    partial_head_stride,
+    log_totals_stride,
     NUM_FIELDS: tl.constexpr,
     HEADS_PER_KEY: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -120,12 +126,9 @@ def _vote_kernel(
     head = tl.program_id(1)
     first_row = tl.load(tile_ptr)
     num_rows = tl.load(tile_ptr + 1)
-    first_column = tl.load(tile_ptr + 2)
-    num_columns = tl.load(tile_ptr + 3)
-    first_token = tl.load(tile_ptr + 4)  # of the prompt, in the step
-    first_cached = tl.load(tile_ptr + 5)
-    num_cached = tl.load(tile_ptr + 6)
-    partial = tl.load(tile_ptr + 7)
+    first_token = tl.load(tile_ptr + 2)  # of the prompt, in the step
+    first_cached = tl.load(tile_ptr + 3)
+    num_cached = tl.load(tile_ptr + 4)
 
     channel = tl.arange(0, BLOCK_HEAD)
     in_head = channel < HEAD_SIZE
@@ -168,23 +171,71 @@ def _vote_kernel(
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         logits = tl.where((other < num_cached)[None, :], logits, float("-inf"))
         maximum, total = _accumulate(logits, maximum, total)
-    log_total = maximum + tl.log(total)
+    log_totals_ptr += head * log_totals_stride + first_row
+    tl.store(log_totals_ptr + row, maximum + tl.log(total), mask=votes)
 
-    partials_ptr += partial * partial_stride + head * partial_head_stride + first_column
-    for begin in range(0, num_columns, BLOCK_KEYS):
-        inside = begin + column < num_columns
-        other = tl.load(
-            image_tokens_ptr + first_column + begin + column, mask=inside, other=first_token
-        )
-        key = tl.load(
-            key_ptr + other[:, None] * key_stride + channel[None, :],
+
+@triton.jit(do_not_specialize=["log_totals_stride", "received_stride"])
+def _vote_kernel(
+    query_ptr,  # [num_tokens, num_heads, head_size]
+    key_ptr,  # [num_tokens, num_kv_heads, head_size]
+    rows_ptr,  # [num rows]
+    image_tokens_ptr,  # [num flat images]
+    tiles_ptr,  # [num_tiles, NUM_FIELDS]
+    log_totals_ptr,  # [num_heads, num rows]
+    received_ptr,  # [num_heads, num flat images]
+    scale,
+    query_stride,
+    query_head_stride,
+    key_stride,
+    key_head_stride,
+    log_totals_stride,
+    received_stride,
+    NUM_FIELDS: tl.constexpr,
+    HEADS_PER_KEY: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    tile_ptr = tiles_ptr + tl.program_id(0) * NUM_FIELDS
+    head = tl.program_id(1)
+    first_row = tl.load(tile_ptr)
+    num_rows = tl.load(tile_ptr + 1)
+    first_column = tl.load(tile_ptr + 2)
+    num_columns = tl.load(tile_ptr + 3)
+    first_token = tl.load(tile_ptr + 4)  # of the prompt, in the step
+
+    channel = tl.arange(0, BLOCK_HEAD)
+    in_head = channel < HEAD_SIZE
+    column = tl.arange(0, BLOCK_KEYS)
+    inside = column < num_columns
+    other = tl.load(image_tokens_ptr + first_column + column, mask=inside, other=first_token)
+    key_ptr += (head // HEADS_PER_KEY) * key_head_stride
+    key = tl.load(
+        key_ptr + other[:, None] * key_stride + channel[None, :],
+        mask=in_head[None, :],
+        other=0.0,
+    )
+    query_ptr += head * query_head_stride
+    log_totals_ptr += head * log_totals_stride
+    received = tl.zeros([BLOCK_KEYS], tl.float32)
+    for begin in range(0, num_rows, BLOCK_ROWS):
+        row = begin + tl.arange(0, BLOCK_ROWS)
+        votes = row < num_rows
+        token = tl.load(rows_ptr + first_row + row, mask=votes, other=first_token)
+        log_total = tl.load(log_totals_ptr + first_row + row, mask=votes, other=0.0)
+        query = tl.load(
+            query_ptr + token[:, None] * query_stride + channel[None, :],
             mask=in_head[None, :],
             other=0.0,
         )
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         given = tl.exp(logits - log_total[:, None])
         given = tl.where(votes[:, None] & (other[None, :] <= token[:, None]), given, 0.0)
-        tl.store(partials_ptr + begin + column, tl.sum(given, 0), mask=inside)
+        received += tl.sum(given, 0)
+    received_ptr += head * received_stride + first_column
+    tl.store(received_ptr + column, received, mask=inside)
 
 
 def importance(
@@ -192,54 +243,54 @@ def importance(
     key: torch.Tensor,
     cached: torch.Tensor,
     scale: float,
-    tiles: torch.Tensor,
+    of_rows: torch.Tensor,
+    of_columns: torch.Tensor,
     rows: torch.Tensor,
-    num_partials: int,
     image_tokens: torch.Tensor,
 ) -> torch.Tensor:
-    """As `himap_vllm.pruning.importance.importance`, in one launch and one reduction.
+    """As `himap_vllm.pruning.importance.importance`, in two launches and one reduction.
+
+    Beside the result it takes 4 bytes for each head and voting row, and for each head and image
+    token.
 
     Args:
         query: [num_tokens, num_heads, head_size], channels contiguous.
         key: [num_tokens, num_kv_heads, head_size], likewise.
         cached: [num cached keys, num_kv_heads, head_size], likewise.
         scale: softmax scale.
-        tiles: [num_tiles, 8] `VoteTiles.tiles` on the device.
+        of_rows: [num_tiles, 5] `VoteTiles.of_rows` on the device.
+        of_columns: [num_tiles, 5] `VoteTiles.of_columns` on the device.
         rows: [num rows] `VoteTiles.rows` on the device, or `image_tokens` where that is None.
-        num_partials: `VoteTiles.num_partials`.
         image_tokens: [num flat images] rows of the image tokens in the step.
 
     Returns:
         [num flat images] float32, summed over the heads given.
     """
     num_heads, head_size = query.shape[1:]
-    # Zeros: an image with fewer tiles than another leaves partials unwritten.
-    partials = torch.zeros(
-        num_partials, num_heads, len(image_tokens), dtype=torch.float32, device=query.device
-    )
+    log_totals = query.new_empty(num_heads, len(rows), dtype=torch.float32)
+    received = query.new_empty(num_heads, len(image_tokens), dtype=torch.float32)
     assert query.stride(2) == key.stride(2) == cached.stride(2) == 1
-    _vote_kernel[(len(tiles), num_heads)](
-        query,
-        key,
-        cached,
-        rows,
-        image_tokens,
-        tiles,
-        partials,
-        scale,
-        query.stride(0),
-        query.stride(1),
-        key.stride(0),
-        key.stride(1),
-        cached.stride(0),
-        cached.stride(1),
-        partials.stride(0),
-        partials.stride(1),
-        NUM_FIELDS=_TILE_FIELDS,
-        HEADS_PER_KEY=num_heads // key.shape[1],
-        HEAD_SIZE=head_size,
-        BLOCK_HEAD=triton.next_power_of_2(head_size),
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_KEYS=BLOCK_KEYS,
+    sizes = {
+        "NUM_FIELDS": _TILE_FIELDS,
+        "HEADS_PER_KEY": num_heads // key.shape[1],
+        "HEAD_SIZE": head_size,
+        "BLOCK_HEAD": triton.next_power_of_2(head_size),
+        "BLOCK_ROWS": BLOCK_ROWS,
+        "BLOCK_KEYS": BLOCK_KEYS,
+    }
+    strides = (*query.stride()[:2], *key.stride()[:2])
+    _log_totals_kernel[(len(of_rows), num_heads)](
+        *(query, key, cached, rows, of_rows, log_totals, scale),
+        *strides,
+        *cached.stride()[:2],
+        log_totals.stride(0),
+        **sizes,
     )
-    return partials.sum((0, 1))
+    _vote_kernel[(len(of_columns), num_heads)](
+        *(query, key, rows, image_tokens, of_columns, log_totals, received, scale),
+        *strides,
+        log_totals.stride(0),
+        received.stride(0),
+        **sizes,
+    )
+    return received.sum(0)

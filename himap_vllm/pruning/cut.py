@@ -19,7 +19,7 @@ from vllm.triton_utils import HAS_TRITON
 
 from himap_vllm.criteria.criterion import Candidates, Criterion
 from himap_vllm.kernels.importance import VoteTiles
-from himap_vllm.kernels.importance import importance as importance_in_one_launch
+from himap_vllm.kernels.importance import importance as importance_on_gpu
 from himap_vllm.plan.step import Cut
 from himap_vllm.plan.voters import IntArray
 from himap_vllm.pruning.importance import importance
@@ -37,35 +37,35 @@ class CutTensors:
         padded: [num_images, longest image] int64.
         keep: [num_images] int64.
         protected: int64.
-        tiles: [num_tiles, 8] int64.
+        of_rows: [num_tiles, 5] int64, of rows that vote.
+        of_columns: [num_tiles, 5] int64, of image tokens.
         voters: [num rows] int64, rows of the step; None: the image tokens themselves vote.
-        num_partials: most tiles that any image has.
     """
 
     padded: torch.Tensor
     keep: torch.Tensor
     protected: torch.Tensor
-    tiles: torch.Tensor
+    of_rows: torch.Tensor
+    of_columns: torch.Tensor
     voters: torch.Tensor | None
-    num_partials: int
 
     @staticmethod
     def arrays(cut: Cut, tiles: VoteTiles) -> list[IntArray]:
         """Return the host arrays that `take` needs on the device."""
         voters = np.empty(0, dtype=np.int64) if tiles.rows is None else tiles.rows
-        return [cut.padded, cut.keep, cut.protected, tiles.tiles, voters]
+        return [cut.padded, cut.keep, cut.protected, tiles.of_rows, tiles.of_columns, voters]
 
     @classmethod
     def take(cls, tiles: VoteTiles, tensors: Iterator[torch.Tensor]) -> CutTensors:
         """Take the next tensors of `tensors`, in the order of `arrays`."""
-        padded, keep, protected, of_tiles, voters = islice(tensors, 5)
+        padded, keep, protected, of_rows, of_columns, voters = islice(tensors, 6)
         return cls(
             padded=padded,
             keep=keep,
             protected=protected,
-            tiles=of_tiles,
+            of_rows=of_rows,
+            of_columns=of_columns,
             voters=None if tiles.rows is None else voters,
-            num_partials=tiles.num_partials,
         )
 
 
@@ -126,14 +126,14 @@ class PruningCut:
         cached = cached_keys(*self._cached) if len(self._cached[0]) else key[:0]
         if HAS_TRITON:
             voters = self.image_tokens if tensors.voters is None else tensors.voters
-            scores = importance_in_one_launch(
+            scores = importance_on_gpu(
                 query,
                 key,
                 cached,
                 scale,
-                tensors.tiles,
+                tensors.of_rows,
+                tensors.of_columns,
                 voters,
-                tensors.num_partials,
                 self.image_tokens,
             )
         else:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from himap_vllm.kernels.gather import gather_rows
-from himap_vllm.kernels.importance import BLOCK_ROWS, VoteTiles, importance
+from himap_vllm.kernels.importance import BLOCK_KEYS, BLOCK_ROWS, VoteTiles, importance
 from himap_vllm.kernels.stage_slots import PAD_SLOT, write_stage_slots
 from himap_vllm.kernels.upload import upload
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios, make_plan
@@ -88,6 +89,36 @@ def second_image_tokens(random: torch.Generator) -> torch.Tensor:
     return torch.cat(rows)
 
 
+class Allocations(TorchDispatchMode):
+    """Adds up the bytes of the tensors that are allocated, and of sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "empty" in str(func) or "zeros" in str(func) or "sum" in str(func):
+            self.num_bytes += result.nbytes
+        return result
+
+
+@pytest.mark.parametrize("num_tokens", [256, 1024])
+def test_scores_take_memory_in_proportion_to_the_step(num_tokens: int) -> None:
+    """One image: all its tokens vote at the second cut."""
+    num_heads = 2
+    plan = make_plan(num_tokens + 2, [ImageTokens(((1, num_tokens + 1),))], Ratios(0, 0.5))
+    cuts = plan_step([0], [num_tokens + 2], [plan]).cuts
+    assert cuts is not None
+    query = torch.zeros(num_tokens + 2, num_heads, 16)
+    tiles = VoteTiles.of(cuts[1])
+    of_rows, of_columns = torch.from_numpy(tiles.of_rows), torch.from_numpy(tiles.of_columns)
+    image_tokens = torch.arange(1, num_tokens + 1)
+    with Allocations() as allocations:
+        importance(query, query, query[:0], 1.0, of_rows, of_columns, image_tokens, image_tokens)
+    assert 0 < allocations.num_bytes <= 4 * num_tokens * (2 * num_heads + 1)
+
+
 @pytest.mark.parametrize("index", [0, 1], ids=["first", "second"])
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_size", "dtype"),
@@ -124,16 +155,18 @@ def test_importance(
     else:
         image_tokens = torch.from_numpy(cut.image_tokens)
     tiles = VoteTiles.of(cut)
-    assert tiles.num_partials > 1
-    assert {int(n) for n in tiles.tiles[:, 1]} - {BLOCK_ROWS}  # full and partly full tiles
+    # Full and partly full tiles, of both kinds; images of several; several blocks of voters.
+    assert {int(n) for n in tiles.of_rows[:, 1]} > {BLOCK_ROWS}
+    assert {int(n) for n in tiles.of_columns[:, 3]} - {BLOCK_KEYS}
+    assert tiles.of_columns[:, 1].max() > BLOCK_ROWS
     scores = importance(
         query,
         key,
         cached,
         head_size**-0.5,
-        torch.from_numpy(tiles.tiles),
+        torch.from_numpy(tiles.of_rows),
+        torch.from_numpy(tiles.of_columns),
         image_tokens if tiles.rows is None else torch.from_numpy(tiles.rows),
-        tiles.num_partials,
         image_tokens,
     )
     expected = reference(query, key, cached, head_size**-0.5, cut, image_tokens)

@@ -68,6 +68,7 @@ def pruning_step(engine: Engine, monkeypatch: pytest.MonkeyPatch, cases: list[Ca
     launches: Counter[str] = Counter()
     with monkeypatch.context() as patch:
         for module, name in (
+            (importance, "_log_totals_kernel"),
             (importance, "_vote_kernel"),
             (gather, "_gather_kernel"),
             (stage_slots, "_stage_slots_kernel"),
@@ -90,7 +91,7 @@ def pruning_step(engine: Engine, monkeypatch: pytest.MonkeyPatch, cases: list[Ca
     return seen, launches, outputs
 
 
-def test_one_launch_per_stage_and_no_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_by_stage_and_no_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = world.engine()
     first = Case("USER: <image>\nWhat? ASSISTANT:", PICTURES[:1], (0.5, 0.75), max_tokens=1)
     more = [
@@ -102,7 +103,12 @@ def test_one_launch_per_stage_and_no_wait(world: World, monkeypatch: pytest.Monk
     together, launches, outputs = pruning_step(engine, monkeypatch, [first, *more])
     for case, output in zip([first, *more], outputs, strict=True):
         assert_equals_oracle(world, engine, "mha12", case, output)
-    expected = {"_vote_kernel": 2, "_gather_kernel": 2, "_stage_slots_kernel": 1}
+    expected = {
+        "_log_totals_kernel": 2,
+        "_vote_kernel": 2,
+        "_gather_kernel": 2,
+        "_stage_slots_kernel": 1,
+    }
     assert launches == launches_alone == expected
     assert not WAITING & set(together)
     assert torch.ops.aten.sort.stable in together
