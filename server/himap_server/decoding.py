@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.ImageFile import ImageFile
 
+from .security.containers import num_scans
 from .security.images import open_image
 
 UNDECODABLE = "an image can't be decoded"
@@ -70,11 +71,15 @@ def decode_image(
     """
     try:
         with open_image(data) as image:
-            width = image.width
+            width, pixels = image.width, image.width * image.height
             if factor > 1:  # a JPEG's decoder can do it
                 image.draft(None, (width // factor, image.height // factor))
             factor = factor * image.width // width
-            with room.take(image.width * image.height) if room is not None else nullcontext():
+            # With several scans the decoder holds coefficients of all pixels. One more may be of a
+            # thumbnail.
+            if not image.info.get("progressive") and num_scans(data) <= 2:
+                pixels = image.width * image.height
+            with room.take(pixels) if room is not None else nullcontext():
                 shown = _decode(image, data, background)
                 return shown.reduce(factor) if factor > 1 else shown
     except Exception:  # decoders raise all kinds of exceptions

@@ -22,6 +22,7 @@ from himap_vllm.vllm_versions import MM_PARSER_MAP, TEXT_PART_TYPES
 from .checked_images import ImageStore
 from .errors import GatewayError, Reason
 from .offload import off_the_loop
+from .places import Place, path_of
 from .record import RequestRecord
 from .reduction import Reduction
 from .security.fetch import ImageFetcher
@@ -155,7 +156,7 @@ class MediaCheck:
         """Refuse typed image tokens: vLLM takes them for images (CVE-2026-44222)."""
         if not self.placeholders:
             return
-        rest: list[tuple[Any, _Place | None]] = [(body, None)]
+        rest: list[tuple[Any, Place | None]] = [(body, None)]
         while rest:
             node, place = rest.pop()
             if isinstance(node, str):
@@ -166,7 +167,7 @@ class MediaCheck:
                             f"{token} stands for an image in this model's prompts and can't be "
                             "sent as text; send images as image_url parts",
                             reason=Reason.PLACEHOLDER,
-                            param=_path(place),
+                            param=path_of(place),
                         )
             elif isinstance(node, list):
                 rest.extend(
@@ -186,15 +187,6 @@ class MediaCheck:
 
 # Where a value stands in the body. A linked list: a path for each value would take the characters
 # of all its keys each time.
-_Place = tuple[Any, str | int]
-
-
-def _path(place: _Place | None) -> str:
-    steps: list[str] = []
-    while place is not None:
-        place, step = place
-        steps.append(f"[{step}]" if isinstance(step, int) else f".{step}")
-    return "".join(reversed(steps)).lstrip(".")[:200]
 
 
 class _Budget:

@@ -31,18 +31,25 @@ def check(argv: list[str]) -> None:
     parser.add_argument("--config", type=Path)
     add_flags(parser)
     args, _ = parser.parse_known_args([_dashed(argument) for argument in argv])
+    if args.config is not None and _can_be_read_once(args.config):
+        return
     try:
         file = {} if args.config is None else split_file(args.config)[0]
         settings, engine = load({name: getattr(args, name) for name in setting_names()}, file)
         # Without a model, the bundled one's settings come first, and change what is in range.
         if argv and not argv[0].startswith("-"):
             EngineSettings.parse(engine)
-        if settings.api_keys_file is not None:
+        if settings.api_keys_file is not None and not _can_be_read_once(settings.api_keys_file):
             read_keys(settings.api_keys_file)
     except KeyFileError as error:
         parser.error(f"api-keys-file: {error}")
     except (SettingsError, HiMAPError) as error:
         parser.error(str(error))
+
+
+def _can_be_read_once(file: Path) -> bool:
+    """Whether it is a pipe, such as a shell's `<(command)`: what is read here is lost there."""
+    return file.exists() and not file.is_file()
 
 
 def _dashed(argument: str) -> str:

@@ -111,6 +111,8 @@ def drop_nulls(body: Any) -> None:
         if isinstance(node, dict):
             for key in [key for key, value in node.items() if value is None and key not in _KEPT]:
                 del node[key]
+            if node.get("type") == "structural_tag":
+                continue  # its schemas stand below names of its own
             rest.extend(
                 value
                 for key, value in node.items()
@@ -177,6 +179,15 @@ class ChatRequest(_WithPruning, ChatCompletionRequest):
 
 class TextRequest(_WithPruning, CompletionRequest):
     """Body of `POST /v1/completions`."""
+
+    @model_validator(mode="after")
+    def _one_prompt_of_beams(self: Any) -> Any:
+        """vLLM answers the prompts of a beam search together, and each step is a new request."""
+        prompt = self.prompt
+        several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+        if self.use_beam_search and several:
+            raise ValueError("a beam search takes one prompt")
+        return self
 
 
 class ResponsesBody(_WithPruning, ResponsesRequest):

@@ -20,6 +20,7 @@ Step = str | int
 Errors = Sequence[Mapping[str, Any]]
 
 _MAX_CHARS = 200
+_MAX_ERRORS = 10_000  # describing more takes seconds, on the event loop
 # Errors that say that a value is of another JSON type.
 _OTHER_TYPE = re.compile(r"_type$|^(dict|model|list|iterable|mapping)_|^is_instance_of$|^none_")
 _PLAIN = (
@@ -39,6 +40,10 @@ def refusal(error: ValidationError, body: Any, place: Sequence[Step] = ()) -> Ga
         body: as it was validated, which tells fields from the names of types in an error's path.
         place: keys and indices.
     """
+    if error.error_count() > _MAX_ERRORS:
+        return GatewayError(
+            400, f"the body has more than {_MAX_ERRORS} errors", reason=Reason.INVALID
+        )
     value = body
     for step in place:
         value = value[step]

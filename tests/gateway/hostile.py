@@ -131,6 +131,10 @@ CHAT_FIELDS: list[dict[str, Any]] = [
     {"tools": [_TOOL], "tool_choice": "?"},
     {"tools": [_TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
     {"tool_choice": "required"},
+    {
+        "tools": [{"type": "function"}],
+        "tool_choice": {"type": "function", "function": {"name": "a"}},
+    },
     *(
         {
             "tools": [{"type": "function", "function": {
@@ -145,6 +149,7 @@ CHAT_FIELDS: list[dict[str, Any]] = [
         {"structured_outputs": {"regex": value}}
         for value in ("(", f"({WORD}", "a{", "(?=a)b", "\\1", LONE)
     ),
+    *_each("structured_outputs", "x", 5, ["x"]),
     {"structured_outputs": {"regex": "(" * 2000 + ")" * 2000}},
     *map(with_schema, _values({"type": WORD}, {"$ref": "#/x"}, {"enum": []}, 5, "x")),
     with_schema({"type": "string", "pattern": "("}),
@@ -185,6 +190,7 @@ TEXT_FIELDS: list[dict[str, Any]] = [
     {"suffix": "x"},
     {"echo": "x"},
     {"n": 10**6},
+    *_each("structured_outputs", "x", 5, ["x"]),
 ]  # fmt: skip
 
 RESPONSES_FIELDS: list[dict[str, Any]] = [

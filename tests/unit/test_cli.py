@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `himap` command where no engine is needed."""
 
+import os
 import subprocess
 import sys
+
+from himap_server import preflight
 
 
 def test_a_key_is_made_without_loading_vllm() -> None:
@@ -16,3 +19,14 @@ def test_a_key_is_made_without_loading_vllm() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "below `keys:`" in done.stdout
+
+
+def test_a_file_that_is_a_pipe_is_left_to_the_server() -> None:
+    """Read before, its settings would be lost, API keys among them."""
+    for flag in ("--config", "--api-keys-file"):
+        out, into = os.pipe()
+        os.write(into, b"api-keys-file: keys.yaml")
+        os.close(into)
+        preflight.check([flag, f"/dev/fd/{out}"])
+        assert os.read(out, 100) == b"api-keys-file: keys.yaml"
+        os.close(out)

@@ -7,6 +7,7 @@ import asyncio
 import base64
 import json
 import time
+import tracemalloc
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -72,3 +73,14 @@ def test_refusals_of_bodies_of_any_size(size: int) -> None:
     raw = b'{"messages": "' + b"a" * size + b'", "x": NaN}'
     with pytest.raises(GatewayError, match="NaN is not JSON"):
         asyncio.run(take(raw, media_check()))
+
+
+def test_a_large_integer_takes_no_memory_for_places() -> None:
+    """A path for each of them would be 500 times the key."""
+    raw = json.dumps({"k" * 1_000_000: [[]] * 500, "tools": [2**64]}).encode()
+    tracemalloc.start()
+    body = _load(raw)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert body["tools"] == [float(2**64)]
+    assert peak < 20 * len(raw)

@@ -32,6 +32,13 @@ def in_jpeg(junk: bytes) -> bytes:
     return data[:2] + junk + data[2:]
 
 
+def scans(number: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    data = encode("JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (number - data.count(b"\xff\xda") + 1) + data[-2:]
+
+
 def in_gif(junk: bytes) -> bytes:
     data = encode("GIF")
     end = 13 + (3 << (data[10] & 7) + 1)
@@ -92,9 +99,15 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "jpeg-segments": lambda: in_jpeg(segment(0xFE, b"") * (2 << 20)),
     "jpeg-tables": lambda: in_jpeg(segment(0xDB, (b"\0" + b"\1" * 64) * 1000) * 100),
     "jpeg-resets": lambda: in_jpeg(b"\xff\xd0" * (4 << 20)),
+    "jpeg-scans": lambda: scans(101),
     "gif-extensions": lambda: in_gif(extension(0xFF, b"") * (4 << 20)),
     "gif-blocks": lambda: in_gif(extension(0xFE, b"a" * (4 << 20), 1)),
 }
+
+
+def test_a_progressive_image_may_have_many_scans() -> None:
+    image = decode_image(check_image(scans(100), LIMITS, PARAM).data)
+    assert image.size == (32, 24)
 
 
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)

@@ -54,7 +54,16 @@ def _fill(node: Any, spots: list[str], path: str = "") -> Any:
 
 
 _URL = "data:image/png;base64,AAAA"
+_TAG = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": {"const": None}}}
 _TOOL = {"type": "object", "properties": {"a": {"default": None, "enum": [None, 1]}}}
+
+
+def test_schemas_of_structural_tags_keep_their_nulls() -> None:
+    body = {**BODIES[ChatRequest], "response_format": copy.deepcopy(_TAG)}
+    found = values(ChatRequest, body)["response_format"]
+    assert found["format"]["json_schema"] == {"const": None}
+
+
 NESTED: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (ChatRequest, {"messages": [{"role": "user", "content": "hi", "?name": None}]}),
     (

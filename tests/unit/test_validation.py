@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -158,3 +159,22 @@ def test_every_refusal_is_one_short_line() -> None:
         assert "\n" not in error.detail
         assert len(error.detail) <= 400
         assert not any(word in error.detail for word in ("ydantic", "type=", "Input should"))
+
+
+def test_any_number_of_errors_is_refused_at_once() -> None:
+    begun = time.process_time()
+    error = refused(CHAT, {"allowed_token_ids": [{}] * 200_000})
+    assert time.process_time() - begun < 5
+    assert error is not None
+    assert "more than 10000 errors" in error.detail
+
+
+def test_a_beam_search_takes_one_prompt() -> None:
+    several: list[Any] = [["a", "b"], [[1], [2]]]
+    one: list[Any] = ["a", ["a"], [1, 2]]
+    for prompt in several:
+        error = refused(TEXT, {"prompt": prompt, "use_beam_search": True, "max_tokens": 2})
+        assert error is not None
+        assert "one prompt" in error.detail
+    for prompt in one:
+        assert refused(TEXT, {"prompt": prompt, "use_beam_search": True}) is None

@@ -18,6 +18,7 @@ from vllm.exceptions import VLLMValidationError
 from ..errors import GatewayError, Reason
 from ..gateway import GatewayDep, RecordDep
 from ..offload import off_the_loop
+from ..places import Place, path_of
 from ..schemas import ChatRequest, ResponsesBody, TextRequest
 from ..security.grammars import check_repetitions
 from ..validation import refusal
@@ -53,11 +54,14 @@ def _validated(model: type[_Model]) -> Callable[..., Coroutine[Any, Any, _Model]
             raise GatewayError(400, "the body is empty", reason=Reason.INVALID)
         try:
             found = model.model_validate(body, from_attributes=True)
-        except (ValidationError, TypeError) as error:
+        except (ValidationError, AttributeError, LookupError, TypeError) as error:
             _validate_lists(body)
-            if isinstance(error, TypeError):
-                raise
-            raise refusal(error, body) from None
+            if isinstance(error, ValidationError):
+                raise refusal(error, body) from None
+            # vLLM's validators read fields before the types of these are checked.
+            raise GatewayError(
+                400, "a field of the body does not have its type", reason=Reason.INVALID
+            ) from None
         except VLLMValidationError as error:
             raise GatewayError(
                 400, error.args[0], reason=Reason.INVALID, param=error.parameter
@@ -189,16 +193,16 @@ def _settle_large(body: Any) -> None:
     Raises:
         GatewayError: HTTP 400, with the path of the integer.
     """
-    rest: list[tuple[str, Any, bool]] = [("", body, False)]
+    rest: list[tuple[Place | None, Any, bool]] = [(None, body, False)]
     while rest:
-        path, node, in_schema = rest.pop()
+        place, node, in_schema = rest.pop()
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            step = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
-            is_schemas = in_schema or step in _SCHEMAS
+            is_schemas = in_schema or (place is None and key in _SCHEMAS)
             if isinstance(value, dict | list):
-                rest.append((step, value, is_schemas))
+                rest.append(((place, key), value, is_schemas))
             elif isinstance(value, _Large) and is_schemas:
                 node[key] = int(value) if 0 < value < 2**64 else float(value)
             elif isinstance(value, _Large):
-                text = f"{step[:200]} must be an integer in [{_INTEGERS[0]}, {_INTEGERS[-1]}]"
-                raise GatewayError(400, text, reason=Reason.INVALID, param=step[:200])
+                path = path_of((place, key))
+                text = f"{path} must be an integer in [{_INTEGERS[0]}, {_INTEGERS[-1]}]"
+                raise GatewayError(400, text, reason=Reason.INVALID, param=path)

@@ -16,6 +16,8 @@ import re
 _MAX_CHUNKS = 1 << 15
 _MAX_SEGMENTS = 1 << 12
 _MAX_BLOCKS = 1 << 16
+# A progressive JPEG has about ten. Each costs a pass over all pixels, however few bytes it has.
+_MAX_SCANS = 100
 # Of a JPEG before its pixels. Tables and Exif have 64 kB each at most.
 _MAX_JPEG_HEADER = 1 << 20
 
@@ -81,6 +83,8 @@ def _jpeg(data: bytes) -> _Pieces:
         if marker in _NO_LENGTH:
             continue
         if marker == _START_OF_SCAN:
+            if num_scans(data, start) > _MAX_SCANS:
+                raise ValueError("too many scans")
             kept.append((start, len(data)))
             return kept
         place += max(2, int.from_bytes(data[place : place + 2], "big"))
@@ -92,6 +96,11 @@ def _jpeg(data: bytes) -> _Pieces:
             if size > _MAX_JPEG_HEADER:
                 break
     raise ValueError("no pixels after the header, or too large a header")
+
+
+def num_scans(data: bytes, start: int = 0) -> int:
+    """Scans of a JPEG from `start` on; pixels can't look like the start of one."""
+    return data.count(b"\xff\xda", start)
 
 
 def _gif(data: bytes) -> _Pieces:
