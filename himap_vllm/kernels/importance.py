@@ -70,17 +70,20 @@ class VoteTiles:
                 )
                 for begin in range(0, count, BLOCK_ROWS)
             ]
-            of_columns += [
-                (
-                    first_row + vote.rows.start,
-                    vote.rows.stop - vote.rows.start,
-                    request.image_tokens.start + begin,
-                    min(BLOCK_KEYS, vote.tokens.stop - begin),
-                    request.tokens.start,
-                )
-                for vote in request.votes
-                for begin in range(vote.tokens.start, vote.tokens.stop, BLOCK_KEYS)
-            ]
+            for vote in request.votes:
+                for begin in range(vote.tokens.start, vote.tokens.stop, BLOCK_KEYS):
+                    row = vote.rows.start
+                    if request.rows is None:  # image tokens vote, and see nothing behind them
+                        row = max(row, begin)
+                    of_columns.append(
+                        (
+                            first_row + row,
+                            vote.rows.stop - row,
+                            request.image_tokens.start + begin,
+                            min(BLOCK_KEYS, vote.tokens.stop - begin),
+                            request.tokens.start,
+                        )
+                    )
             num_cached += request.num_cached
         return cls(
             of_rows=np.array(of_rows, dtype=np.int64),

@@ -2,8 +2,9 @@
 """The FastAPI app: it has the routes of routes/ only, and every error has OpenAI's shape.
 
 * `vllm.entrypoints.serve.exception_handling.register.init_exception_handler` (called): errors of
-  vLLM's handlers get the answers that vLLM's server gives; it reads `app.state.args`. Remove when:
-  an endpoint plugin of vLLM can wrap vLLM's routes.
+  vLLM's handlers get the answers that vLLM's server gives; it reads `app.state.args`. What it
+  registers is found by its module, and answers with an `ErrorResponse`. Remove when: an endpoint
+  plugin of vLLM can wrap vLLM's routes.
 """
 
 from __future__ import annotations

@@ -185,10 +185,6 @@ class MediaCheck:
                 )
 
 
-# Where a value stands in the body. A linked list: a path for each value would take the characters
-# of all its keys each time.
-
-
 class _Budget:
     """Counts bytes, and pixels that are kept, of all images of a request together."""
 

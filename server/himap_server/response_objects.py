@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers of the Responses API in the shape of the Open Responses specification.
 
-vLLM (0.32) leaves out fields that the specification requires, and has null where it allows none.
 https://www.openresponses.org/specification
+
+* `vllm.entrypoints.openai.responses.protocol.ResponsesResponse` (read): it (0.32) lacks fields that
+  the specification requires, and has null where that allows none. Remove when: vLLM passes the
+  suite of the specification.
 """
 
 from __future__ import annotations

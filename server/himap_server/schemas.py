@@ -182,7 +182,7 @@ class TextRequest(_WithPruning, CompletionRequest):
 
     @model_validator(mode="after")
     def _one_prompt_of_beams(self: Any) -> Any:
-        """vLLM answers the prompts of a beam search together, and each step is a new request."""
+        """Otherwise a second prompt would look like a step of the first one, which has no limit."""
         prompt = self.prompt
         several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
         if self.use_beam_search and several:

@@ -46,7 +46,6 @@ from .checked_images import CONNECTOR
 from .engine import run_engine
 from .http import BoundedHttp
 from .lifecycle import GatewayServer, Lifecycle, Phase
-from .load_report import REPORT_HEADER
 from .memory import available_memory
 from .metrics import GatewayMetrics
 from .middleware import REQUEST_ID_HEADER, RequestMiddleware
@@ -228,7 +227,7 @@ def _for_browsers(app: ASGIApp, args: Namespace) -> ASGIApp:
         allow_methods=args.allowed_methods,
         allow_headers=args.allowed_headers,
         allow_credentials=args.allow_credentials,
-        expose_headers=[REQUEST_ID_HEADER, "retry-after", REPORT_HEADER],
+        expose_headers=[REQUEST_ID_HEADER, "retry-after", "endpoint-load-metrics"],
     )
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from .errors import GatewayError, Reason
+from .places import Step, text_of
 
-Step = str | int
 Errors = Sequence[Mapping[str, Any]]
 
 _MAX_CHARS = 200
@@ -48,9 +48,7 @@ def refusal(error: ValidationError, body: Any, place: Sequence[Step] = ()) -> Ga
     for step in place:
         value = value[step]
     path, sentence = _describe(error.errors(include_url=False), value, list(place))
-    return GatewayError(
-        400, sentence[: 2 * _MAX_CHARS], reason=Reason.INVALID, param=path[:_MAX_CHARS] or None
-    )
+    return GatewayError(400, sentence[: 2 * _MAX_CHARS], reason=Reason.INVALID, param=path or None)
 
 
 def _describe(errors: Errors, value: Any, path: list[Step]) -> tuple[str, str]:
@@ -63,7 +61,7 @@ def _describe(errors: Errors, value: Any, path: list[Step]) -> tuple[str, str]:
     while True:
         here = [error for loc, error in chosen if not loc]
         if here:
-            return _text(path), _sentence(here, path)
+            return text_of(path), _sentence(here, path)
         groups: dict[Any, list[tuple[list[Step], Mapping[str, Any]]]] = {}
         for loc, error in chosen:
             groups.setdefault(loc[0], []).append((loc[1:], error))
@@ -75,7 +73,7 @@ def _describe(errors: Errors, value: Any, path: list[Step]) -> tuple[str, str]:
             continue
         kind = _unknown_kind(value, groups)
         if kind is not None:
-            return _text([*path, kind]), _kind_sentence(value, [*path, kind])
+            return text_of([*path, kind]), _kind_sentence(value, [*path, kind])
         chosen = _best(groups, _kind(value))
 
 
@@ -144,7 +142,7 @@ def _best(groups: Mapping[Any, list[Any]], kind: str) -> list[Any]:
 
 
 def _sentence(errors: Errors, path: list[Step]) -> str:
-    name = _text(path) or "the body"
+    name = text_of(path) or "the body"
     if errors[0]["type"] == "missing":
         return f"{name} is required"
     if errors[0]["type"] == "extra_forbidden":
@@ -166,13 +164,7 @@ def _sentence(errors: Errors, path: list[Step]) -> str:
 def _kind_sentence(value: Any, path: list[Step]) -> str:
     kind = path[-1]
     if kind not in value:
-        return f"{_text(path)} is required"
+        return f"{text_of(path)} is required"
     if not isinstance(value[kind], str):
-        return f"{_text(path)} must be a string"
-    return f"{_text(path)} has an unknown value, {json.dumps(value[kind][:_MAX_CHARS])}"
-
-
-def _text(path: Sequence[Step]) -> str:
-    return "".join(
-        f"[{step}]" if isinstance(step, int) else f".{step}" for step in path
-    ).removeprefix(".")
+        return f"{text_of(path)} must be a string"
+    return f"{text_of(path)} has an unknown value, {json.dumps(value[kind][:_MAX_CHARS])}"

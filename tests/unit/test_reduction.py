@@ -156,3 +156,18 @@ def test_the_room_is_free_after_a_damaged_image() -> None:
             decode_image(encode("PNG", (64, 64))[:2000], room=room)
     with room.take(10**9):  # it would wait for ever
         pass
+
+
+@pytest.mark.parametrize(("progressive", "pixels"), [(False, 8 * 8), (True, 64 * 64)])
+def test_a_progressive_image_takes_room_for_its_whole_size(progressive: bool, pixels: int) -> None:
+    """Its decoder holds coefficients of all pixels, however far it scales them down."""
+    taken: list[int] = []
+
+    class Watched(Room):
+        def take(self, pixels: int) -> Any:
+            taken.append(pixels)
+            return super().take(pixels)
+
+    data = encode("JPEG", (64, 64), progressive=progressive)
+    assert decode_image(data, factor=8, room=Watched(10**6)).size == (8, 8)
+    assert taken == [pixels]

@@ -178,3 +178,11 @@ def test_a_beam_search_takes_one_prompt() -> None:
         assert "one prompt" in error.detail
     for prompt in one:
         assert refused(TEXT, {"prompt": prompt, "use_beam_search": True}) is None
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_fields_that_validators_read_too_early_are_named(path: str) -> None:
+    error = refused(path, {"structured_outputs": "x"})
+    assert error is not None
+    assert error.param == "structured_outputs"
+    assert error.detail.startswith("structured_outputs must be ")

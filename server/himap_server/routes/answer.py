@@ -11,6 +11,8 @@ Tools, structured output and streaming thereby behave as in vLLM.
   can wrap vLLM's routes.
 * `vllm.entrypoints.serve.exception_handling.error_response.create_error_response` (called): makes
   the same error of an exception as vLLM's routes. Remove when: as above.
+* `vllm.entrypoints.serve.utils.orca_metrics.metrics_header` (called): the engine's load in a header
+  for load balancers (ORCA), as vLLM's routes have it. Remove when: as above.
 """
 
 from __future__ import annotations
@@ -25,15 +27,14 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.exceptions import VLLMClientError
 from vllm.logger import init_logger
-from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 
 from ..decoding import UNDECODABLE
 from ..errors import GatewayError, Reason, error_body, error_event
-from ..load_report import FORMAT_HEADER, load_report
 from ..pruning import PruningPolicy
 from ..record import RequestRecord
 from ..response_objects import complete_event, complete_response
@@ -88,8 +89,9 @@ async def answer(
                 raise
         else:
             if not record.failed_at_once:
-                form = request.headers.get(FORMAT_HEADER)
-                response.headers.update(load_report(get_prometheus_registry(), form))
+                form = request.headers.get("endpoint-load-metrics-format", "").upper()
+                if form in ("TEXT", "JSON"):  # vLLM would log each of the others
+                    response.headers.update(metrics_header(form) or {})
                 return response
     if any(getattr(body, name, None) for name in _STRUCTURE):
         text = "the engine can't generate what the grammar, schema or tools ask for"
