@@ -8,7 +8,7 @@ one request, so that it cannot crash the engine core.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from himap_vllm.plan.cuts import default_cuts
@@ -54,6 +54,31 @@ def _check_int(parameter: str, value: Any, minimum: int) -> int:
     return value
 
 
+def parse_criterion(value: Any) -> tuple[CriterionName, CriterionName]:
+    """The criteria of both cuts.
+
+    Args:
+        value: a name for both; "A+B", or {"shallow": "A", "deep": "B"}, for one each.
+
+    Raises:
+        HiMAPError: another form, or an unknown name.
+    """
+    known = get_args(CriterionName)
+    names: list[Any] = []
+    match value:
+        case str():
+            names = value.split("+")
+        case {"shallow": shallow, "deep": deep} if len(value) == 2:
+            names = [shallow, deep]
+    if len(names) not in (1, 2) or any(name not in known for name in names):
+        raise HiMAPError(
+            "criterion",
+            f"criterion must be one of {', '.join(known)}, or two as A+B or "
+            f'{{"shallow": A, "deep": B}}, got {value!r}',
+        )
+    return names[0], names[-1]
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """Engine-wide settings; the values below are the paper's for a 32-layer decoder.
@@ -69,8 +94,8 @@ class EngineSettings:
         max_deep_ratio: highest R2 that a request may ask for; None: anything below 1.
         trace_requests: keep the surviving positions of this many latest pruned prompts for
             inspection (`himap_trace`); costs a copy to the host per pruned prompt.
-        criterion: how survivors are chosen, a name in `himap_vllm.criteria`; all but "himap" are
-            for research.
+        criterion: how survivors are chosen, a name in `himap_vllm.criteria`; "A+B" means A at the
+            first cut and B at the second. All but "himap" are for research.
     """
 
     shallow_layer: int = 2
@@ -80,7 +105,12 @@ class EngineSettings:
     max_shallow_ratio: float | None = None
     max_deep_ratio: float | None = None
     trace_requests: int = 0
-    criterion: CriterionName = "himap"
+    criterion: str = "himap"
+
+    @property
+    def criteria(self) -> tuple[CriterionName, CriterionName]:
+        """The criteria of the first and of the second cut."""
+        return parse_criterion(self.criterion)
 
     @classmethod
     def parse(cls, raw: Any, num_layers: int = 32, first_cut: int = 1) -> EngineSettings:
@@ -111,15 +141,11 @@ class EngineSettings:
         elif "deep_layer" in raw:
             shallow = min(shallow, _check_int("deep_layer", raw["deep_layer"], 2) - 1)
         settings = cls(**{"shallow_layer": shallow, "deep_layer": deep, **raw})
+        criteria = parse_criterion(settings.criterion)
+        settings = replace(settings, criterion="+".join(dict.fromkeys(criteria)))
         _check_int("shallow_layer", settings.shallow_layer, 1)
         _check_int("deep_layer", settings.deep_layer, 2)
         _check_int("trace_requests", settings.trace_requests, 0)
-        criteria = get_args(CriterionName)
-        if settings.criterion not in criteria:
-            raise HiMAPError(
-                "criterion",
-                f"criterion must be one of {', '.join(criteria)}, got {settings.criterion!r}",
-            )
         if settings.shallow_layer >= settings.deep_layer:
             raise HiMAPError(
                 "deep_layer",

@@ -86,7 +86,7 @@ class _Prefilled:
 class Oracle:
     """A checkpoint, cut after decoder layers `shallow_layer - 1` and `deep_layer - 1`.
 
-    `criterion` is what the cuts go by: a name in the engine's documentation.
+    `criterion` is what the cuts go by: a name in the engine's documentation, or two, joined by "+".
     """
 
     def __init__(
@@ -287,25 +287,26 @@ class Oracle:
         row_of = {p: row for row, p in enumerate(rows.tolist())}
         last = len(ids) - 1
         kept, margins = [], []
+        criterion = self.criterion.split("+")[-1 if deep else 0]
         lots = np.random.default_rng((zlib.crc32(struct.pack(f"<{len(ids)}q", *ids)), int(deep)))
         shuffled = iter(lots.permutation(sum(map(len, images))).tolist())
         for image in images:
             n = max(1, len(image) - math.floor(len(image) * ratio + 1e-6))
             text = [p for p in range(image[-1], len(ids)) if ids[p] != self.image_token] or [last]
-            one = self.criterion in ("fastv", "mixed")
+            one = criterion in ("fastv", "mixed")
             voters = text[-1:] if one else image if deep else text
             columns = attention[:, [row_of[p] for p in image]]
             scores = columns[[row_of[p] for p in voters]].sum(dim=0)
             chance = torch.tensor([float(next(shuffled)) for _ in image])
             close = math.inf  # smallest gap of a choice on the way
-            if self.criterion == "random":
+            if criterion == "random":
                 scores = chance
-            elif self.criterion == "uniform":
+            elif criterion == "uniform":
                 scores = torch.zeros(len(image))
                 scores[[int((i + 0.5) * len(image) / n) for i in range(n)]] = 1.0
-            elif self.criterion in ("diversity", "mixed"):
+            elif criterion in ("diversity", "mixed"):
                 order = scores.argsort(descending=True, stable=True).tolist()
-                first = order[: math.ceil(n / 2)] if self.criterion == "mixed" else []
+                first = order[: math.ceil(n / 2)] if criterion == "mixed" else []
                 if 0 < len(first) < len(order):
                     close = float(scores[order[len(first) - 1]] - scores[order[len(first)]])
                 states = hidden[[row_of[p] for p in image]]
@@ -321,7 +322,7 @@ class Oracle:
             if n < len(image):
                 # Uniform places are not scored; equal scores are no close call.
                 gap = float(scores[order[n - 1]] - scores[order[n]])
-                margins.append(close if self.criterion == "uniform" else min(gap, close))
+                margins.append(close if criterion == "uniform" else min(gap, close))
         return kept, margins
 
     def _logprobs(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--criteria", type=lambda text: text.split(","), metavar="NAME,...",
-        help="default: himap; with --report all",
+        help="A+B: A at the first cut, B at the second (default: himap; with --report all)",
     )  # fmt: skip
     parser.add_argument(
         "--layers", type=_layers, action="append", metavar="K1,K2",
@@ -136,6 +136,7 @@ def _run(args: Namespace) -> int:
 
 def _plan(args: Namespace) -> tuple[dict[EngineChoice, list[Planned]], list[str]]:
     """The settings to measure, by engine, and messages about reductions out of reach."""
+    from himap_vllm.config import HiMAPError, parse_criterion
     from himap_vllm.criteria import CRITERIA
 
     num_layers = _num_layers(args.model)
@@ -145,8 +146,10 @@ def _plan(args: Namespace) -> tuple[dict[EngineChoice, list[Planned]], list[str]
         raise CommandError(f"the decoder has {num_layers} layers: no cut at {late}")
     criteria = args.criteria or (list(CRITERIA) if args.report else ["himap"])
     for criterion in criteria:
-        if criterion not in CRITERIA:
-            raise CommandError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+        try:
+            parse_criterion(criterion)
+        except HiMAPError as error:
+            raise CommandError(str(error)) from error
     unreachable: list[str] = []
     ratios_of: dict[tuple[int, int], list[Planned]] = {}
     for pair in layers:

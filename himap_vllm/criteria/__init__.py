@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the survivors of a cut are chosen: HiMAP, and methods to compare it with at equal budgets.
 
-Each method has its own file. An engine has one criterion,
-`additional_config["himap"]["criterion"]`. All but HiMAP are for research.
+Each method has its own file. `additional_config["himap"]["criterion"]` names one for both cuts of
+an engine, or one for each. All but HiMAP are for research.
 """
 
 from __future__ import annotations

@@ -65,3 +65,16 @@ class Criterion:
     select_voters: Callable[[Cuts], Cuts] | None = None
     needs_hidden_states: bool = False
     seeded: bool = False
+
+
+Criteria = tuple[Criterion, Criterion]
+"""The criteria of the first and of the second cut."""
+
+
+def with_voters(cuts: Cuts, criteria: Criteria) -> Cuts:
+    """Return the cuts, each with the voters of its criterion."""
+    first, second = (
+        cuts if criterion.select_voters is None else criterion.select_voters(cuts)
+        for criterion in criteria
+    )
+    return first[0], second[1]

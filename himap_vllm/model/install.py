@@ -26,14 +26,15 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> PruningContext:
     attentions = [_attention_of(layer) for layer in decoder.layers]
     first = attentions[0]
     heads = Heads(first.num_heads, first.num_kv_heads, first.head_size)
-    context = PruningContext(settings, heads, CRITERIA[settings.criterion])
-    votes = context.criterion.select_voters is not None
+    shallow, deep = settings.criteria
+    context = PruningContext(settings, heads, (CRITERIA[shallow], CRITERIA[deep]))
+    votes = [criterion.select_voters is not None for criterion in context.criteria]
     for index, attention in enumerate(attentions):
         stage = int(index >= settings.shallow_layer) + int(index >= settings.deep_layer)
         install_stage(attention, stage, context)
-        if votes and index == settings.shallow_layer - 1:
+        if votes[0] and index == settings.shallow_layer - 1:
             install_votes(attention, 0, context)
-        if votes and index == settings.deep_layer - 1:
+        if votes[1] and index == settings.deep_layer - 1:
             install_votes(attention, 1, context)
     names = [attention.layer_name for attention in attentions]
     install_segments(decoder, names, context, vllm_config)

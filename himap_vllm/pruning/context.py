@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from himap_vllm.config import EngineSettings
-from himap_vllm.criteria.criterion import Criterion
+from himap_vllm.criteria.criterion import Criteria
 from himap_vllm.plan.prompt import NUM_STAGES
 from himap_vllm.plan.step import StageBatch, StepPlan
 from himap_vllm.pruning.live_requests import LiveRequests
@@ -39,7 +39,7 @@ class PruningContext:
     Attributes:
         settings: the engine's.
         heads: of the decoder's attention, on this rank.
-        criterion: the engine's.
+        criteria: of both cuts.
         stats: the counters.
         requests: live requests and their plans.
         traces: what survived of the latest pruned prompts.
@@ -52,7 +52,7 @@ class PruningContext:
 
     settings: EngineSettings
     heads: Heads
-    criterion: Criterion
+    criteria: Criteria
     stats: PruningStats = field(init=False)
     requests: LiveRequests = field(init=False)
     traces: TraceLog = field(init=False)
@@ -62,7 +62,7 @@ class PruningContext:
 
     def __post_init__(self) -> None:
         self.stats = PruningStats()
-        self.requests = LiveRequests(self.criterion, self.stats)
+        self.requests = LiveRequests(self.criteria, self.stats)
         self.traces = TraceLog(self.settings.trace_requests)
 
     def begin_step(
@@ -82,7 +82,7 @@ class PruningContext:
         """
         self.stage_metadata = [None, *later]
         if plan.prunes:
-            self.step = PruningStep(plan, device, self.criterion, graph_sizes)
+            self.step = PruningStep(plan, device, self.criteria, graph_sizes)
 
     def end_step(self) -> None:
         """Forget the running step."""

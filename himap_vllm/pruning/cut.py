@@ -99,7 +99,7 @@ class PruningCut:
             tensors: of `cut`.
             cached: row in the batch and KV position of the keys that the prompts have in the KV
                 cache. They precede the first image, so they are the same in every stage.
-            criterion: the engine's.
+            criterion: of this cut.
         """
         self.cut = cut
         self.tensors = tensors

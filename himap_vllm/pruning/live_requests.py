@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from himap_vllm.criteria.criterion import Criterion
+from himap_vllm.criteria.criterion import Criteria
 from himap_vllm.criteria.random import prompt_seed
 from himap_vllm.plan.requests import PROMPT_EMBEDS, plan_of, read_stamp
 from himap_vllm.plan.table import ActivePlans
@@ -24,9 +24,9 @@ class LiveRequests:
         plans: of live requests.
     """
 
-    def __init__(self, criterion: Criterion, stats: PruningStats) -> None:
+    def __init__(self, criteria: Criteria, stats: PruningStats) -> None:
         self.plans = ActivePlans()
-        self._seeded = criterion.seeded
+        self._seeded = any(criterion.seeded for criterion in criteria)
         self._stats = stats
         self._counted: set[str] = set()  # live requests that are in `stats.requests`
 

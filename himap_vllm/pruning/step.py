@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from himap_vllm.criteria.criterion import Criterion
+from himap_vllm.criteria.criterion import Criteria, with_voters
 from himap_vllm.criteria.himap import HIMAP
 from himap_vllm.kernels.importance import VoteTiles
 from himap_vllm.kernels.upload import upload
@@ -34,11 +34,11 @@ class PruningStep:
         self,
         plan: StepPlan,
         device: torch.device,
-        criterion: Criterion = HIMAP,
+        criteria: Criteria = (HIMAP, HIMAP),
         graph_sizes: Sequence[int | None] = (None,) * NUM_STAGES,
     ) -> None:
         assert plan.cuts is not None
-        cuts = plan.cuts if criterion.select_voters is None else criterion.select_voters(plan.cuts)
+        cuts = with_voters(plan.cuts, criteria)
         first = cuts[0]
         assert first.image_tokens is not None
         began = time.perf_counter()
@@ -62,7 +62,7 @@ class PruningStep:
                 plan.stages[index].num_tokens,
                 CutTensors.take(work, tensors),
                 (cached[0], cached[1]),
-                criterion,
+                criteria[index],
             )
             for index, (cut, work) in enumerate(zip(cuts, tiles, strict=True))
         )

@@ -104,6 +104,7 @@ _ENGINE_FIELDS: dict[str, Any] = {
     for field in fields(EngineSettings)
     if field.default is not MISSING
 }
+_ENGINE_FIELDS["criterion"] = (str | dict[str, str] | None, _ENGINE_FIELDS["criterion"][1])
 EngineFlags: Any = create_model("EngineFlags", __base__=_Operators, **_ENGINE_FIELDS)
 
 

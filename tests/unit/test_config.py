@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad settings become clear errors that name the field and the allowed range."""
 
+from dataclasses import asdict
 from typing import Any, get_args
 
 import pytest
@@ -38,6 +39,10 @@ from himap_vllm.plan.prompt import Ratios
         ({"trace_requests": -1}, "trace_requests", "integer >= 0"),
         ({"criterion": "best"}, "criterion", "one of himap, fastv, .*, got 'best'"),
         ({"criterion": []}, "criterion", r"one of himap, .*, got \[\]"),
+        ({"criterion": "himap+best"}, "criterion", r"two as A\+B or .*, got 'himap\+best'"),
+        ({"criterion": "himap+himap+himap"}, "criterion", r"two as A\+B"),
+        ({"criterion": {"shallow": "himap"}}, "criterion", r"two as A\+B"),
+        ({"criterion": {"shallow": "himap", "deep": []}}, "criterion", r"two as A\+B"),
         ([], "himap", "must be an object, got list"),
     ],
 )
@@ -127,6 +132,21 @@ def test_bad_requests(args: dict[str, Any], parameter: str, message: str) -> Non
     with pytest.raises(HiMAPError, match=message) as error:
         requested_ratios(settings, args)
     assert error.value.parameter == parameter
+
+
+@pytest.mark.parametrize(
+    ("given", "spelled", "criteria"),
+    [
+        ("uniform", "uniform", ("uniform", "uniform")),
+        ("uniform+himap", "uniform+himap", ("uniform", "himap")),
+        ({"shallow": "uniform", "deep": "himap"}, "uniform+himap", ("uniform", "himap")),
+        ({"shallow": "random", "deep": "random"}, "random", ("random", "random")),
+    ],
+)
+def test_a_criterion_for_each_cut(given: Any, spelled: str, criteria: tuple[str, str]) -> None:
+    settings = EngineSettings.parse({"criterion": given})
+    assert (settings.criterion, settings.criteria) == (spelled, criteria)
+    assert EngineSettings.parse(asdict(settings)) == settings
 
 
 def test_settings_name_all_criteria() -> None:

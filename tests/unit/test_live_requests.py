@@ -32,7 +32,7 @@ def test_prompts_with_images_are_counted(
         for i, modality in enumerate(modalities)
     ]
     stats = PruningStats()
-    LiveRequests(HIMAP, stats).on_request(
+    LiveRequests((HIMAP, HIMAP), stats).on_request(
         NewRequestData(
             req_id="id",
             prompt_token_ids=list(range(100)),
