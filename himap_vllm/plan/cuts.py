@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+KVGrouping = Literal["few", "balanced", "many"]
+"""How the layers of the stages share KV cache groups; `himap_vllm.plan.grouping` has them."""
+
 TOLERATED_WASTE = 0.01
 """Share of the KV cache memory that cuts may waste without a word."""
 
@@ -65,16 +70,19 @@ def better_cuts(
 
 
 def wasted_share(shallow_layer: int, deep_layer: int, num_layers: int) -> float:
-    """Share of the KV cache memory that belongs to no layer.
+    """Share of the KV cache memory that belongs to no layer, with blocks of one size.
 
     vLLM makes the KV cache groups of all stages equally large, and fills up with padding layers
     (`vllm.v1.core.kv_cache_utils._get_kv_cache_groups_uniform_page_size`).
+
+    Default cuts decide which tokens an answer is made from, so they must not depend on
+    `kv_grouping`. Other groupings waste no more (`himap_vllm.plan.grouping.choose_grouping`).
     """
-    size = _group_size(*stage_layers(shallow_layer, deep_layer, num_layers))
+    size = group_size(*stage_layers(shallow_layer, deep_layer, num_layers))
     return 1 - num_layers / (size * _num_groups(shallow_layer, deep_layer, num_layers))
 
 
-def _group_size(*stages: int) -> int:
+def group_size(*stages: int) -> int:
     """Layers of a KV cache group: those of the smallest stage, or all, if these are little more."""
     return max(stages) if max(stages) < 1.5 * min(stages) else min(stages)
 
@@ -82,7 +90,7 @@ def _group_size(*stages: int) -> int:
 def _num_groups(shallow_layer: int, deep_layer: int, num_layers: int) -> int:
     """KV cache groups of all stages."""
     stages = stage_layers(shallow_layer, deep_layer, num_layers)
-    return sum(-(-layers // _group_size(*stages)) for layers in stages)
+    return sum(-(-layers // group_size(*stages)) for layers in stages)
 
 
 def stage_layers(shallow_layer: int, deep_layer: int, num_layers: int) -> tuple[int, int, int]:
