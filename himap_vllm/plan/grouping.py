@@ -91,9 +91,9 @@ def choose_grouping(
         return many
     tolerated = max(TOLERATED_WASTE, many.wasted_share)
     if kv_grouping == "few":
-        found = _few(layers, unit, tolerated)
-        if found is not None:
-            return found
+        few = _few(layers, unit, tolerated)
+        if few is not None:
+            return few
     limit = max(block_size, BALANCED_ALIGNMENT * unit)
     found = [many, *_with_alignment(layers, unit, limit)]
     return min(

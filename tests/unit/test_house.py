@@ -38,6 +38,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 # Modules that keep stricter rules than their room.
 WITHOUT_VLLM = (
     "plan.cuts",
+    "plan.grouping",
     "plan.prompt",
     "plan.step",
     "plan.table",
