@@ -20,6 +20,8 @@ CriterionName = Literal["himap", "fastv", "random", "uniform", "diversity", "mix
 ADDITIONAL_CONFIG_KEY = "himap"
 SHALLOW_ARG = "himap_shallow_ratio"
 DEEP_ARG = "himap_deep_ratio"
+IF_POSSIBLE_ARG = "himap_if_possible"
+_ARGS = (SHALLOW_ARG, DEEP_ARG, IF_POSSIBLE_ARG)
 _ARG_PREFIX = "himap"
 
 
@@ -196,25 +198,72 @@ def engine_settings(additional_config: Any) -> EngineSettings | None:
     return EngineSettings.parse(additional_config[ADDITIONAL_CONFIG_KEY])
 
 
+@dataclass(frozen=True, slots=True)
+class RequestedRatios:
+    """How a request is to be pruned.
+
+    Attributes:
+        images: the ratios of each image, in prompt order.
+        prunes: whether any ratio is above 0, also those that would hold for images if there were
+            any.
+        asked: whether the request itself has such a ratio, and is refused if it can't be pruned.
+    """
+
+    images: tuple[Ratios, ...]
+    prunes: bool
+    asked: bool
+
+
 def requested_ratios(
-    settings: EngineSettings, extra_args: Mapping[str, Any] | None
-) -> tuple[Ratios, bool]:
-    """Return the ratios of a request, and whether the request itself chose any of them.
+    settings: EngineSettings, extra_args: Mapping[str, Any] | None, num_images: int
+) -> RequestedRatios:
+    """Return how a request is to be pruned.
 
     Args:
         settings: the engine's settings: defaults and bounds.
         extra_args: `SamplingParams.extra_args`, `vllm_xargs` over HTTP.
+        num_images: of the prompt.
 
     Raises:
-        HiMAPError: an unknown key beginning with `himap`, or a ratio out of range.
+        HiMAPError: an unknown key beginning with `himap`, a ratio out of range, or a list that has
+            not one for each image.
     """
     args = extra_args or {}
     for key in args:
-        if str(key).startswith(_ARG_PREFIX) and key not in (SHALLOW_ARG, DEEP_ARG):
-            raise HiMAPError(key, f"unknown parameter {key!r}; known: {SHALLOW_ARG}, {DEEP_ARG}")
-    shallow = check_ratio(
-        SHALLOW_ARG, args.get(SHALLOW_ARG, settings.shallow_ratio), settings.max_shallow_ratio
+        if str(key).startswith(_ARG_PREFIX) and key not in _ARGS:
+            raise HiMAPError(key, f"unknown parameter {key!r}; known: {', '.join(_ARGS)}")
+    if_possible = args.get(IF_POSSIBLE_ARG, False)
+    if if_possible not in (False, True):  # 0 and 1 over HTTP
+        raise HiMAPError(
+            IF_POSSIBLE_ARG, f"{IF_POSSIBLE_ARG} must be true or false, got {if_possible!r}"
+        )
+    chosen: list[list[float]] = []
+    asked = False
+    for key, default, maximum in (
+        (SHALLOW_ARG, settings.shallow_ratio, settings.max_shallow_ratio),
+        (DEEP_ARG, settings.deep_ratio, settings.max_deep_ratio),
+    ):
+        chosen.append(_of_each_image(key, args.get(key, default), maximum, num_images))
+        asked |= key in args and any(chosen[-1])
+    return RequestedRatios(
+        images=tuple(map(Ratios, *chosen))[:num_images],
+        prunes=any(map(any, chosen)),
+        asked=asked and not if_possible,
     )
-    deep = check_ratio(DEEP_ARG, args.get(DEEP_ARG, settings.deep_ratio), settings.max_deep_ratio)
-    asked = any(args.get(key, 0) > 0 for key in (SHALLOW_ARG, DEEP_ARG))
-    return Ratios(shallow, deep), asked
+
+
+def _of_each_image(
+    parameter: str, value: Any, maximum: float | None, num_images: int
+) -> list[float]:
+    """The ratio of each image; of one, where a number is given and there are no images."""
+    if not isinstance(value, list | tuple):
+        return [check_ratio(parameter, value, maximum)] * max(1, num_images)
+    if len(value) != num_images:
+        raise HiMAPError(
+            parameter,
+            f"{parameter} must be a number, or a list of {num_images}, one for each image of the "
+            f"prompt; got a list of {len(value)}",
+        )
+    return [
+        check_ratio(f"{parameter}[{index}]", ratio, maximum) for index, ratio in enumerate(value)
+    ]

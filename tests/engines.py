@@ -20,11 +20,11 @@ IMAGE_TOKENS = 36
 
 @dataclass(frozen=True)
 class Case:
-    """One request: `ratios` None sends none."""
+    """One request: `ratios` None sends none. A ratio is a number, or a tuple: of each image."""
 
     prompt: str
     images: tuple[Image.Image, ...] = ()
-    ratios: tuple[float, float] | None = None
+    ratios: tuple[Any, Any] | None = None
     max_tokens: int = 6
     params: dict[str, Any] = field(default_factory=dict)
 

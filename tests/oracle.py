@@ -118,14 +118,15 @@ class Oracle:
         self,
         prompt: str | list[int],
         images: Sequence[Image.Image],
-        shallow_ratio: float,
-        deep_ratio: float,
+        shallow_ratio: float | Sequence[float],
+        deep_ratio: float | Sequence[float],
         max_tokens: int,
         ignore_eos: bool = True,
     ) -> OracleResult:
         """Generate greedily; `prompt` holds one image placeholder per image, in order.
 
-        A prompt given as ids is used as it is, its images expanded already.
+        A prompt given as ids is used as it is, its images expanded already. A ratio is that of all
+        images, or has one number for each.
         """
         ids, vision = self._process(prompt, images)
         spans = self._spans(ids, images)
@@ -161,7 +162,7 @@ class Oracle:
         ids: list[int],
         spans: list[list[int]],
         start: _Input,
-        ratios: tuple[float, float],
+        ratios: tuple[float | Sequence[float], float | Sequence[float]],
         cache: DynamicCache,
     ) -> _Prefilled:
         """Run all layers on the prompt, and cut twice."""
@@ -276,7 +277,7 @@ class Oracle:
         hidden: torch.Tensor,
         rows: torch.Tensor,
         images: list[list[int]],
-        ratio: float,
+        ratio: float | Sequence[float],
         ids: list[int],
         deep: bool,
     ) -> tuple[list[list[int]], list[float]]:
@@ -290,8 +291,9 @@ class Oracle:
         criterion = self.criterion.split("+")[-1 if deep else 0]
         lots = np.random.default_rng((zlib.crc32(struct.pack(f"<{len(ids)}q", *ids)), int(deep)))
         shuffled = iter(lots.permutation(sum(map(len, images))).tolist())
-        for image in images:
-            n = max(1, len(image) - math.floor(len(image) * ratio + 1e-6))
+        for place, image in enumerate(images):
+            own_ratio = ratio if isinstance(ratio, int | float) else ratio[place]
+            n = max(1, len(image) - math.floor(len(image) * own_ratio + 1e-6))
             text = [p for p in range(image[-1], len(ids)) if ids[p] != self.image_token] or [last]
             one = criterion in ("fastv", "mixed")
             voters = text[-1:] if one else image if deep else text
@@ -313,8 +315,8 @@ class Oracle:
                 chosen, gap = _spread(states, n, first)
                 close = min(close, gap)
                 scores = torch.zeros(len(image))
-                for place, i in enumerate(chosen):
-                    scores[i] = n - place
+                for turn, i in enumerate(chosen):
+                    scores[i] = n - turn
             if image[-1] == last:
                 scores[-1] = math.inf  # the next token is predicted from this row
             order = scores.argsort(descending=True, stable=True).tolist()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decide in the API process how a request is pruned. The rest of the engine follows the decision.
 
-Admission resolves the ratios (the request's, or the server's default) and stamps the request with
-its decision. If a request asks for pruning and cannot be pruned, admission refuses it. A request
-that did not ask runs unpruned instead, and is counted as bypassed.
+Admission resolves the ratios of each image (the request's, or the server's default) and stamps the
+request with its decision. If a request asks for pruning and cannot be pruned, admission refuses it.
+A request that did not ask runs unpruned instead, and is counted as bypassed.
 """
 
 from __future__ import annotations
@@ -68,17 +68,16 @@ class Admission:
         params = request.sampling_params
         if params is None:
             return
-        ratios, asked = requested_ratios(self._settings, params.extra_args)
-        plan = make_plan(
-            len(request.prompt_token_ids or ()), image_tokens(request.mm_features), ratios
-        )
+        images = image_tokens(request.mm_features)
+        ratios = requested_ratios(self._settings, params.extra_args, len(images))
+        plan = make_plan(len(request.prompt_token_ids or ()), images, ratios.images)
         decision = Decision()
-        other = _other_modality(request) if any((ratios.shallow, ratios.deep)) else None
+        other = _other_modality(request) if ratios.prunes else None
         if plan is not None or other is not None:
             obstacle = self._obstacle(plan, other, request, params)
             if obstacle is None:
-                decision = Decision("pruned", ratios)
-            elif asked:
+                decision = Decision("pruned", ratios.images)
+            elif ratios.asked:
                 raise HiMAPError(obstacle.parameter, obstacle.message)
             else:
                 decision = Decision(f"bypassed_{obstacle.reason}")

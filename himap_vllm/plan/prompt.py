@@ -27,7 +27,7 @@ def kept(num_tokens: int, ratio: float) -> int:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Ratios:
-    """Share of the image tokens dropped at the first cut, and of the rest at the second."""
+    """Share of an image's tokens dropped at the first cut, and of the rest at the second."""
 
     shallow: float
     deep: float
@@ -62,21 +62,22 @@ class ImageTokens:
 class PromptPlan:
     """The plan of one prompt: which positions are image tokens, and how many of them stay.
 
-    `images` is in prompt order and not empty. `seed` is for criteria that choose at random.
+    `images` is in prompt order and not empty, `ratios` has those of each image. `seed` is for
+    criteria that choose at random.
     """
 
     num_prompt_tokens: int
     images: tuple[ImageTokens, ...]
-    ratios: Ratios
+    ratios: tuple[Ratios, ...]
     seed: int = 0
 
     @cached_property
     def counts(self) -> tuple[tuple[int, int, int], ...]:
         """Per image: tokens in stage 0, 1 and 2."""
         rows = []
-        for image in self.images:
-            shallow = kept(image.count, self.ratios.shallow)
-            rows.append((image.count, shallow, kept(shallow, self.ratios.deep)))
+        for image, ratios in zip(self.images, self.ratios, strict=True):
+            shallow = kept(image.count, ratios.shallow)
+            rows.append((image.count, shallow, kept(shallow, ratios.deep)))
         return tuple(rows)
 
     @cached_property
@@ -150,11 +151,23 @@ class PromptPlan:
 
 
 def make_plan(
-    num_prompt_tokens: int, images: Sequence[ImageTokens], ratios: Ratios
+    num_prompt_tokens: int, images: Sequence[ImageTokens], ratios: Ratios | Sequence[Ratios]
 ) -> PromptPlan | None:
-    """Return the plan of a prompt, or None if nothing would be dropped."""
-    images = tuple(image for image in images if image.count)
-    if not images:
+    """Return the plan of a prompt, or None if nothing would be dropped.
+
+    Args:
+        num_prompt_tokens: text and image tokens.
+        images: in prompt order.
+        ratios: of all images, or of each.
+    """
+    if isinstance(ratios, Ratios):
+        ratios = [ratios] * len(images)
+    pairs = [(image, own) for image, own in zip(images, ratios, strict=True) if image.count]
+    if not pairs:
         return None
-    plan = PromptPlan(num_prompt_tokens, images, ratios)
+    plan = PromptPlan(
+        num_prompt_tokens,
+        images=tuple(image for image, _ in pairs),
+        ratios=tuple(own for _, own in pairs),
+    )
     return plan if any(plan.removed) else None

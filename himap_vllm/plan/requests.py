@@ -8,7 +8,7 @@ Admission stamps each request with its decision. The stamp is one value in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from vllm.config import ModelConfig, SchedulerConfig
@@ -31,11 +31,11 @@ class Decision:
 
     Attributes:
         outcome: `pruned`, `unpruned` or `bypassed_<reason>`; the counters use it.
-        ratios: of a pruned request.
+        ratios: of each image of a pruned request, in prompt order.
     """
 
     outcome: str = "unpruned"
-    ratios: Ratios | None = None
+    ratios: tuple[Ratios, ...] = ()
 
 
 def stamp(params: SamplingParams, decision: Decision) -> None:
@@ -47,8 +47,7 @@ def stamp(params: SamplingParams, decision: Decision) -> None:
         if not str(key).startswith("himap")
     }
     if decision != Decision():
-        ratios = decision.ratios
-        args[_STAMP] = (decision.outcome, ratios and (ratios.shallow, ratios.deep))
+        args[_STAMP] = (decision.outcome, [astuple(ratios) for ratios in decision.ratios])
     params.extra_args = args or None
 
 
@@ -58,8 +57,8 @@ def read_stamp(params: Any) -> Decision:
     A request that reached the engine core in another way has no stamp and runs unpruned: neither
     its ratios nor the length of its prompt were checked.
     """
-    outcome, ratios = (getattr(params, "extra_args", None) or {}).get(_STAMP, ("unpruned", None))
-    return Decision(outcome, ratios and Ratios(*ratios))
+    outcome, ratios = (getattr(params, "extra_args", None) or {}).get(_STAMP, ("unpruned", ()))
+    return Decision(outcome, tuple(Ratios(*pair) for pair in ratios))
 
 
 def plan_of(
@@ -69,21 +68,18 @@ def plan_of(
 ) -> PromptPlan | None:
     """The plan of a request that admission stamped as pruned, with the ratios it decided on."""
     ratios = read_stamp(sampling_params).ratios
-    if ratios is None or not mm_features:
+    if not ratios:
         return None
     return make_plan(num_prompt_tokens, image_tokens(mm_features), ratios)
 
 
 def image_tokens(mm_features: Sequence[MultiModalFeatureSpec] | None) -> list[ImageTokens]:
     """The images of a prompt, in order: vLLM's placeholder positions that hold embeddings."""
-    images = [
-        ImageTokens(
-            tuple((start, end + 1) for start, end in feature.mm_position.extract_embeds_range())
-        )
-        for feature in mm_features or ()
-        if feature.modality == "image" and feature.mm_position.get_num_embeds()
+    places = [feature.mm_position for feature in mm_features or () if feature.modality == "image"]
+    return [
+        ImageTokens(tuple((start, end + 1) for start, end in place.extract_embeds_range()))
+        for place in sorted(places, key=lambda place: place.offset)
     ]
-    return sorted(images, key=lambda image: image.first)
 
 
 def step_limit(scheduler_config: SchedulerConfig) -> tuple[str, int]:

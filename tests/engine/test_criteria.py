@@ -27,6 +27,8 @@ def cases() -> list[Case]:
             made.append(Case(prompt, images, RATIOS[(i + j) % len(RATIOS)], max_tokens=3))
     for prompt in (f"{LONG_TEXT}<image> What?", f"{LONG_TEXT}A <image> and B <image>"):
         made.append(Case(prompt, PICTURES[: prompt.count("<image>")], (0.5, 0.75), max_tokens=3))
+    by_image = ((0.0, 0.5, 0.75), (0.0, 0.75, 0.75))
+    made.append(Case(PROMPTS["two at the end"][0], PICTURES[:3], by_image, max_tokens=3))
     return [*made, Case("No picture here.", (), RATIOS[0], max_tokens=3)]
 
 

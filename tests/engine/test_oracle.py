@@ -32,6 +32,23 @@ def cases() -> list[Case]:
             images = tuple(PICTURES[(i + j + k) % len(PICTURES)] for k in range(num_images))
             made.append(Case(prompt, images, ratios))
         made.append(Case(f"No picture here, only {i} words. Go on:", (), ratios))
+    return made + cases_by_image()
+
+
+def cases_by_image() -> list[Case]:
+    """Each image has ratios of its own: `high`, `auto` and `low`, in several orders."""
+    high, auto, low = (0.0, 0.0), (0.5, 0.75), (0.75, 0.75)
+    text, end = PROMPTS["text between"][0], PROMPTS["two at the end"][0]
+    made: list[Case] = []
+    for prompt, images in (
+        (text, (high, auto, low)),
+        (end, (low, high, auto)),
+        (end, (auto, low, high)),
+        (text, (high, (0.5, 0.0), (0.0, 0.9))),
+        (text, (high, low, high)),
+    ):
+        ratios = tuple(zip(*images, strict=True))
+        made.append(Case(prompt, PICTURES[len(made) : len(made) + 3], (ratios[0], ratios[1])))
     return made
 
 
@@ -58,11 +75,13 @@ def test_one_mixed_batch_equals_the_oracle(world: World, shape: str, compiled: b
     with watched(engine, look):
         outputs = engine.generate(CASES)
     assert mixed_steps >= 5
-    compared = 0
+    compared = compared_by_image = 0
     for case, output in zip(CASES, outputs, strict=True):
         expected = world.oracle(shape, case)
         if min(expected.margin, expected.score_margin) < 1e-5:
             continue  # a tie within rounding: either answer is right
         assert_equals_oracle(world, engine, shape, case, output)
         compared += 1
+        compared_by_image += case.ratios is not None and isinstance(case.ratios[0], tuple)
     assert compared >= 50
+    assert compared_by_image >= 4

@@ -62,3 +62,18 @@ def test_prefix_cache_serves_what_precedes_the_image(world: World, compiled: boo
     # A pruned prompt published nothing from its image on, an unpruned one everything, and a
     # pruned one after it still reads only what precedes the image.
     assert hits == [0, before_image, before_image, everything, before_image, before_image]
+
+
+def test_prefix_cache_of_images_with_ratios_of_their_own(world: World) -> None:
+    engine = world.engine()
+    prompt = "A: <image> and B: <image> Which?"
+    ratios: tuple[Any, ...] = (((0.0, 0.5), (0.0, 0.75)), ((0.5, 0.0), (0.75, 0.0)), (0, 0))
+    first, second, unpruned = (Case(prompt, PICTURES[:2], pairs) for pairs in ratios)
+    engine.llm.reset_prefix_cache()
+    hits = []
+    for case in (first, second, unpruned, second, first, unpruned):
+        (output,) = engine.generate([case])
+        assert_equals_oracle(world, engine, "mha12", case, output)
+        hits.append(output.num_cached_tokens)
+    everything = (len(output.prompt_token_ids) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert hits == [0, 0, 0, 0, 0, everything]

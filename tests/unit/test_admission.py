@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.config import SchedulerConfig
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -93,12 +94,39 @@ def test_prompt_embeds_are_text() -> None:
     """vLLM calls them a modality; as rows of the prompt they vote, and none is dropped."""
     request = admit(SamplingParams(extra_args=ASKED), feature("image", 10, 40),
                     feature("prompt_embeds", 60, 20))  # fmt: skip
-    assert read_stamp(request.sampling_params) == Decision("pruned", Ratios(0.5, 0.5))
+    assert read_stamp(request.sampling_params) == Decision("pruned", (Ratios(0.5, 0.5),))
     plan = plan_of(100, request.mm_features, request.sampling_params)
     assert plan is not None
     assert [image.runs for image in plan.images] == [((10, 50),)]
     alone = admit(SamplingParams(extra_args=ASKED), feature("prompt_embeds", 60, 20))
     assert read_stamp(alone.sampling_params) == Decision()
+
+
+def test_each_image_has_its_ratios() -> None:
+    """In the order of the prompt, whatever the order of the features; one may have no tokens."""
+    empty = MultiModalFeatureSpec(
+        None, "image", "empty", PlaceholderRange(55, 3, is_embed=torch.zeros(3, dtype=torch.bool))
+    )
+    args = {"himap_shallow_ratio": [0, 0.9, 0.5], "himap_deep_ratio": [0, 0.9, 0.75]}
+    features = [feature("image", 60, 20), empty, feature("image", 10, 40)]
+    request = admit(SamplingParams(extra_args=args), *features)
+    assert read_stamp(request.sampling_params) == Decision(
+        "pruned", (Ratios(0, 0), Ratios(0.9, 0.9), Ratios(0.5, 0.75))
+    )
+    plan = plan_of(100, request.mm_features, request.sampling_params)
+    assert plan is not None
+    assert plan.counts == ((40, 40, 40), (20, 10, 3))
+    with pytest.raises(HiMAPError, match="a list of 2, one for each image of the prompt; got"):
+        admit(SamplingParams(extra_args=args), *features[:2])
+
+
+def test_if_possible_is_never_refused() -> None:
+    args = {**ASKED, "himap_if_possible": True}
+    image = feature("image", 10, 40)
+    request = admit(SamplingParams(extra_args=args, prompt_logprobs=1), image)
+    assert read_stamp(request.sampling_params) == Decision("bypassed_prompt_logprobs")
+    request = admit(SamplingParams(extra_args=args), image)
+    assert read_stamp(request.sampling_params).outcome == "pruned"
 
 
 def test_the_stamp_is_the_only_argument_left_and_the_callers_stay() -> None:

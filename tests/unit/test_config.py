@@ -105,13 +105,39 @@ def test_off_unless_asked_for(additional_config: Any) -> None:
     assert engine_settings(additional_config) is None
 
 
-def test_request_overrides_defaults_field_by_field() -> None:
+@pytest.mark.parametrize(
+    ("args", "pairs", "asked"),
+    [
+        (None, [(0.25, 0.75)] * 3, False),
+        ({"other": "x"}, [(0.25, 0.75)] * 3, False),
+        ({"himap_deep_ratio": 0.5}, [(0.25, 0.5)] * 3, True),
+        ({"himap_deep_ratio": 0.5, "himap_if_possible": 1}, [(0.25, 0.5)] * 3, False),
+        ({"himap_shallow_ratio": 0, "himap_deep_ratio": 0}, [(0, 0)] * 3, False),
+        ({"himap_shallow_ratio": [0, 0.5, 0.9]}, [(0, 0.75), (0.5, 0.75), (0.9, 0.75)], True),
+        (
+            {"himap_shallow_ratio": [0, 0, 0.5], "himap_deep_ratio": (0, 0.75, 0)},
+            [(0, 0), (0, 0.75), (0.5, 0)],
+            True,
+        ),
+        ({"himap_shallow_ratio": [0, 0, 0], "himap_deep_ratio": 0}, [(0, 0)] * 3, False),
+    ],
+)
+def test_request_overrides_defaults_field_by_field(
+    args: Any, pairs: list[tuple[float, float]], asked: bool
+) -> None:
     settings = EngineSettings.parse({"shallow_ratio": 0.25})
-    assert requested_ratios(settings, None) == (Ratios(0.25, 0.75), False)
-    assert requested_ratios(settings, {"other": "x"}) == (Ratios(0.25, 0.75), False)
-    assert requested_ratios(settings, {"himap_deep_ratio": 0.5}) == (Ratios(0.25, 0.5), True)
-    off = {"himap_shallow_ratio": 0, "himap_deep_ratio": 0}
-    assert requested_ratios(settings, off) == (Ratios(0.0, 0.0), False)
+    found = requested_ratios(settings, args, 3)
+    assert found.images == tuple(Ratios(*pair) for pair in pairs)
+    assert found.asked == asked
+    assert found.prunes == any(map(any, pairs))
+
+
+def test_ratios_of_a_prompt_without_images() -> None:
+    """A number is what images would get; a list has no place there."""
+    found = requested_ratios(EngineSettings(), {"himap_deep_ratio": 0.5}, 0)
+    assert (found.images, found.prunes, found.asked) == ((), True, True)
+    off: dict[str, Any] = {"himap_shallow_ratio": [], "himap_deep_ratio": []}
+    assert not requested_ratios(EngineSettings(), off, 0).prunes
 
 
 @pytest.mark.parametrize(
@@ -122,7 +148,18 @@ def test_request_overrides_defaults_field_by_field() -> None:
         ({"himap_deep_ratio": 0.81}, "himap_deep_ratio", r"in \[0, 0.8\], got 0.81"),
         ({"himap_deep_ratio": float("nan")}, "himap_deep_ratio", "got nan"),
         ({"himap_deep_ratio": "0.5"}, "himap_deep_ratio", "must be a number in .* got str"),
-        ({"himap_deep_ratio": [0.5]}, "himap_deep_ratio", "must be a number in .* got list"),
+        ({"himap_deep_ratio": {}}, "himap_deep_ratio", "must be a number in .* got dict"),
+        (
+            {"himap_deep_ratio": [0.5]},
+            "himap_deep_ratio",
+            "a list of 2, one for each image of the prompt; got a list of 1",
+        ),
+        ({"himap_deep_ratio": [0.5] * 3}, "himap_deep_ratio", "got a list of 3"),
+        ({"himap_deep_ratio": [0.5, 0.9]}, "himap_deep_ratio[1]", r"in \[0, 0.8\], got 0.9"),
+        ({"himap_deep_ratio": [0.5, "0.5"]}, "himap_deep_ratio[1]", "must be a number in .* got s"),
+        ({"himap_shallow_ratio": [True, 0]}, "himap_shallow_ratio[0]", "must be a number in"),
+        ({"himap_shallow_ratio": [0, [0]]}, "himap_shallow_ratio[1]", "must be a number in"),
+        ({"himap_if_possible": "yes"}, "himap_if_possible", "must be true or false, got 'yes'"),
         ({"himap_ratio": 0.5}, "himap_ratio", "unknown parameter 'himap_ratio'"),
         ({"himap_bypass": "x"}, "himap_bypass", "unknown parameter 'himap_bypass'"),
     ],
@@ -130,7 +167,7 @@ def test_request_overrides_defaults_field_by_field() -> None:
 def test_bad_requests(args: dict[str, Any], parameter: str, message: str) -> None:
     settings = EngineSettings.parse({"max_deep_ratio": 0.8})
     with pytest.raises(HiMAPError, match=message) as error:
-        requested_ratios(settings, args)
+        requested_ratios(settings, args, 2)
     assert error.value.parameter == parameter
 
 

@@ -134,7 +134,7 @@ def make_prompt(rng: random.Random) -> tuple[list[int], PromptPlan | None]:
         return tokens, None
     start = rng.randrange(0, len(tokens) - 8)
     images = (ImageTokens(((start, start + rng.randrange(4, 8)),)),)
-    return tokens, PromptPlan(len(tokens), images, Ratios(rng.choice([0, 0.5]), 0.75))
+    return tokens, PromptPlan(len(tokens), images, (Ratios(rng.choice([0, 0.5]), 0.75),))
 
 
 @pytest.mark.parametrize("num_blocks", [80, 150, 600])

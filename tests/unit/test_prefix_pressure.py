@@ -118,7 +118,7 @@ def test_a_prefix_is_evicted_from_its_end(taken: int, deferred: bool) -> None:
 def test_text_before_a_pruned_image_is_evicted_from_its_end(taken: int) -> None:
     """The blocks behind the first image, of which each stage has another number, go first."""
     image = ImageTokens(((300, 480),))
-    plan = PromptPlan(len(PROMPT), (image,), Ratios(0.5, 0.75))
+    plan = PromptPlan(len(PROMPT), (image,), (Ratios(0.5, 0.75),))
     caches = Cache(pruning=False), Cache(pruning=True)
     for cache in caches:
         cache.run("prefix", PROMPT, plan)

@@ -36,7 +36,12 @@ def test_paper_budget_of_llava() -> None:
 
 
 def test_each_image_keeps_its_own_share() -> None:
-    plan = make_plan(60, [image((2, 12)), image((20, 23), (24, 27))], Ratios(0.5, 0.5))
+    images = [image((2, 12)), image((20, 23), (24, 27))]
+    own = make_plan(60, images, [Ratios(0, 0), Ratios(0.5, 0.5)])
+    assert own is not None
+    assert own.counts == ((10, 10, 10), (6, 3, 2))
+    assert own.removed == (0, 3, 4)
+    plan = make_plan(60, images, Ratios(0.5, 0.5))
     assert plan is not None
     assert plan.counts == ((10, 5, 3), (6, 3, 2))
     assert plan.removed == (0, 8, 11)

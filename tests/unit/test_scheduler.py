@@ -77,7 +77,7 @@ class Steps:
         params.update_from_generation_config({}, 0)
         features = []
         if image is not None:
-            stamp(params, Decision("pruned", Ratios(0.5, 0.75)))
+            stamp(params, Decision("pruned", (Ratios(0.5, 0.75),)))
             place = PlaceholderRange(offset=image, length=36)
             features = [MultiModalFeatureSpec(None, "image", name, place)]
         hasher = get_request_block_hasher(SIZE, sha256)
