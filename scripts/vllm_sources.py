@@ -19,6 +19,8 @@ import urllib.parse
 import urllib.request
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import distribution
 from pathlib import Path
 
 _INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
@@ -165,7 +167,8 @@ class Sources:
                 continue
             parts = file.relative_to(self._folder).with_suffix("").parts
             module = ".".join(part for part in parts if part != "__init__")
-            for place, name in _calls(ast.parse(text)):
+            tree = self._tree(module)
+            for place, name in _calls(tree) if tree is not None else ():
                 if name in callers:
                     callers[name].add(f"{module}:{place}")
         return callers
@@ -219,6 +222,12 @@ class Sources:
 
     def _is_package(self, module: str) -> bool:
         return self._folder.joinpath(*module.split(".")).is_dir()
+
+
+@cache
+def installed() -> Sources:
+    """vLLM beside torch in this environment, under whichever name it was installed."""
+    return Sources(Path(str(distribution("torch").locate_file(""))))
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

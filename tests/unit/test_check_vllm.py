@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A release of vLLM that is not as it was read is found, by its sources alone."""
 
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from himap_vllm.vllm_versions import MOVED
 from scripts.check_vllm import check, load_known, lost, record, register
-from scripts.vllm_sources import Sources
+from scripts.vllm_sources import Sources, installed
 
 SCHEDULER = """
 class Base:
@@ -99,5 +99,4 @@ def test_a_name_that_has_moved_to_an_unknown_place_is_found(tmp_path: Path) -> N
 
 def test_the_installed_vllm_is_as_it_was_read() -> None:
     """The CPU build has the sources of the release it is made from."""
-    installed = Sources(Path(str(distribution("torch").locate_file(""))))
-    assert check(installed, load_known()[version("vllm").split("+")[0]]) == []
+    assert check(installed(), load_known()[version("vllm").split("+")[0]]) == []

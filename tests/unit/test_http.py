@@ -16,8 +16,8 @@ import pytest
 import uvicorn
 from himap_server.http import BoundedHttp
 
-HEADER_TIMEOUT = 0.5
-KEEP_ALIVE = 3
+HEADER_TIMEOUT = 0.4
+KEEP_ALIVE = 1
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
@@ -84,7 +84,7 @@ def test_headers_that_come_slowly(port: int, start: bytes) -> None:
 
 
 def test_bytes_that_trickle_do_not_help(port: int) -> None:
-    trickle: list[bytes | float] = [b"X: y\r\n", 0.1] * 30
+    trickle: list[bytes | float] = [b"X: y\r\n", 0.05] * 60
     with pytest.raises(ConnectionError):  # closed while the client writes
         talk(port, GET[:-2], *trickle, b"\r\n")
 
@@ -105,7 +105,7 @@ def test_an_answer_is_not_interrupted_by_the_next_request(port: int) -> None:
 
 def test_a_body_may_come_slowly(port: int) -> None:
     head = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 4\r\n\r\n"
-    answer, seconds = talk(port, head, 0.4, b"ab", 0.4, b"cd")
+    answer, seconds = talk(port, head, 0.3, b"ab", 0.3, b"cd")
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert seconds > HEADER_TIMEOUT
 
@@ -118,7 +118,7 @@ def test_idle_connections_are_closed(port: int, start: bytes) -> None:
 
 
 def test_connections_are_kept_for_that_long(port: int) -> None:
-    answer, _ = talk(port, GET, 1.2, GET, 1.2, GET, 1.2, GET)
+    answer, _ = talk(port, GET, 0.4, GET, 0.4, GET, 0.4, GET)
     assert answer.count(b"HTTP/1.1 200 ") == 4
 
 

@@ -175,25 +175,24 @@ def test_no_warning_surfaces() -> None:
         from tests.unit.image_files import LIMITS, animation, gif_of
         from tests.unit.image_files import jpeg_with_odd_metadata, png
         large = ImageLimits(10**6, 10**9, 1)
-        if sys.argv[1] == "control":
-            warnings.resetwarnings()
-        check_image(jpeg_with_odd_metadata(), LIMITS, "")
-        check_image(png(10_000, 10_000), large, "")
         frame = bytearray(gif_of(10, 10))
         at = frame.index(b",", 13 + 768)
         frame[at + 5 : at + 9] = b"\\x10\\x27" * 2
-        check_image(bytes(frame), large, "")
+        for _ in ("real", "control"):
+            check_image(jpeg_with_odd_metadata(), LIMITS, "")
+            check_image(png(10_000, 10_000), large, "")
+            check_image(bytes(frame), large, "")
+            print("control", file=sys.stderr)
+            warnings.resetwarnings()
     """
-    texts = {}
-    for name in ("real", "control"):
-        done = subprocess.run(
-            [sys.executable, "-W", "always", "-c", code, name], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        texts[name] = done.stderr
-    assert texts["real"] == ""
-    assert "UserWarning" in texts["control"]
-    assert "DecompressionBombWarning" in texts["control"]
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    real, control, _ = done.stderr.split("control\n")
+    assert real == ""
+    assert "UserWarning" in control
+    assert "DecompressionBombWarning" in control
 
 
 @pytest.mark.parametrize(
@@ -301,11 +300,11 @@ def test_data_url_base64_that_is_no_such_thing(junk: str, wrong: str) -> None:
 @pytest.mark.parametrize("text", [" ", "\n", "\n ", "A\n", "% ", "%0A", "=", "A B", "-", "  A\n"])
 def test_data_url_base64_of_megabytes_is_quick(text: str) -> None:
     """The event loop cannot run beside most of it."""
-    limits = ImageLimits(20 << 20, 1000, 1)
+    limits = ImageLimits(5 << 20, 1000, 1)
     begun = time.process_time()
     with suppress(GatewayError):
-        decode_data_url("data:image/png;base64," + text * ((27 << 20) // len(text)), limits, PARAM)
-    assert time.process_time() - begun < 2
+        decode_data_url("data:image/png;base64," + text * ((6 << 20) // len(text)), limits, PARAM)
+    assert time.process_time() - begun < 0.5
 
 
 def test_data_url_length_is_checked_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

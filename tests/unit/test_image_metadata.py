@@ -49,8 +49,8 @@ def segment(marker: int, body: bytes) -> bytes:
     return b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
 
 
-def extension(label: int, body: bytes, size: int = 255) -> bytes:
-    blocks = [body[start : start + size] for start in range(0, len(body), size)]
+def extension(label: int, body: bytes) -> bytes:
+    blocks = [body[start : start + 255] for start in range(0, len(body), 255)]
     return b"!" + bytes([label]) + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
 
 
@@ -101,7 +101,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "jpeg-resets": lambda: in_jpeg(b"\xff\xd0" * (4 << 20)),
     "jpeg-scans": lambda: scans(101),
     "gif-extensions": lambda: in_gif(extension(0xFF, b"") * (4 << 20)),
-    "gif-blocks": lambda: in_gif(extension(0xFE, b"a" * (4 << 20), 1)),
+    "gif-blocks": lambda: in_gif(b"!\xfe" + b"\1a" * (4 << 20) + b"\0"),
 }
 
 

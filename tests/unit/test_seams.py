@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The register of seams: fresh, in one form, and of symbols that the installed vLLM has."""
 
-from importlib.metadata import distribution
-from pathlib import Path
-
 import pytest
 
 from scripts.seams import REGISTER, SeamNoteError, read_seams, render, seams_of
-from scripts.vllm_sources import Sources
+from scripts.vllm_sources import installed
 
 
 def test_register_is_fresh() -> None:
@@ -54,7 +51,7 @@ def test_notes_are_found_in_docstrings_and_comments() -> None:
     assert [seam.remove_when for seam in found] == ["it is there", "never", "x"]
 
 
-INSTALLED = Sources(Path(str(distribution("torch").locate_file(""))))
+INSTALLED = installed()
 
 
 def test_symbols_exist_in_the_installed_vllm() -> None:

@@ -3,16 +3,15 @@
 
 import ast
 from collections.abc import Iterator
-from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
 from scripts.seams import ROOT
-from scripts.vllm_sources import Sources, Symbol
+from scripts.vllm_sources import Symbol, installed
 
 STUBS = ROOT / "stubs"
-INSTALLED = Sources(Path(str(distribution("torch").locate_file(""))))
+INSTALLED = installed()
 KINDS = ("property", "classmethod", "staticmethod", "overload")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

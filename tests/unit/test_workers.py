@@ -14,6 +14,10 @@ import pytest
 from tests import isolated
 from tests.programs import ROOT
 
+# Plugins that these runs don't need take seconds to import.
+_PYTEST = [sys.executable, "-m", "pytest", "-p", "xdist.plugin", "-q"]
+_ALONE = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
+
 _ENDED = """
 import os
 
@@ -26,9 +30,9 @@ def test_after(): pass
 def test_a_dead_worker_is_one_failed_test(tmp_path: Path) -> None:
     (tmp_path / "test_deadly.py").write_text(_ENDED)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "1", "-p", "tests.workers", "-q", str(tmp_path)],
+        [*_PYTEST, "-n", "1", "-p", "tests.workers", str(tmp_path)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=_ALONE,
         capture_output=True,
         text=True,
     )
@@ -53,8 +57,8 @@ def test_together(number):
 def test_a_group_stays_on_one_worker(tmp_path: Path) -> None:
     """Else each worker starts every engine."""
     (tmp_path / "test_grouped.py").write_text(_GROUPED)
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-q"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    command = [*_PYTEST, "-n", "2", "--dist", "loadgroup"]
+    subprocess.run(command, cwd=tmp_path, env=_ALONE, check=True, capture_output=True)
     workers = (tmp_path / "workers").read_text().split()
     assert (len(workers), len(set(workers))) == (20, 1)
 
