@@ -27,8 +27,9 @@ _CONNECTION = frozenset({b"connection", b"proxy-connection"})
 class BoundedHttp(HttpToolsProtocol):
     """uvicorn's protocol for one connection, with more limits, and without upgrades.
 
-    A request line with its headers may take `header_timeout` seconds: then 408. A connection on
-    which nothing comes is closed after `timeout_keep_alive` seconds, also before its first request.
+    A request line with its headers may take `header_timeout` seconds: then 408. A connection is
+    closed `timeout_keep_alive` seconds after it was made, or after its last answer, unless a new
+    request has begun. What is no HTTP gets 400, after the answers to the requests before it.
 
     * `uvicorn.protocols.http.httptools_impl.HttpToolsProtocol` (subclassed): uvicorn (0.54) has no
       limit for a request line, headers and trailers, and none for the number of requests that come
@@ -48,6 +49,8 @@ class BoundedHttp(HttpToolsProtocol):
     """Bytes since the parser last called one of the methods below."""
     _without_upgrade = False
     """Whether the parser has the head of a request again, whose upgrade was ignored."""
+    _last_words: tuple[int, str] | None = None
+    """Status and message that end the connection, when what is being answered is answered."""
 
     def __init__(self, *args: Any, header_timeout: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,7 +60,9 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called when a client has connected."""
         super().connection_made(transport)
-        self._close_if_idle()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -68,8 +73,11 @@ class BoundedHttp(HttpToolsProtocol):
     @override
     def data_received(self, data: bytes) -> None:
         """Take bytes from the client; too many of them get 400, and the connection ends."""
-        self._unset_keepalive_if_required()
         self._incomplete += len(data)
+        if self._last_words is not None:  # nothing after it can be understood
+            if self._incomplete > MAX_HEAD_BYTES:
+                self.transport.close()
+            return
         try:
             self._parse(data)
         except httptools.HttpParserError:
@@ -79,18 +87,37 @@ class BoundedHttp(HttpToolsProtocol):
             return
         if self._incomplete > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"The headers are larger than {MAX_HEAD_BYTES} bytes.")
-        if self._head_timer is None and not self._is_answering():
-            self._close_if_idle()  # only line ends came, or the rest of an unread body
 
     @override
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP request, and close the connection."""
-        self._send_error(400, msg)
+        self._stop_head_timer()
+        if self._is_answering() and self.cycle.more_body:  # it is the body of this request
+            if self.pipeline:
+                self.pipeline.popleft()
+            elif self.cycle.response_started:
+                self.cycle.keep_alive = False
+            else:
+                self._send_error(400, msg)
+                return
+        if self._is_answering():
+            self._last_words, self._incomplete = (400, msg), 0
+        else:
+            self._send_error(400, msg)
+
+    @override
+    def on_response_complete(self) -> None:
+        """Called at the end of an answer."""
+        queued = bool(self.pipeline)
+        super().on_response_complete()
+        if self._last_words is not None and not queued and not self.transport.is_closing():
+            self._send_error(*self._last_words)
 
     @override
     def on_message_begin(self) -> None:
         """Called by the parser at the first byte of a request."""
         super().on_message_begin()
+        self._unset_keepalive_if_required()
         if self._head_timer is None:
             self._start_head_timer()
 
@@ -108,6 +135,7 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many requests at once")
         self._incomplete = 0
+        self._unset_keepalive_if_required()  # an answer may have ended since the head's first byte
         super().on_headers_complete()
 
     @override
@@ -126,13 +154,6 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
-
-    def _close_if_idle(self) -> None:
-        self._unset_keepalive_if_required()
-        if not self.transport.is_closing():
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
 
     def _start_head_timer(self) -> None:
         self._head_timer = self.loop.call_later(self._header_timeout, self._head_is_late)

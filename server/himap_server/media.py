@@ -14,7 +14,6 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from himap_vllm.vllm_versions import MM_PARSER_MAP, TEXT_PART_TYPES
@@ -39,8 +38,9 @@ _MAY_HOLD_TEXT = (str, list, dict)
 # Sampling parameters: their text never becomes part of a prompt.
 _NO_PROMPT = frozenset({"stop", "bad_words"})
 
-# vLLM's validation and chat templates take up to a millisecond for each part, on the event loop.
+# vLLM's validation and chat templates take up to a millisecond for each, on the event loop.
 _MAX_PARTS = 4096
+_LISTS = ("messages", "input", "tools")
 
 
 class MediaCheck:
@@ -82,14 +82,8 @@ class MediaCheck:
             self._store.remove(held)
 
     async def _check(self, body: Any, record: RequestRecord, held: list[str]) -> None:
-        parts = list(islice(_parts(body), _MAX_PARTS + 1))
-        if len(parts) > _MAX_PARTS:
-            raise GatewayError(
-                400,
-                f"more than {_MAX_PARTS} messages and content parts",
-                reason=Reason.PARTS,
-                param="messages" if "messages" in body else "input",
-            )
+        _check_number(body)
+        parts = list(_parts(body))
         images = [(path, part) for path, part in parts if _is_image(path, part)]
         record.images = len(images)
         if len(images) > self._max_images:
@@ -208,6 +202,20 @@ class _Budget:
     def _refusal(self, status: int, reason: Reason, limit: str, param: str) -> GatewayError:
         text = f"the images of this request have more than {limit} together"
         return GatewayError(status, text, reason=reason, param=param)
+
+
+def _check_number(body: Any) -> None:
+    """Raise a GatewayError for too many messages, content parts, tools and calls of any type."""
+    number = 0
+    for field in _LISTS:
+        items = body.get(field) if isinstance(body, dict) else None
+        for item in items if isinstance(items, list) else ():
+            number += 1
+            if isinstance(item, dict):
+                number += sum(len(value) for value in item.values() if isinstance(value, list))
+            if number > _MAX_PARTS:
+                text = f"more than {_MAX_PARTS} messages, content parts and tools"
+                raise GatewayError(400, text, reason=Reason.PARTS, param=field)
 
 
 def _parts(body: Any) -> Iterator[tuple[str, dict[str, Any]]]:

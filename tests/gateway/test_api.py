@@ -266,7 +266,5 @@ def test_metrics(server: Server) -> None:
 
 
 def test_a_body_of_too_many_values(server: Server) -> None:
-    status, _, answer = post(
-        server, "/v1/completions", {"model": "tiny", "prompt": [1] * 1_000_002}
-    )
-    assert (status, "1000000 values" in answer["error"]["message"]) == (413, True)
+    status, _, answer = post(server, "/v1/completions", {"model": "tiny", "prompt": [1] * 300_002})
+    assert (status, "300000 values" in answer["error"]["message"]) == (413, True)

@@ -17,7 +17,8 @@ from himap_server.checked_images import ImageStore
 from himap_server.errors import GatewayError
 from himap_server.media import MediaCheck
 from himap_server.record import RequestRecord
-from himap_server.routes.body import _checked, _load
+from himap_server.routes.body import _checked, _load, _validated
+from himap_server.schemas import ChatRequest
 from himap_server.security.images import ImageLimits
 
 from tests.unit.image_files import encode
@@ -73,6 +74,58 @@ def test_refusals_of_bodies_of_any_size(size: int) -> None:
     raw = b'{"messages": "' + b"a" * size + b'", "x": NaN}'
     with pytest.raises(GatewayError, match="NaN is not JSON"):
         asyncio.run(take(raw, media_check()))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [1] * 5000},
+        {"messages": [{"role": "user", "content": [1] * 5000}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{}] * 5000}]},
+        {"tools": [{}] * 5000},
+        {"input": [{"role": "user", "content": ["a"] * 5000}]},
+    ],
+    ids=["messages", "content", "calls", "tools", "input"],
+)
+def test_items_of_any_type_are_counted(body: Any) -> None:
+    with pytest.raises(GatewayError, match="more than 4096") as error:
+        asyncio.run(take(json.dumps(body).encode(), media_check()))
+    assert (error.value.status_code, error.value.param) == (400, next(iter(body)))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[True] * 5000, [1] * 5000 + ["a"], [[1], [1] * 5000 + [True]], [None] * 5000],
+    ids=["booleans", "mixed", "nested", "nulls"],
+)
+def test_long_prompts_have_items_of_one_type(prompt: Any) -> None:
+    with pytest.raises(GatewayError, match="prompt must be") as error:
+        _load(json.dumps({"prompt": prompt}).encode())
+    assert (error.value.status_code, error.value.param) == (400, "prompt")
+
+
+def test_too_many_values_are_not_parsed() -> None:
+    with pytest.raises(GatewayError, match="more than 300000 values") as error:
+        _load(json.dumps({"prompt": [1] * 300_002}).encode())
+    assert error.value.status_code == 413
+
+
+def test_large_bodies_are_validated_off_the_loop() -> None:
+    message = {"role": "user", "content": "a"}
+    body = {"messages": [message], "logit_bias": {str(n): 1 for n in range(100_000)}}
+    raw = json.dumps(body).encode()
+
+    async def read() -> bytes:
+        return raw
+
+    async def scenario() -> float:
+        request: Any = SimpleNamespace(body=read)
+        begun = time.thread_time()
+        found: Any = await _validated(ChatRequest)(body, request)
+        assert len(found.logit_bias) == 100_000
+        return time.thread_time() - begun
+
+    assert asyncio.run(scenario()) < 0.01
 
 
 def test_a_large_integer_takes_no_memory_for_places() -> None:

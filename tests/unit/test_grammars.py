@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
 from himap_server.errors import GatewayError
-from himap_server.security.grammars import MAX_REPETITIONS, check_repetitions
+from himap_server.security.grammars import MAX_REPETITIONS, MAX_TEXT, check_repetitions
 
 
 def schema(**fields: Any) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def test_others_pass(body: Any) -> None:
     "text",
     [
         '{"maxItems": 1, "maxItems": 1000000000}',
-        '{"items":' * 100_000 + "1" + "}" * 100_000,
+        '{"items":' * 20_000 + "1" + "}" * 20_000,
         "start: %json {'minItems': 1}",
     ],
 )
@@ -149,12 +150,13 @@ def test_schemas_as_text_that_are_read_differently(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "{" + " " * 1_000_000,
-        "{ " * 500_000,
-        "{" + "1" * 1_000_000,
-        '"minItems"' + " " * 1_000_000,
-        '"minItems" :' * 80_000,
+        "{" + " " * 250_000,
+        "{ " * 125_000,
+        "{" + "1" * 250_000,
+        '"minItems"' + " " * 250_000,
+        '"minItems" :' * 20_000,
     ],
+    ids=range(5),
 )
 def test_the_search_itself_is_quick(text: str) -> None:
     """A backtracking search would take hours for the first."""
@@ -167,3 +169,21 @@ def test_deep_and_wide() -> None:
     for _ in range(500):
         node = {"x" * 1000: node}
     check_repetitions({"tools": node})
+
+
+@pytest.mark.parametrize("piece", ["{1}", "{", "~ 1", "a"])
+def test_a_text_of_megabytes_is_not_searched(piece: str) -> None:
+    text = piece * (2 * MAX_TEXT // len(piece))
+    with pytest.raises(GatewayError, match=f"of more than {MAX_TEXT} characters"):
+        check_repetitions({"structured_outputs": {"regex": text}})
+
+
+def test_a_search_ends_at_the_limit() -> None:
+    """A list of all repetitions would take a hundred bytes for each character."""
+    text = "{9}" * (MAX_TEXT // 3)
+    tracemalloc.start()
+    with pytest.raises(GatewayError, match="repetitions"):
+        check_repetitions({"structured_outputs": {"regex": text}})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < MAX_TEXT

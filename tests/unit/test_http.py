@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 import uvicorn
-from himap_server.http import BoundedHttp
+from himap_server.http import MAX_HEAD_BYTES, BoundedHttp
 
 HEADER_TIMEOUT = 0.4
 KEEP_ALIVE = 1
@@ -22,6 +22,10 @@ GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
+    if scope["path"] == "/unread":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+        return
     while (await receive()).get("more_body"):
         pass
     if scope["path"] == "/slow":
@@ -134,3 +138,35 @@ def test_connections_are_kept_for_that_long(port: int) -> None:
 )
 def test_what_is_no_http(port: int, start: bytes) -> None:
     assert_error(talk(port, start)[0], 400)
+
+
+SLOW = GET.replace(b"/ ", b"/slow ")
+POST = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("broken", [b"\0\r\n\r\n", POST + b"no length\r\n"], ids=["head", "body"])
+def test_what_is_no_http_waits_for_the_answers_before_it(port: int, broken: bytes) -> None:
+    received, _ = talk(port, SLOW + GET, 0.2, broken)
+    *answers, last = received.split(b"\r\n\r\nok")
+    assert len(answers) == 2
+    assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
+    assert_error(last, 400)
+
+
+def test_a_broken_body_is_refused_at_once(port: int) -> None:
+    assert_error(talk(port, POST, 0.1, b"no length\r\n")[0], 400)
+
+
+def test_what_follows_no_http_has_an_end(port: int) -> None:
+    endless: list[bytes | float] = [b"x" * MAX_HEAD_BYTES, 0.05] * 8
+    with pytest.raises(ConnectionError):  # closed while the client writes
+        talk(port, SLOW + b"\0\r\n\r\n", *endless)
+
+
+def test_an_unread_body_does_not_keep_a_connection(port: int) -> None:
+    head = b"POST /unread HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n"
+    trickle: list[bytes | float] = [b"x", 0.2] * (5 * KEEP_ALIVE + 10)
+    begun = time.monotonic()
+    with pytest.raises(ConnectionError):  # closed while the client writes
+        talk(port, head, *trickle)
+    assert time.monotonic() - begun > KEEP_ALIVE

@@ -138,6 +138,8 @@ async def _try(handler: Handler, body: Any, request: Request, record: RequestRec
         if UNDECODABLE in str(error):
             return _error(create_error_response(error), body)
         raise
+    if refusal is not None or record.failed_at_once:
+        await result.aclose()  # nobody will read the rest
     if refusal is not None:
         return _error(ErrorResponse.model_validate(refusal), body)
     events = _stream(opening, result, body, record)

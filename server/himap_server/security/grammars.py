@@ -22,6 +22,9 @@ from ..errors import GatewayError, Reason
 MAX_REPETITIONS = 100_000
 """Limit for each field that may hold grammars."""
 
+MAX_TEXT = 1 << 18
+"""Most characters of one text that is searched: single calls of the search hold the GIL."""
+
 # Fields of requests with schemas, regular expressions and grammars.
 _FIELDS = ("response_format", "structured_outputs", "tools", "text")
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
@@ -55,13 +58,19 @@ def _check(field: str, value: Any) -> None:
     while left:
         node, times, copies = left.pop()
         if isinstance(node, str):
+            if len(node) > MAX_TEXT:
+                text = f"{field} has a grammar, schema or text of more than {MAX_TEXT} characters"
+                raise _refusal(field, text)
             written_out += (copies - 1) * len(node)
             schema = _as_json(node, field)
             if schema is not None:
                 left.append((schema, times, copies))
             else:
                 left += [(schema, times, copies) for schema in _lark_schemas(node, field)]
-                repeated += times * sum(map(_times, _IN_TEXT.findall(node)))
+                for found in _IN_TEXT.finditer(node):
+                    repeated += times * _times(found.groups())
+                    if repeated > MAX_REPETITIONS:
+                        break
         elif isinstance(node, list):
             left += [(value, times, copies) for value in node]
         elif isinstance(node, dict):
@@ -96,7 +105,7 @@ def _length(data: str | list[Any]) -> int:
     return sum(len(text) if isinstance(text, str) else 8 for text in texts)
 
 
-def _times(numbers: tuple[str, ...]) -> float:
+def _times(numbers: tuple[str | None, ...]) -> float:
     # Count the digits first, because int() is slow for many.
     return max((int(n) if len(n) < 10 else 1e10) for n in numbers if n) if any(numbers) else 0
 
