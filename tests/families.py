@@ -164,14 +164,29 @@ def mrope(section: list[int], **more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "mrope_section": section, "rope_theta": 10000.0, **more}
 
 
-def qwen_images(patch_size: int) -> dict[str, Any]:
-    """Settings of an image processor: 4 to 36 image tokens."""
+def save_qwen(
+    path: Path,
+    config: hf.PreTrainedConfig,
+    processor: Callable[..., hf.ProcessorMixin],
+    video: Any,
+    *,
+    patch_size: int,
+) -> None:
+    """Save a checkpoint whose processor makes 4 to 36 tokens of an image."""
     side = 2 * patch_size
-    return {
-        "patch_size": patch_size,
-        "size": {"shortest_edge": 4 * side * side, "longest_edge": 36 * side * side},
+    images = hf.Qwen2VLImageProcessor(
+        patch_size=patch_size,
+        size={"shortest_edge": 4 * side * side, "longest_edge": 36 * side * side},
         **NORMALIZED,
-    }
+    )
+    tokenizer = make_tokenizer(QWEN)
+    made = processor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        video_processor=video,
+        chat_template=QWEN_TEMPLATE,
+    )
+    save(path, config, made, len(QWEN))
 
 
 def qwen2_vl(path: Path) -> None:
@@ -188,13 +203,7 @@ def qwen2_vl(path: Path) -> None:
         tie_word_embeddings=False,
         **QWEN_IDS,
     )
-    processor = hf.Qwen2VLProcessor(
-        image_processor=hf.Qwen2VLImageProcessor(**qwen_images(14)),
-        tokenizer=make_tokenizer(QWEN),
-        video_processor=hf.Qwen2VLVideoProcessor(),
-        chat_template=QWEN_TEMPLATE,
-    )
-    save(path, config, processor, len(QWEN))
+    save_qwen(path, config, hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor(), patch_size=14)
 
 
 def qwen2_5_vl(path: Path) -> None:
@@ -212,13 +221,7 @@ def qwen2_5_vl(path: Path) -> None:
         tie_word_embeddings=False,
         **QWEN_IDS,
     )
-    processor = hf.Qwen2_5_VLProcessor(
-        image_processor=hf.Qwen2VLImageProcessor(**qwen_images(14)),
-        tokenizer=make_tokenizer(QWEN),
-        video_processor=hf.Qwen2VLVideoProcessor(),
-        chat_template=QWEN_TEMPLATE,
-    )
-    save(path, config, processor, len(QWEN))
+    save_qwen(path, config, hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor(), patch_size=14)
 
 
 def qwen3_vl(path: Path) -> None:
@@ -237,13 +240,7 @@ def qwen3_vl(path: Path) -> None:
         tie_word_embeddings=False,
         **QWEN_IDS,
     )
-    processor = hf.Qwen3VLProcessor(
-        image_processor=hf.Qwen2VLImageProcessor(**qwen_images(16)),
-        tokenizer=make_tokenizer(QWEN),
-        video_processor=hf.Qwen3VLVideoProcessor(),
-        chat_template=QWEN_TEMPLATE,
-    )
-    save(path, config, processor, len(QWEN))
+    save_qwen(path, config, hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor(), patch_size=16)
 
 
 def internvl(path: Path, text: type[hf.PreTrainedConfig] = hf.Qwen2Config) -> None:
