@@ -14,8 +14,12 @@ from typing import Any, Literal, get_args
 from himap_vllm.plan.cuts import default_cuts
 from himap_vllm.plan.prompt import Ratios
 
-CriterionName = Literal["himap", "fastv", "random", "uniform", "diversity", "mixed"]
+CriterionName = Literal[
+    "himap", "fastv", "random", "uniform", "diversity", "mixed", "stratified", "debiased"
+]
 """What survivors may be chosen by; `himap_vllm.criteria` has them, and torch."""
+
+_READS_PRIOR: tuple[CriterionName, ...] = ("debiased",)
 
 ADDITIONAL_CONFIG_KEY = "himap"
 SHALLOW_ARG = "himap_shallow_ratio"
@@ -98,6 +102,8 @@ class EngineSettings:
             inspection (`himap_trace`); costs a copy to the host per pruned prompt.
         criterion: how survivors are chosen, a name in `himap_vllm.criteria`; "A+B" means A at the
             first cut and B at the second. All but "himap" are for research.
+        position_prior: the file of `himap calibrate` that criteria with a positional prior read.
+            None: `himap_prior.json` in the model's folder.
     """
 
     shallow_layer: int = 2
@@ -108,11 +114,18 @@ class EngineSettings:
     max_deep_ratio: float | None = None
     trace_requests: int = 0
     criterion: str = "himap"
+    position_prior: str | None = None
 
     @property
     def criteria(self) -> tuple[CriterionName, CriterionName]:
         """The criteria of the first and of the second cut."""
         return parse_criterion(self.criterion)
+
+    @property
+    def prior_layers(self) -> tuple[int, ...]:
+        """Layers before the cuts whose criterion reads a positional prior."""
+        cuts = zip((self.shallow_layer, self.deep_layer), self.criteria, strict=True)
+        return tuple(layer for layer, criterion in cuts if criterion in _READS_PRIOR)
 
     @classmethod
     def parse(cls, raw: Any, num_layers: int = 32, first_cut: int = 1) -> EngineSettings:
@@ -148,6 +161,11 @@ class EngineSettings:
         _check_int("shallow_layer", settings.shallow_layer, 1)
         _check_int("deep_layer", settings.deep_layer, 2)
         _check_int("trace_requests", settings.trace_requests, 0)
+        if not isinstance(settings.position_prior, str | None):
+            raise HiMAPError(
+                "position_prior",
+                f"position_prior must be the path of a file, got {settings.position_prior!r}",
+            )
         if settings.shallow_layer >= settings.deep_layer:
             raise HiMAPError(
                 "deep_layer",

@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
+from tests.oracle_criteria import between, rank
+
 
 @dataclass(frozen=True)
 class OracleResult:
@@ -110,6 +112,9 @@ class Oracle:
             raise ValueError(f"cuts {shallow_layer}, {deep_layer} do not fit the decoder")
         self.shallow_layer, self.deep_layer = shallow_layer, deep_layer
         self.criterion = criterion
+        self.prior: dict[str, list[float]] = {}  # by layer, as its file has it
+        self._inside: set[int] = set()  # places between the first and last token of an image
+        self._share: dict[int, float] = {}  # where an image token's middle lies in its image
         self.processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
         self.image_token: int = model.config.image_token_id
 
@@ -167,6 +172,8 @@ class Oracle:
     ) -> _Prefilled:
         """Run all layers on the prompt, and cut twice."""
         hidden, positions = start.hidden, start.positions
+        self._inside = {p for image in spans for p in range(image[0] + 1, image[-1])}
+        self._share = {p: (i + 0.5) / len(im) for im in spans for i, p in enumerate(im)}
         rows = torch.arange(len(ids))  # place in the prompt of each row of `hidden`
         kept, kept_shallow, margins = spans, spans, [math.inf]
         for index in range(len(self.decoder.layers)):
@@ -294,29 +301,20 @@ class Oracle:
         for place, image in enumerate(images):
             own_ratio = ratio if isinstance(ratio, int | float) else ratio[place]
             n = max(1, len(image) - math.floor(len(image) * own_ratio + 1e-6))
-            text = [p for p in range(image[-1], len(ids)) if ids[p] != self.image_token] or [last]
+            text = [p for p in range(image[-1], len(ids)) if ids[p] != self.image_token]
+            if criterion != "himap":
+                text = [p for p in text if p not in self._inside]
+            text = text or [last]
             one = criterion in ("fastv", "mixed")
-            voters = text[-1:] if one else image if deep else text
+            voters = text[-1:] if one else image if deep and criterion == "himap" else text
             columns = attention[:, [row_of[p] for p in image]]
             scores = columns[[row_of[p] for p in voters]].sum(dim=0)
             chance = torch.tensor([float(next(shuffled)) for _ in image])
-            close = math.inf  # smallest gap of a choice on the way
-            if criterion == "random":
-                scores = chance
-            elif criterion == "uniform":
-                scores = torch.zeros(len(image))
-                scores[[int((i + 0.5) * len(image) / n) for i in range(n)]] = 1.0
-            elif criterion in ("diversity", "mixed"):
-                order = scores.argsort(descending=True, stable=True).tolist()
-                first = order[: math.ceil(n / 2)] if criterion == "mixed" else []
-                if 0 < len(first) < len(order):
-                    close = float(scores[order[len(first) - 1]] - scores[order[len(first)]])
-                states = hidden[[row_of[p] for p in image]]
-                chosen, gap = _spread(states, n, first)
-                close = min(close, gap)
-                scores = torch.zeros(len(image))
-                for turn, i in enumerate(chosen):
-                    scores[i] = n - turn
+            states = hidden[[row_of[p] for p in image]]
+            if criterion == "debiased":
+                known = self.prior[str(self.deep_layer if deep else self.shallow_layer)]
+                scores = scores / torch.tensor([between(known, self._share[p]) for p in image])
+            scores, close = rank(criterion, scores, states, chance, n)
             if image[-1] == last:
                 scores[-1] = math.inf  # the next token is predicted from this row
             order = scores.argsort(descending=True, stable=True).tolist()
@@ -324,33 +322,11 @@ class Oracle:
             if n < len(image):
                 # Uniform places are not scored; equal scores are no close call.
                 gap = float(scores[order[n - 1]] - scores[order[n]])
-                margins.append(close if criterion == "uniform" else min(gap, close))
+                placed = criterion in ("uniform", "stratified")
+                margins.append(close if placed else min(gap, close))
         return kept, margins
 
     def _logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities [vocab] that follow the last row of `hidden`."""
         logits: torch.Tensor = self.model.lm_head(self.decoder.norm(hidden[0, -1]))
         return logits.float().log_softmax(dim=-1)
-
-
-def _spread(states: torch.Tensor, count: int, first: list[int]) -> tuple[list[int], float]:
-    """Greedy max-min: `count` indices into `states` [n, hidden], those of `first` at the front.
-
-    Return them in the order of their choice, and the smallest gap that a choice was made by.
-    """
-    offset = states - states.mean(dim=0, keepdim=True)
-    offset = offset / offset.norm(dim=1, keepdim=True)
-    apart = [[1.0 - float(a @ b) for b in offset] for a in offset]
-    chosen, closest = list(first), math.inf
-    while len(chosen) < count:
-        # How far each candidate is from what it is compared with: the chosen, or all others.
-        reach = {
-            i: min(row[j] for j in (chosen or range(len(row))) if j != i)
-            for i, row in enumerate(apart)
-            if i not in chosen and len(row) > 1
-        } or {0: 0.0}
-        ranked = sorted(reach, key=lambda i: (-reach[i], i))
-        if len(ranked) > 1:
-            closest = min(closest, reach[ranked[0]] - reach[ranked[1]])
-        chosen.append(ranked[0])
-    return chosen, closest

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from transformers import AutoConfig
 
+from himap_vllm.plan.prior import PositionPrior, describe_model
 from tests import interpreter
 from tests.checkpoints import build_llava
 from tests.engines import DEEP_LAYER, SHALLOW_LAYER, Case, Engine
@@ -57,11 +61,26 @@ class World:
             "trace_requests": 64,
             **(himap or {}),
         }
+        if "debiased" in str(settings.get("criterion")):
+            settings["position_prior"] = str(self.prior(shape))
         return self._engine(shape, settings, options)
 
     def stock(self, shape: str = "mha12", **options: Any) -> Engine:
         """The same engine without pruning."""
         return self._engine(shape, None, options)
+
+    def prior(self, shape: str) -> Path:
+        """A positional prior of other sizes than the images, for the cuts of the tests."""
+        path = self.checkpoint(shape) / "prior.json"
+        if not path.exists():
+            config = AutoConfig.from_pretrained(path.parent).get_text_config()
+            draws = np.random.default_rng(0)
+            layers = {
+                layer: draws.uniform(0.25, 4, size).astype(np.float32)
+                for layer, size in ((SHALLOW_LAYER, 20), (DEEP_LAYER, 36))
+            }
+            PositionPrior(describe_model(config), layers).write(path)
+        return path
 
     def _engine(self, shape: str, himap: dict[str, Any] | None, options: dict[str, Any]) -> Engine:
         compiled = options.pop("compiled", False)
@@ -88,6 +107,8 @@ class World:
             self._cases.append(case)
             oracle = self._oracles[shape]
             oracle.criterion = criterion
+            if "debiased" in criterion:
+                oracle.prior = json.loads(self.prior(shape).read_text())["layers"]
             self._answers[key] = oracle.generate(
                 case.prompt, case.images, shallow, deep, case.max_tokens
             )

@@ -10,16 +10,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from himap_vllm.criteria.criterion import Criterion
+from himap_vllm.criteria.debiased import DEBIASED
 from himap_vllm.criteria.diversity import DIVERSITY
 from himap_vllm.criteria.fastv import FASTV
 from himap_vllm.criteria.himap import HIMAP
 from himap_vllm.criteria.mixed import MIXED
 from himap_vllm.criteria.random import RANDOM
+from himap_vllm.criteria.stratified import STRATIFIED
 from himap_vllm.criteria.uniform import UNIFORM
 
 if TYPE_CHECKING:
     from himap_vllm.config import CriterionName
 
 CRITERIA: dict[CriterionName, Criterion] = {
-    criterion.name: criterion for criterion in (HIMAP, FASTV, RANDOM, UNIFORM, DIVERSITY, MIXED)
+    criterion.name: criterion
+    for criterion in (HIMAP, FASTV, RANDOM, UNIFORM, DIVERSITY, MIXED, STRATIFIED, DEBIASED)
 }

@@ -28,6 +28,8 @@ class Candidates:
             if the criterion has no `select_voters`.
         states: [num flat images, hidden_size] float32, the residual stream. None if the criterion
             does not need it.
+        prior: [num flat images] float32, the attention that a token gets for its place alone,
+            relative to the mean. None if the criterion does not need it.
     """
 
     cut: Cut
@@ -35,6 +37,7 @@ class Candidates:
     device: torch.device
     attention: torch.Tensor | None
     states: torch.Tensor | None
+    prior: torch.Tensor | None = None
 
     @property
     def images(self) -> Iterator[tuple[slice, int]]:
@@ -57,6 +60,7 @@ class Criterion:
         select_voters: takes the cuts with HiMAP's voters and returns them with the voters whose
             attention is summed. None: no attention is computed.
         needs_hidden_states: whether `score` needs `Candidates.states`.
+        needs_prior: whether `score` needs `Candidates.prior`.
         seeded: whether `score` needs `PrunedRequest.seed`.
     """
 
@@ -64,6 +68,7 @@ class Criterion:
     score: Callable[[Candidates], torch.Tensor]
     select_voters: Callable[[Cuts], Cuts] | None = None
     needs_hidden_states: bool = False
+    needs_prior: bool = False
     seeded: bool = False
 
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import vllm.envs as envs
 from vllm.config import ModelConfig, VllmConfig
@@ -19,6 +20,7 @@ from himap_vllm.config import (
 from himap_vllm.frontend.features import check_features
 from himap_vllm.model.families import ADDING_A_MODEL, FAMILIES, REFUSED, Family
 from himap_vllm.plan.cuts import TOLERATED_WASTE, better_cuts, wasted_share
+from himap_vllm.plan.prior import FILE_NAME, PositionPrior, PriorError, describe_model
 
 logger = init_logger("vllm.himap")
 
@@ -151,4 +153,28 @@ def _settings(vllm_config: VllmConfig, family: Family) -> EngineSettings:
             100 * wasted,
             ", ".join(str(better) for better in better_cuts(*cuts, num_layers, first_cut)),
         )
-    return settings
+    return _with_prior(settings, model_config)
+
+
+def _with_prior(settings: EngineSettings, model_config: ModelConfig) -> EngineSettings:
+    """The settings with the full path of the positional prior, if a criterion needs it.
+
+    Raises:
+        HiMAPError: there is none, or it is of another model or of other layers.
+    """
+    layers = settings.prior_layers
+    if not layers:
+        return settings
+    path = Path(settings.position_prior or Path(model_config.model) / FILE_NAME)
+    if not path.is_file():
+        raise HiMAPError(
+            "position_prior",
+            f"criterion {settings.criterion} needs position_prior, a file of `himap calibrate`: "
+            f"{path} is no file",
+        )
+    try:
+        prior = PositionPrior.read(path)
+        prior.check(describe_model(model_config.hf_text_config), layers)
+    except PriorError as error:
+        raise HiMAPError("position_prior", f"position_prior {path}: {error}") from error
+    return replace(settings, position_prior=str(path.resolve()))

@@ -15,6 +15,7 @@ from himap_vllm.model.attention import install_stage, install_votes
 from himap_vllm.model.decoder import install_segments
 from himap_vllm.model.families import FAMILIES
 from himap_vllm.pruning.context import Heads, PruningContext
+from himap_vllm.pruning.prior import PriorTable
 
 
 def install(model: nn.Module, vllm_config: VllmConfig) -> PruningContext:
@@ -27,7 +28,8 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> PruningContext:
     first = attentions[0]
     heads = Heads(first.num_heads, first.num_kv_heads, first.head_size)
     shallow, deep = settings.criteria
-    context = PruningContext(settings, heads, (CRITERIA[shallow], CRITERIA[deep]))
+    criteria = CRITERIA[shallow], CRITERIA[deep]
+    context = PruningContext(settings, heads, criteria, PriorTable.load(settings))
     votes = [criterion.select_voters is not None for criterion in context.criteria]
     for index, attention in enumerate(attentions):
         stage = int(index >= settings.shallow_layer) + int(index >= settings.deep_layer)

@@ -17,6 +17,7 @@ from himap_vllm.criteria.criterion import Criteria
 from himap_vllm.plan.prompt import NUM_STAGES
 from himap_vllm.plan.step import StageBatch, StepPlan
 from himap_vllm.pruning.live_requests import LiveRequests
+from himap_vllm.pruning.prior import PriorTable
 from himap_vllm.pruning.stage_metadata import StageAttentionMetadata
 from himap_vllm.pruning.stats import PruningStats
 from himap_vllm.pruning.step import PruningStep
@@ -40,6 +41,7 @@ class PruningContext:
         settings: the engine's.
         heads: of the decoder's attention, on this rank.
         criteria: of both cuts.
+        prior: the positional prior, if a criterion needs it.
         stats: the counters.
         requests: live requests and their plans.
         traces: what survived of the latest pruned prompts.
@@ -53,6 +55,7 @@ class PruningContext:
     settings: EngineSettings
     heads: Heads
     criteria: Criteria
+    prior: PriorTable | None = None
     stats: PruningStats = field(init=False)
     requests: LiveRequests = field(init=False)
     traces: TraceLog = field(init=False)
@@ -82,7 +85,7 @@ class PruningContext:
         """
         self.stage_metadata = [None, *later]
         if plan.prunes:
-            self.step = PruningStep(plan, device, self.criteria, graph_sizes)
+            self.step = PruningStep(plan, device, self.criteria, graph_sizes, self.prior)
 
     def end_step(self) -> None:
         """Forget the running step."""

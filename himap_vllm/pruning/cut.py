@@ -75,6 +75,8 @@ class PruningCut:
     Attributes:
         image_tokens: [num flat images] rows of the image tokens, in the step before the cut. Those
             of the second cut are known once the first has chosen.
+        attention: [num flat images] as `Candidates` has it; known once the layer before has run.
+        prior: [num flat images] as `Candidates` has it.
         survivors: rows that go on, in the step before the cut, ascending; known once it has chosen.
         seconds: host time spent here so far.
     """
@@ -103,12 +105,13 @@ class PruningCut:
         """
         self.cut = cut
         self.tensors = tensors
+        self.prior: torch.Tensor | None = None
         self.seconds = 0.0
         self._index = index
         self._num_tokens = num_tokens
         self._cached = cached
         self._criterion = criterion
-        self._attention: torch.Tensor | None = None  # as `Candidates` has it
+        self.attention: torch.Tensor | None = None
 
     def score(
         self, query: torch.Tensor, key: torch.Tensor, scale: float, cached_keys: CachedKeys
@@ -144,7 +147,7 @@ class PruningCut:
             # all-reduce may add in another order on each rank (vLLM's on CPU does), and rounding
             # would then decide close calls differently.
             scores = tensor_model_parallel_all_gather(scores[None], dim=0).sum(0)
-        self._attention = scores
+        self.attention = scores
 
     def choose(self, *stream: torch.Tensor) -> torch.Tensor:
         """Choose the rows that survive, among the step's rows before the cut.
@@ -169,7 +172,6 @@ class PruningCut:
             self.tensors.protected,
             self.cut.num_tokens,
         )
-        self._attention = None
         self.seconds += time.perf_counter() - began
         return self.survivors
 
@@ -182,10 +184,15 @@ class PruningCut:
         self.seconds += time.perf_counter() - began
         return left
 
+    def values_left(self, values: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """Those of `values` [num flat images] whose image tokens are left (`image_tokens_left`)."""
+        by_row = values.new_empty(self._num_tokens).index_copy_(0, self.image_tokens, values)
+        return by_row[self.survivors[left]]
+
     def _candidates(self, stream: Sequence[torch.Tensor]) -> Candidates:
         criterion = self._criterion
         if criterion.select_voters is not None:
-            assert self._attention is not None, "the layer before the cut has not run"
+            assert self.attention is not None, "the layer before the cut has not run"
         states = None
         if criterion.needs_hidden_states:
             own = [part.index_select(0, self.image_tokens).float() for part in stream]
@@ -194,6 +201,7 @@ class PruningCut:
             cut=self.cut,
             index=self._index,
             device=self.image_tokens.device,
-            attention=self._attention,
+            attention=self.attention,
             states=states,
+            prior=self.prior,
         )

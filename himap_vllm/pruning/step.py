@@ -16,6 +16,7 @@ from himap_vllm.kernels.upload import upload
 from himap_vllm.plan.prompt import NUM_STAGES
 from himap_vllm.plan.step import StepPlan
 from himap_vllm.pruning.cut import CutTensors, PruningCut
+from himap_vllm.pruning.prior import PriorTable
 
 
 class PruningStep:
@@ -36,6 +37,7 @@ class PruningStep:
         device: torch.device,
         criteria: Criteria = (HIMAP, HIMAP),
         graph_sizes: Sequence[int | None] = (None,) * NUM_STAGES,
+        prior: PriorTable | None = None,
     ) -> None:
         assert plan.cuts is not None
         cuts = with_voters(plan.cuts, criteria)
@@ -67,6 +69,14 @@ class PruningStep:
             for index, (cut, work) in enumerate(zip(cuts, tiles, strict=True))
         )
         self.cuts[0].image_tokens = image_tokens
+        self._deep_prior: torch.Tensor | None = None
+        if prior is not None:
+            counts = [
+                vote.tokens.stop - vote.tokens.start
+                for request in first.requests
+                for vote in request.votes
+            ]
+            self.cuts[0].prior, self._deep_prior = prior.of(counts, device)
         self._built_seconds = time.perf_counter() - began
 
     @property
@@ -78,5 +88,8 @@ class PruningStep:
         """Rows that survive cut `index`; see `PruningCut.choose`."""
         rows = self.cuts[index].choose(*stream)
         if index == 0:
-            self.cuts[1].image_tokens = self.cuts[0].image_tokens_left()
+            left = self.cuts[0].image_tokens_left()
+            self.cuts[1].image_tokens = left
+            if self._deep_prior is not None:
+                self.cuts[1].prior = self.cuts[0].values_left(self._deep_prior, left)
         return rows

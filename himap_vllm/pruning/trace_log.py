@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The positions of the image tokens that survived in the latest pruned prompts."""
+"""What survived in the latest pruned prompts, and the attention that it was chosen by."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ Trace = dict[str, list[list[int]]]
 """Surviving prompt positions per image: {"shallow": [[...], ...], "deep": [[...], ...]}."""
 
 
+Attention = dict[str, list[list[float]]]
+"""Sums of attention per image, of each of its tokens that came to the cut; keys as in `Trace`."""
+
+
 class TraceLog:
     """The traces of the latest `size` pruned prompts. A size of 0 keeps none and costs nothing.
 
@@ -25,16 +29,16 @@ class TraceLog:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._traces: OrderedDict[str, Trace] = OrderedDict()
+        self._traces: OrderedDict[str, tuple[Trace, Attention]] = OrderedDict()
 
-    def find(self, request_id: str) -> Trace | None:
-        """The trace of a request, if it is known.
+    def find(self, request_id: str) -> tuple[Trace, Attention] | None:
+        """The trace of a request and its image tokens' attention, if it is known.
 
         vLLM adds a random suffix to request ids. `request_id` may be given without it.
         """
-        for known, trace in reversed(self._traces.items()):
+        for known, found in reversed(self._traces.items()):
             if known == request_id or known.rpartition("-")[0] == request_id:
-                return dict(trace)
+                return found
         return None
 
     def on_pruned(self, request_id: str, plan: PromptPlan, step: PruningStep, row: int) -> None:
@@ -61,6 +65,19 @@ class TraceLog:
                 [p for run in image.runs for p in range(*run) if p in alive]
                 for image in plan.images
             ]
-        self._traces[request_id] = trace
+        self._traces[request_id] = trace, _attention(step, row)
         while len(self._traces) > self._size:
             self._traces.popitem(last=False)
+
+
+def _attention(step: PruningStep, row: int) -> Attention:
+    """The attention of a prompt's image tokens, at cuts whose criterion has voters."""
+    found: Attention = {}
+    for name, cut in zip(("shallow", "deep"), step.cuts, strict=True):
+        if cut.attention is None:
+            continue
+        (request,) = (request for request in cut.cut.requests if request.request == row)
+        with gpu_sync_allowed():
+            own = cut.attention[request.image_tokens].tolist()
+        found[name] = [own[vote.tokens] for vote in request.votes]
+    return found

@@ -33,7 +33,7 @@ def warm_up(
     plan = make_plan(NUM_TOKENS, [ImageTokens(((16, 48),))], Ratios(0.5, 0.5))
     for num_computed in (0, 16):
         step_plan = plan_step([num_computed], [NUM_TOKENS - num_computed], [plan])
-        step = PruningStep(step_plan, device, context.criteria)
+        step = PruningStep(step_plan, device, context.criteria, prior=context.prior)
         positions = prompt_positions
         for cut in range(2):
             num_tokens = step.plan.stages[cut].num_tokens

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from himap_vllm.pruning.context import PruningContext
-from himap_vllm.pruning.trace_log import Trace
+from himap_vllm.pruning.trace_log import Attention, Trace
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase as _Base
@@ -55,4 +55,10 @@ class PruningWorkerMixin(_Base):
 
         Known for the latest `trace_requests` pruned prompts.
         """
-        return self._himap.traces.find(request_id)
+        found = self._himap.traces.find(request_id)
+        return found and found[0]
+
+    def himap_attention(self, request_id: str) -> Attention | None:
+        """Return the attention that the same prompt's image tokens got from the rows that vote."""
+        found = self._himap.traces.find(request_id)
+        return found and found[1]

@@ -13,6 +13,7 @@ usage: himap serve [MODEL] [any vllm serve flag]   serve a model with an OpenAI 
        himap demo                                 ask that model about pictures, pruned and not
        himap eval                                 measure a served model's accuracy, pruned and not
        himap sweep [MODEL]                        find where to prune, and how much
+       himap calibrate [MODEL]                    measure the positional prior of its attention
        himap key NAME                             make an API key
 Every command takes --help.
 """
@@ -45,6 +46,12 @@ def _sweep(argv: list[str]) -> int:
     return int(main(argv))
 
 
+def _calibrate(argv: list[str]) -> int:
+    from himap_eval.calibrate import main
+
+    return int(main(argv))
+
+
 def _key(argv: list[str]) -> int:
     from .security.keys import make_key
 
@@ -65,6 +72,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "eval": _eval,
     "sweep": _sweep,
+    "calibrate": _calibrate,
     "key": _key,
 }
 

@@ -30,6 +30,25 @@ def configure(checkpoint: Path, himap: Any, **options: Any) -> Any:
     return args.create_engine_config()
 
 
+def test_a_criterion_that_needs_a_positional_prior(world: World, tmp_path: Path) -> None:
+    checkpoint, prior = world.checkpoint("mha12"), world.prior("mha12")
+    himap = {"criterion": "uniform+debiased", "shallow_layer": 2, "deep_layer": 8}
+    with pytest.raises(ValueError, match=r"needs position_prior, .*himap_prior.json is no file"):
+        configure(checkpoint, himap)
+    with pytest.raises(ValueError, match=r"has layers \[2, 8\], the cuts follow \[9\]"):
+        configure(checkpoint, {**himap, "position_prior": str(prior), "deep_layer": 9})
+    with pytest.raises(ValueError, match=r"position_prior .*README.md: it can't be read"):
+        configure(checkpoint, {**himap, "position_prior": "README.md"})
+    config = configure(checkpoint, {**himap, "position_prior": str(prior)})
+    assert config.additional_config["himap"]["position_prior"] == str(prior)
+    # Without a name, the file in the model's folder.
+    (tmp_path / "model").mkdir()
+    for file in checkpoint.iterdir():
+        (tmp_path / "model" / file.name).symlink_to(file)
+    (tmp_path / "model" / "himap_prior.json").symlink_to(prior)
+    configure(tmp_path / "model", himap)
+
+
 def altered(checkpoint: Path, target: Path, **changes: Any) -> Path:
     """A copy of a checkpoint's configuration files with other entries in config.json."""
     target.mkdir()
