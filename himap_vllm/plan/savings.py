@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from himap_vllm.plan.prompt import NUM_STAGES, PromptPlan
 
@@ -34,10 +35,20 @@ class DecoderShape:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageSavings:
+    """The tokens of one image; names as in `PromptSavings`."""
+
+    image_tokens: int
+    kept_shallow: int
+    kept_deep: int
+
+
+@dataclass(frozen=True, slots=True)
 class PromptSavings:
     """The cost of a prompt with and without pruning. Several prompts add up.
 
     Attributes:
+        images: each image that has tokens, in prompt order.
         image_tokens: image tokens of the prompt.
         kept_shallow: of these, alive after the first cut.
         kept_deep: of these, alive after the second cut.
@@ -48,6 +59,7 @@ class PromptSavings:
         prefill_flops_unpruned: the same without pruning.
     """
 
+    images: tuple[ImageSavings, ...]
     image_tokens: int
     kept_shallow: int
     kept_deep: int
@@ -58,12 +70,13 @@ class PromptSavings:
 
     def __add__(self, other: PromptSavings) -> PromptSavings:
         """Both together."""
-        sums = (mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
-        return PromptSavings(*sums)
+        names = [field.name for field in fields(self)]
+        return PromptSavings(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
-    def as_usage(self) -> dict[str, int | float]:
-        """The `himap` object in the usage of an answer."""
-        usage: dict[str, int | float] = asdict(self)
+    def as_usage(self) -> dict[str, Any]:
+        """The `himap` object in the usage of an answer, without what is said of each image."""
+        usage = asdict(self)
+        del usage["images"]
         usage["prefill_flops_ratio"] = usage.pop("prefill_flops") / usage.pop(
             "prefill_flops_unpruned"
         )
@@ -72,16 +85,27 @@ class PromptSavings:
 
 def prompt_savings(
     num_prompt_tokens: int,
-    num_image_tokens: int,
+    image_tokens: Sequence[int],
     plan: PromptPlan | None,
     stage_layers: Sequence[int],
     shape: DecoderShape,
 ) -> PromptSavings:
-    """The numbers of one prompt with images; `plan` None: it ran unpruned."""
+    """The numbers of one prompt with images.
+
+    Args:
+        num_prompt_tokens: text and image tokens.
+        image_tokens: of each image that has any.
+        plan: None: it ran unpruned.
+        stage_layers: decoder layers of each stage.
+        shape: of the decoder.
+    """
+    counts = [(count,) * NUM_STAGES for count in image_tokens] if plan is None else plan.counts
     removed = (0,) * NUM_STAGES if plan is None else plan.removed
     tokens = [num_prompt_tokens - gone for gone in removed]
     num_layers = sum(stage_layers)
+    num_image_tokens = sum(image_tokens)
     return PromptSavings(
+        images=tuple(ImageSavings(*tokens) for tokens in counts),
         image_tokens=num_image_tokens,
         kept_shallow=num_image_tokens - removed[1],
         kept_deep=num_image_tokens - removed[2],

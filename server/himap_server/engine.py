@@ -94,7 +94,8 @@ async def run_engine(
         assert admission is not None
         admission.second_step = PromptObserver(config, pruning, settings.max_prompt_tokens).observe
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
-        gateway.loaded = ServedModel.from_vllm(app.state, PruningPolicy(pruning))
+        policy = PruningPolicy(pruning, settings.low_detail)
+        gateway.loaded = ServedModel.from_vllm(app.state, policy)
         await warm_up(engine)
         app.openapi()  # takes seconds the first time: do it before requests come
         freeze_gc_heap()

@@ -22,7 +22,7 @@ from .checked_images import ImageStore
 from .errors import GatewayError, Reason
 from .offload import off_the_loop
 from .places import Place, path_of
-from .record import RequestRecord
+from .record import DETAILS, Detail, RequestRecord
 from .reduction import Reduction
 from .security.fetch import ImageFetcher
 from .security.images import ImageLimits, check_image, decode_data_url
@@ -93,6 +93,7 @@ class MediaCheck:
                 reason=Reason.IMAGE_COUNT,
                 param=images[self._max_images][0],
             )
+        record.details = [_detail(path, part) for path, part in images]
         self._check_text(body, {id(part) for _, part in images})
         fetches = any(not _is_data_url(_url(part)) for _, part in images)
         begun = record.elapsed
@@ -138,7 +139,8 @@ class MediaCheck:
         stored = self._store.add(checked.data, factor)
         held.append(stored)
         kind = part.get("type")
-        if kind == "input_image" and part.get("detail") is None:
+        part.pop("detail", None)  # vLLM would warn that it makes nothing of it
+        if kind == "input_image":
             part["detail"] = "auto"  # OpenAI's default; vLLM (0.32) has none
         # Clients send a string for an object, and an object for a string.
         as_object = kind == "image_url" or (
@@ -260,6 +262,30 @@ def _is_image(path: str, part: dict[str, Any]) -> bool:
             400, "uuid is not supported for images", reason=Reason.MEDIA, param=f"{path}.uuid"
         )
     return True
+
+
+def _detail(path: str, part: dict[str, Any]) -> Detail:
+    """How carefully the model is to look at an image; `auto` if the client does not say.
+
+    Raises:
+        GatewayError: HTTP 400.
+    """
+    image = part.get("image_url")
+    if isinstance(image, dict) and image.get("detail") is not None:
+        path, part = f"{path}.image_url", image
+    detail = part.get("detail")
+    if detail is None:
+        return "auto"
+    if detail not in DETAILS:
+        *others, last = DETAILS
+        raise GatewayError(
+            400,
+            f"{path}.detail must be {', '.join(others)} or {last}",
+            reason=Reason.INVALID,
+            param=f"{path}.detail",
+        )
+    found: Detail = detail
+    return found
 
 
 def _url(part: dict[str, Any]) -> Any:

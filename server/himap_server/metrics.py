@@ -8,6 +8,7 @@ Queries compute ratios from two counters. Labels have few values: declared route
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -78,6 +79,17 @@ _DECODE = Histogram(
     buckets=TIME_TO_FIRST_TOKEN_BUCKETS,
 )
 _IMAGES = Counter("himap_images", "images in requests that reached the engine", _BY_MODEL)
+_DETAIL_IMAGES = Counter(
+    "himap_detail_images", "the same by the detail that was asked for", [*_BY_MODEL, "detail"]
+)
+_DETAIL_TOKENS = Counter(
+    "himap_detail_image_tokens",
+    "image tokens by the detail that was asked for, as each stage computes them",
+    [*_BY_MODEL, "detail", "stage"],
+)
+_PROMPT_TOKENS = Counter(
+    "himap_prompt_tokens", "tokens of prompts that were answered, by kind", [*_BY_MODEL, "kind"]
+)
 _SAVINGS = {
     "kv_tokens": Counter(
         "himap_prompt_kv_tokens", "KV entries of prompts with images, over layers", _BY_MODEL
@@ -163,6 +175,14 @@ class GatewayMetrics:
         ):
             if value is not None:
                 histogram.labels(model, pruned).observe(value)
+        if record.completion_tokens:
+            text_tokens = record.prompt_tokens - record.image_tokens
+            _PROMPT_TOKENS.labels(model, "image").inc(record.image_tokens)
+            _PROMPT_TOKENS.labels(model, "text").inc(text_tokens)
+        for detail, image in record.images_by_detail():
+            _DETAIL_IMAGES.labels(model, detail).inc()
+            for stage, tokens in enumerate(astuple(image)):
+                _DETAIL_TOKENS.labels(model, detail, stage).inc(tokens)
         if record.savings:
             _IMAGES.labels(model).inc(record.images)
             for name, counter in _SAVINGS.items():

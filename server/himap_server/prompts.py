@@ -53,7 +53,11 @@ class PromptObserver:
         tokens = request.prompt_token_ids or []
         # A later step of a beam search has the same prompt, and what was generated.
         is_step = record.beam_search and record.prompt_tokens > 0
-        record.prompt_tokens += 0 if is_step else len(tokens)
+        counts = [image.count for image in image_tokens(request.mm_features) if image.count]
+        count = sum(counts)
+        if not is_step:
+            record.prompt_tokens += len(tokens)
+            record.image_tokens += count
         if self._max_tokens is not None and len(tokens) > self._max_tokens and not is_step:
             record.reason = Reason.PROMPT_TOKENS
             raise VLLMValidationError(
@@ -61,8 +65,6 @@ class PromptObserver:
                 f"at most {self._max_tokens}",
                 parameter="prompt",
             )
-        images = image_tokens(request.mm_features)
-        count = sum(image.count for image in images)
         # However a client wrote it, in a text or as a token id, vLLM takes it for an image, which
         # ended the worker in CVE-2026-44222.
         if sum(tokens.count(token) for token in self._media_ids) > count:
@@ -72,9 +74,9 @@ class PromptObserver:
                 "parts",
                 parameter="prompt",
             )
-        if images and not is_step:
+        if counts and not is_step:
             record.savings.append(
-                prompt_savings(len(tokens), count, plan, self._layers, self._shape)
+                prompt_savings(len(tokens), counts, plan, self._layers, self._shape)
             )
 
 

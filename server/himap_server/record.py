@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
 
 from vllm.outputs import RequestOutput
 
-from himap_vllm.plan.savings import PromptSavings
+from himap_vllm.plan.savings import ImageSavings, PromptSavings
 
 from .errors import Reason
 from .security.keys import Key
+
+Detail = Literal["auto", "low", "high", "original"]
+"""OpenAI's word for how carefully the model is to look at an image; `original` is as `high`."""
+
+DETAILS: tuple[Detail, ...] = get_args(Detail)
 
 current: ContextVar[RequestRecord] = ContextVar("himap_request")
 """The record of the request that this task works for, or that the task's creator works for.
@@ -43,6 +48,10 @@ class RequestRecord:
         queued: longest wait of one of its prompts for the scheduler.
         time_to_first_token: from the request's arrival to the first prompt's first token.
         time_per_output_token: mean over the tokens after the first, of all its prompts.
+        details: of each image, in the order of the prompt.
+        prompt_tokens: of all its prompts, image tokens included.
+        image_tokens: of these, those of images.
+        cached_tokens: of `prompt_tokens`, those read from the prefix cache.
         savings: of each prompt with images.
         next_event: number of the next event, if it is a stream of the Responses API.
         asked: whether it says itself how it is to be pruned.
@@ -61,8 +70,11 @@ class RequestRecord:
     fetching: float = 0.0
     decoding: float = 0.0
     images: int = 0
+    details: list[Detail] = field(default_factory=list)
     stream: bool = False
     prompt_tokens: int = 0
+    image_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     queued: float | None = None
     time_to_first_token: float | None = None
@@ -98,13 +110,25 @@ class RequestRecord:
     def start_over(self) -> None:
         """Forget what the engine did for it, before another attempt."""
         self.failed_at_once = False
-        self.prompt_tokens = self.completion_tokens = 0
+        self.prompt_tokens = self.image_tokens = self.cached_tokens = self.completion_tokens = 0
         self.time_to_first_token = self.queued = None
         self.savings.clear()
 
     def usage(self) -> dict[str, Any] | None:
         """`usage.himap` of all its prompts together; None if no prompt had images."""
-        return sum(self.savings[1:], self.savings[0]).as_usage() if self.savings else None
+        if not self.savings:
+            return None
+        total = sum(self.savings[1:], self.savings[0])
+        usage = total.as_usage()
+        usage["images"] = [
+            {"detail": detail, **asdict(image)} for detail, image in self.images_by_detail()
+        ]
+        return usage
+
+    def images_by_detail(self) -> Iterator[tuple[Detail, ImageSavings]]:
+        """Each image of its prompts, as the engine saw it."""
+        for prompt in self.savings:
+            yield from zip(self.details, prompt.images, strict=False)
 
     async def watch(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
         """Pass on what the engine yields for one prompt, and record its tokens and times."""
@@ -121,6 +145,7 @@ class RequestRecord:
         finally:  # also if the client goes away
             if last is not None:
                 self.completion_tokens += tokens
+                self.cached_tokens += last.num_cached_tokens or 0
                 stats: Any = last.metrics
                 if stats is not None:  # None: --disable-log-stats
                     self._generating += stats.last_token_ts - stats.first_token_ts

@@ -37,6 +37,9 @@ class _Operators(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="HIMAP_", extra="ignore")
 
 
+_Ratio = Annotated[float, Field(ge=0, lt=1)]
+
+
 class GatewaySettings(_Operators):
     """Settings of the gateway itself. Sizes are in bytes, times in seconds."""
 
@@ -72,6 +75,11 @@ class GatewaySettings(_Operators):
         description="User-Agent header of fetches: a name, a version and how to reach the "
         "operator, in at most 256 printable ASCII characters",
     )
+    low_detail: Annotated[tuple[_Ratio, _Ratio], NoDecode] = Field(
+        (0.75, 0.75),
+        description='ratios of images with "detail": "low", as 0.75,0.75; at most '
+        "--max-shallow-ratio and --max-deep-ratio",
+    )
     request_timeout: float = Field(600.0, gt=0, description="seconds for a whole request")
     keep_alive_timeout: int = Field(
         620,
@@ -83,6 +91,14 @@ class GatewaySettings(_Operators):
     grace_seconds: float = Field(
         30.0, ge=0, description="seconds for requests in flight after SIGTERM"
     )
+
+    @field_validator("low_detail", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        pair = value.split(",") if isinstance(value, str) else value
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError("must be two ratios in [0, 1), separated by a comma")
+        return tuple(pair)
 
     @field_validator("image_hosts", mode="before")
     @classmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python examples of the README and the quickstart run as they are written."""
+"""The Python examples of the README, the quickstart and `examples` run as they are written."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ def test_clients(server: Server, tmp_path: Path) -> None:
     assert ADDRESS in responses
     assert "'kept_deep': 5" in run(chat.replace(ADDRESS, server.url), tmp_path)
     assert run(responses.replace(ADDRESS, server.url), tmp_path).strip()
+    by_image = (ROOT / "examples" / "detail.py").read_text()
+    assert ADDRESS in by_image
+    assert run(by_image.replace(ADDRESS, server.url), tmp_path).splitlines()[-3:] == [
+        "high: 36 image tokens, then 36, then 36",
+        "low: 36 image tokens, then 9, then 3",
+        "auto: 36 image tokens, then 18, then 5",
+    ]
 
 
 def test_offline(tmp_path: Path) -> None:

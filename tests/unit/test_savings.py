@@ -4,7 +4,7 @@
 import pytest
 
 from himap_vllm.plan.prompt import ImageTokens, Ratios, make_plan
-from himap_vllm.plan.savings import DecoderShape, prompt_savings
+from himap_vllm.plan.savings import DecoderShape, ImageSavings, prompt_savings
 
 LLAMA_7B = DecoderShape(
     hidden_size=4096, intermediate_size=11008, num_heads=32, num_kv_heads=32, head_size=128
@@ -13,7 +13,7 @@ LLAMA_7B = DecoderShape(
 
 def test_llava_7b_with_a_short_question() -> None:
     plan = make_plan(611, [ImageTokens(((5, 581),))], Ratios(0.5, 0.75))
-    savings = prompt_savings(611, 576, plan, (2, 6, 24), LLAMA_7B)
+    savings = prompt_savings(611, [576], plan, (2, 6, 24), LLAMA_7B)
     assert savings.image_tokens == 576
     assert savings.kept_shallow == 288
     assert savings.kept_deep == 72
@@ -26,8 +26,8 @@ def test_llava_7b_with_a_short_question() -> None:
 
 def test_several_prompts_add_up() -> None:
     plan = make_plan(611, [ImageTokens(((5, 581),))], Ratios(0.5, 0.75))
-    pruned = prompt_savings(611, 576, plan, (2, 6, 24), LLAMA_7B)
-    whole = prompt_savings(611, 576, None, (2, 6, 24), LLAMA_7B)
+    pruned = prompt_savings(611, [576], plan, (2, 6, 24), LLAMA_7B)
+    whole = prompt_savings(611, [576], None, (2, 6, 24), LLAMA_7B)
     usage = (pruned + whole).as_usage()
     assert usage["kept_deep"] == 576 + 72
     assert usage["prefill_flops_ratio"] == pytest.approx(
@@ -36,7 +36,7 @@ def test_several_prompts_add_up() -> None:
 
 
 def test_unpruned() -> None:
-    savings = prompt_savings(611, 576, None, (2, 6, 24), LLAMA_7B)
+    savings = prompt_savings(611, [576], None, (2, 6, 24), LLAMA_7B)
     assert savings.kept_deep == 576
     assert savings.kv_tokens == savings.kv_tokens_unpruned
     assert savings.as_usage()["prefill_flops_ratio"] == 1.0
@@ -46,3 +46,17 @@ def test_grouped_query_attention_has_smaller_key_and_value_matrices() -> None:
     shape = DecoderShape(64, 128, num_heads=4, num_kv_heads=1, head_size=16)
     projections = 64 * 64 * 2 + 64 * 16 * 2
     assert shape.layer_flops(1) == 2 * (projections + 3 * 64 * 128) + 4 * 64
+
+
+def test_each_image_and_the_sum() -> None:
+    """Ratios of their own; a second prompt adds its images."""
+    images = [ImageTokens(((5, 105),)), ImageTokens(((110, 150),))]
+    plan = make_plan(200, images, [Ratios(0, 0), Ratios(0.5, 0.75)])
+    savings = prompt_savings(200, [100, 40], plan, (2, 6, 24), LLAMA_7B)
+    whole, cut, other = ImageSavings(100, 100, 100), ImageSavings(40, 20, 5), ImageSavings(7, 7, 7)
+    assert savings.images == (whole, cut)
+    assert (savings.image_tokens, savings.kept_shallow, savings.kept_deep) == (140, 120, 105)
+    total = savings + prompt_savings(20, [7], None, (2, 6, 24), LLAMA_7B)
+    assert total.images == (whole, cut, other)
+    assert total.kept_deep == 112
+    assert "images" not in total.as_usage()

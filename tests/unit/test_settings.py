@@ -32,6 +32,14 @@ def test_hosts(hosts: object) -> None:
     assert gateway.image_hosts == {"a.example", "b:8080"}
 
 
+@pytest.mark.parametrize("given", ["0.9, 0.5", [0.9, 0.5]])
+def test_low_detail(monkeypatch: pytest.MonkeyPatch, given: object) -> None:
+    assert load({}, {})[0].low_detail == (0.75, 0.75)
+    assert load({}, {"low_detail": given})[0].low_detail == (0.9, 0.5)
+    monkeypatch.setenv("HIMAP_LOW_DETAIL", "0,0")
+    assert load({}, {"low_detail": given})[0].low_detail == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
@@ -42,6 +50,12 @@ def test_hosts(hosts: object) -> None:
         ("image_user_agent", "a\r\nX: b", "image-user-agent: .*pattern"),
         ("image_user_agent", "", "image-user-agent: .*pattern"),
         ("image_user_agent", "caf\xe9", "image-user-agent: .*pattern"),
+        ("low_detail", "0.75", "low-detail: .*two ratios in .*0, 1.*separated by a comma, got"),
+        ("low_detail", "0.1,0.2,0.3", "low-detail: .*two ratios"),
+        ("low_detail", "0.75,1", "low-detail.*: .*less than 1"),
+        ("low_detail", "-0.1,0", "low-detail.*: .*greater than or equal to 0"),
+        ("low_detail", "nan,0", "low-detail.*: .*"),
+        ("low_detail", "a,b", "low-detail.*: .*number"),
         ("shallow_layer", "1.5", "shallow-layer: .*integer"),
     ],
 )

@@ -74,8 +74,12 @@ async def answer(
         text = "background must be false: this server stores no responses"
         raise GatewayError(400, text, reason=Reason.INVALID, param="background")
     xargs = getattr(body, "vllm_xargs", None) or {}
-    record.asked = body.himap is not None or not xargs.keys().isdisjoint(_FIELDS)
-    pruning.apply(body, record.key, record.images)
+    record.asked = (
+        body.himap is not None
+        or not xargs.keys().isdisjoint(_FIELDS)
+        or any(detail != "auto" for detail in record.details)
+    )
+    pruning.apply(body, record.key, record.details)
     record.beam_search = getattr(body, "use_beam_search", False)
     record.stream = bool(body.stream)
     body.request_id = f"{body.ID_PREFIX}{uuid.uuid4().hex}"
