@@ -12,12 +12,13 @@ that its scheduler can be looked at between steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import lcm
 from pathlib import Path
 from typing import Any
 
-from bench.model import THIN, Cuts, blocks_per_request
+from bench.model import THIN, Cuts
 from bench.tables import table
 from bench.worker import Worker
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
@@ -62,7 +63,7 @@ class Capacity:
     Attributes:
         tokens: [NUM_STAGES] tokens of one request in each stage, with its whole answer.
         groups: [groups] stage of each KV cache group.
-        layers_per_block: layers whose keys and values one block holds.
+        page: tokens times layers whose keys and values one block holds.
         bytes_per_block: of the engine's one block pool.
         num_blocks: blocks that requests can use; vLLM keeps one more for itself.
         budget: bytes that the pool was to have.
@@ -78,7 +79,7 @@ class Capacity:
 
     tokens: tuple[int, ...]
     groups: tuple[int, ...]
-    layers_per_block: int
+    page: int
     bytes_per_block: int
     num_blocks: int
     budget: int
@@ -117,7 +118,12 @@ class Capacity:
 
 def capacity_table(title: str, rows: Iterable[tuple[str, Capacity]], digits: int) -> str:
     """Capacities by name, each number beside the arithmetic one."""
-    header = [title, "tokens per stage", "groups x layers", "blocks per request (arithmetic)"]
+    header = [
+        title,
+        "tokens per stage",
+        "groups x tokens x layers",
+        "blocks per request (arithmetic)",
+    ]
     header += ["KV of a request, MiB (arithmetic)", "blocks, of the budget"]
     return table(
         [*header, "requests that fit (arithmetic)", "preemptions"],
@@ -125,7 +131,7 @@ def capacity_table(title: str, rows: Iterable[tuple[str, Capacity]], digits: int
             [
                 name,
                 " / ".join(map(str, found.tokens)),
-                f"{len(found.groups)} x {found.layers_per_block}",
+                f"{len(found.groups)} x {found.page}",
                 f"{found.blocks:g} ({found.blocks_expected})",
                 f"{found.kv_bytes / 2**20:.{digits}f} "
                 f"({found.kv_bytes_expected / 2**20:.{digits}f})",
@@ -175,15 +181,19 @@ def measure(
     return capacity
 
 
-def _text_tokens(cuts: Cuts, setting: Setting, minimum: int = 30) -> int:
+def _text_tokens(
+    cuts: Cuts, setting: Setting, block_sizes: Sequence[int], minimum: int = 30
+) -> int:
     """The shortest text with which a request needs no further block while it answers.
 
     Then "fits" has one meaning: what is admitted also runs to its end.
     """
-    block = setting.block_size
-    for text in range(minimum, minimum + block):
+    for text in range(minimum, minimum + lcm(*block_sizes)):
         before = cuts.stage_tokens(setting.image_tokens + text, setting.image_tokens)
-        if all((int(t) - 1) % block + setting.output_tokens <= block for t in before):
+        if all(
+            (int(t) - 1) % block + setting.output_tokens <= block
+            for t, block in zip(before, block_sizes, strict=True)
+        ):
             return text
     raise ValueError("the stages' last blocks have no common room; use --no-capacity")
 
@@ -209,42 +219,45 @@ class Filling:
             **setting.engine,
         )
         self._scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
-        self._text = _text_tokens(cuts, setting)
 
     def close(self) -> None:
         """Nothing to end: the engine ends with the process."""
 
     def fill(self) -> Capacity:
         """Run as many requests at once as the KV cache holds."""
-        from himap_vllm.core.kv_cache import bytes_per_block, group_stages
+        from himap_vllm.core.stage_groups import StageGroups
 
         setting, cuts = self._setting, self._cuts
         kv_cache = self._scheduler.kv_cache_config
         layers = cuts.stage_layers(setting.num_layers)
-        groups = (0,) * len(kv_cache.kv_cache_groups)
+        groups, sizes = [0], [setting.block_size] * NUM_STAGES
         if self._pruning:
-            groups = tuple(group_stages(kv_cache, layers))
-        per_block = max(len(group.layer_names) for group in kv_cache.kv_cache_groups)
+            made = StageGroups.of(kv_cache, layers)
+            groups, sizes = made.stages, made.block_sizes
+        page = max(
+            len(group.layer_names) * group.kv_cache_spec.block_size
+            for group in kv_cache.kv_cache_groups
+        )
+        self._text = _text_tokens(cuts, setting, sizes)
         # The last token of an answer is never computed.
         whole = setting.image_tokens + self._text + setting.output_tokens - 1
         left = cuts.stage_tokens(whole, setting.image_tokens)
         tokens = tuple(map(int, left)) if self._pruning else (whole,) * NUM_STAGES
-        block = setting.block_size
         # A group with fewer layers than a block has room for takes whole blocks all the same.
-        padding = per_block if self._pruning else 1
+        room = [page // size if self._pruning else 1 for size in sizes]
         token_layers = sum(
-            -(-t // block) * block * -(-n // padding) * padding
-            for t, n in zip(tokens, layers, strict=True)
+            -(-t // size) * size * -(-n // fit) * fit
+            for t, n, size, fit in zip(tokens, layers, sizes, room, strict=True)
         )
-        expected = sum(blocks_per_request(tokens, groups, block))
+        expected = sum(-(-tokens[stage] // sizes[stage]) for stage in groups)
         num_blocks = self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         self._add_requests(num_blocks // expected + 4)
         peak, blocks, preemptions = self._run(num_blocks)
         return Capacity(
             tokens=tokens,
-            groups=groups,
-            layers_per_block=per_block,
-            bytes_per_block=bytes_per_block(kv_cache),
+            groups=tuple(groups),
+            page=page,
+            bytes_per_block=kv_cache.kv_cache_tensors[0].size // kv_cache.num_blocks,
             num_blocks=num_blocks,
             budget=setting.kv_bytes,
             blocks=blocks,

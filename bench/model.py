@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from himap_vllm.plan.cuts import stage_layers
-from himap_vllm.plan.prompt import NUM_STAGES, Ratios, kept
+from himap_vllm.plan.prompt import Ratios, kept
 from himap_vllm.plan.savings import DecoderShape
 from tests.checkpoints import build_llava
 
@@ -70,20 +70,6 @@ def prefill_bound(
     tokens = cuts.stage_tokens(num_tokens, image_tokens)
     after = sum(t * n for t, n in zip(tokens, cuts.stage_layers(num_layers), strict=True))
     return PrefillBound(before=num_tokens * num_layers, after=after)
-
-
-def blocks_per_request(
-    tokens: Sequence[int], groups: Sequence[int], block_size: int
-) -> tuple[int, ...]:
-    """[groups] KV blocks of one request.
-
-    Args:
-        tokens: [NUM_STAGES] tokens of the request in each stage.
-        groups: [groups] stage of each KV cache group.
-        block_size: tokens per block.
-    """
-    assert len(tokens) == NUM_STAGES
-    return tuple(-(-tokens[stage] // block_size) for stage in groups)
 
 
 @dataclass(frozen=True)

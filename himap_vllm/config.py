@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from himap_vllm.plan.cuts import default_cuts
+from himap_vllm.plan.cuts import KVGrouping, default_cuts
 from himap_vllm.plan.prompt import Ratios
 
 CriterionName = Literal[
@@ -60,6 +60,11 @@ def _check_int(parameter: str, value: Any, minimum: int) -> int:
     return value
 
 
+def _check_name(parameter: str, value: Any, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise HiMAPError(parameter, f"{parameter} must be one of {', '.join(names)}, got {value!r}")
+
+
 def parse_criterion(value: Any) -> tuple[CriterionName, CriterionName]:
     """The criteria of both cuts.
 
@@ -104,6 +109,7 @@ class EngineSettings:
             first cut and B at the second. All but "himap" are for research.
         position_prior: the file of `himap calibrate` that criteria with a positional prior read.
             None: `himap_prior.json` in the model's folder.
+        kv_grouping: how the stages share KV cache groups; see `himap_vllm.plan.grouping`.
     """
 
     shallow_layer: int = 2
@@ -115,6 +121,7 @@ class EngineSettings:
     trace_requests: int = 0
     criterion: str = "himap"
     position_prior: str | None = None
+    kv_grouping: KVGrouping = "many"
 
     @property
     def criteria(self) -> tuple[CriterionName, CriterionName]:
@@ -166,6 +173,7 @@ class EngineSettings:
                 "position_prior",
                 f"position_prior must be the path of a file, got {settings.position_prior!r}",
             )
+        _check_name("kv_grouping", settings.kv_grouping, get_args(KVGrouping))
         if settings.shallow_layer >= settings.deep_layer:
             raise HiMAPError(
                 "deep_layer",

@@ -10,6 +10,9 @@ Seams:
   layer can name the KV cache group it belongs to.
 * `vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager` (subclassed): maps a request's
   tokens to those that reach the stage. Remove when: block counts of a request can be set per group.
+* `vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager._cache_partial_tail_block`
+  (overridden): hits never end inside a block, so its entry for a prompt's end would be found by
+  nobody. Remove when: vLLM makes that entry only where hits are finer than blocks.
 * `vllm.v1.kv_cache_spec_registry.KVCacheSpecRegistry.register` (called): pairs spec and manager.
   Remove when: a spec names its manager.
 * `vllm.v1.core.single_type_kv_cache_manager.register_all_kvcache_specs` (called): vLLM fills its
@@ -22,7 +25,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from typing_extensions import override
@@ -31,29 +34,38 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     register_all_kvcache_specs,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from himap_vllm.plan.prompt import NUM_STAGES, PromptPlan
+from himap_vllm.plan.prompt import PromptPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageAttentionSpec(FullAttentionSpec):
-    """Full attention of one stage.
+    """Full attention of one part of one stage.
 
     `merge` and `is_uniform_with_collection` are vLLM's two ways to put layers into one group. The
     inherited `merge` could not build this class. The inherited `is_uniform_with_collection` would
-    ignore `stage`: all layers would share block tables, without an error and without a saving.
+    ignore stage and part: all layers would share block tables, without an error and without a
+    saving.
+
+    Attributes:
+        stage: of the layer.
+        part: of the stage, a KV cache group of its own where blocks have several sizes. Parts are
+            equal otherwise, so vLLM looks up prefixes for all parts of a stage at once.
     """
 
     stage: int
+    part: int = field(default=0, compare=False)
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, stage: int) -> StageAttentionSpec:
-        """`spec` with a stage."""
-        inherited = {field.name: getattr(spec, field.name) for field in fields(spec)}
-        return cls(**inherited, stage=stage)
+    def of(
+        cls, spec: FullAttentionSpec, stage: int, part: int, block_size: int
+    ) -> StageAttentionSpec:
+        """`spec` with a stage, a part of it and a block size."""
+        inherited = {each.name: getattr(spec, each.name) for each in fields(spec)}
+        return cls(**{**inherited, "block_size": block_size}, stage=stage, part=part)
 
     @classmethod
     @override
@@ -65,7 +77,10 @@ class StageAttentionSpec(FullAttentionSpec):
 
     @override
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        return all(spec == self for spec in kv_cache_specs.values())
+        return all(
+            spec == self and isinstance(spec, StageAttentionSpec) and spec.part == self.part
+            for spec in kv_cache_specs.values()
+        )
 
 
 class StageKVCacheManager(FullAttentionManager):
@@ -88,21 +103,24 @@ class StageKVCacheManager(FullAttentionManager):
         if self._record_new_block_ids:  # to be zeroed
             self.new_block_ids.extend(block.block_id for block in blocks)
 
-    def horizon(self, request_id: str, plan: PromptPlan | None) -> tuple[int, float] | None:
+    def _aligned(self, num_tokens: int) -> int:
+        """How much of a prefix a hit can use."""
+        return num_tokens // self.scheduler_block_size * self.scheduler_block_size
+
+    def horizon(self, request_id: str, plan: PromptPlan | None) -> tuple[int, float]:
         """How far the blocks reach of a request whose prompt has all of its own.
 
         Returns:
             Tokens of the sequence that have slots, and the number of computed tokens from which on
-            there is a block for the prefix cache; None if each step has to look.
+            there is a block for the prefix cache.
         """
         slots = len(self.req_to_blocks[request_id]) * self.block_size
         if plan is not None:
             slots += plan.removed[self.kv_cache_spec.stage]
         if not self.enable_caching:
             return slots, math.inf
-        if self.block_size != self.block_pool.hash_block_size:
-            return None  # a prompt's last block is cached in part
-        next_cacheable = (self.num_cached_block.get(request_id, 0) + 1) * self.block_size
+        cached = self.num_cached_block.get(request_id, 0) * self.block_size
+        next_cacheable = self._aligned(cached) + self.scheduler_block_size
         if plan is not None and next_cacheable > plan.first_image_token:
             return slots, math.inf
         return slots, next_cacheable
@@ -150,50 +168,14 @@ class StageKVCacheManager(FullAttentionManager):
         """
         plan = self.plans.get(request.request_id)
         if plan is not None:
-            num_tokens = min(num_tokens, plan.first_image_token)
+            num_tokens = min(num_tokens, self._aligned(plan.first_image_token))
         super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    @override
+    def _cache_partial_tail_block(self, request: Request, num_tokens: int) -> None:
+        """Nothing: hits end where blocks do."""
 
 
 # Every process that meets the spec imports this module for it, and no other process does.
 register_all_kvcache_specs(None)
 KVCacheSpecRegistry.register(StageAttentionSpec, StageKVCacheManager, StageAttentionSpec)
-
-
-def group_stages(kv_cache_config: KVCacheConfig, stage_layers: Sequence[int]) -> list[int]:
-    """Stage of each KV cache group, after checking that vLLM grouped the layers as planned.
-
-    Args:
-        kv_cache_config: what vLLM made of the specs.
-        stage_layers: number of layers of each stage.
-
-    Raises:
-        RuntimeError: the groups are not per stage, so pruning would save nothing or corrupt the
-            cache; or their blocks differ in size, so that groups of a stage are not alike.
-    """
-    sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
-    if len(sizes) > 1:
-        raise RuntimeError(f"himap: expected blocks of one size, vLLM made {sorted(sizes)}")
-    stages = []
-    layers = [0] * NUM_STAGES
-    for group in kv_cache_config.kv_cache_groups:
-        spec = group.kv_cache_spec
-        if not isinstance(spec, StageAttentionSpec):
-            raise RuntimeError(
-                f"himap: expected KV cache groups per stage, vLLM made {type(spec).__name__} of "
-                f"{', '.join(group.layer_names)}"
-            )
-        stages.append(spec.stage)
-        layers[spec.stage] += len(group.layer_names)
-    if layers != list(stage_layers):
-        raise RuntimeError(
-            f"himap: expected {list(stage_layers)} layers per stage, vLLM grouped {layers}"
-        )
-    return stages
-
-
-def bytes_per_block(kv_cache_config: KVCacheConfig) -> int:
-    """Memory of one block of the shared pool, on this worker: that of the largest group."""
-    return max(
-        len(group.layer_names) * int(group.kv_cache_spec.page_size_bytes)
-        for group in kv_cache_config.kv_cache_groups
-    )

@@ -87,6 +87,7 @@ class PruningKVCacheManager(KVCacheManager):
 
     himap_plans: Mapping[str, PromptPlan]
     himap_stages: Sequence[Sequence[StageKVCacheManager]]
+    himap_block_sizes: Sequence[int]  # of each stage
     himap_horizons: dict[str, BlockHorizon]
     himap_passed: PassedOver
 
@@ -159,7 +160,7 @@ class PruningKVCacheManager(KVCacheManager):
         plan = self.himap_plans.get(request_id)
         rows: list[tuple[int, tuple[KVCacheBlock, ...]]] = []
         for stage, groups in enumerate(self.himap_stages):
-            size = groups[0].block_size
+            size = self.himap_block_sizes[stage]
             of_groups = (group.pop_blocks_for_free(request_id) for group in groups)
             for index, row in enumerate(zip(*of_groups, strict=True)):
                 start = index * size
@@ -171,8 +172,10 @@ class PruningKVCacheManager(KVCacheManager):
         self, request: Request, horizon: BlockHorizon, slots: int, cacheable: int
     ) -> KVCacheBlocks | None:
         """Allocate for all groups of the stages that lack a block at once."""
-        size = self.himap_stages[0][0].block_size
-        missing = [max(0, cdiv(slots - held, size)) for held in horizon.slots]
+        missing = [
+            max(0, cdiv(slots - held, size))
+            for held, size in zip(horizon.slots, self.himap_block_sizes, strict=True)
+        ]
         wanted = sum(map(mul, missing, map(len, self.himap_stages)))
         if wanted > self.block_pool.get_num_free_blocks():
             return None
@@ -182,7 +185,7 @@ class PruningKVCacheManager(KVCacheManager):
             for group in self.himap_stages[stage] if count else ():
                 own = blocks[group.kv_cache_group_id] = list(islice(new, count))
                 group.append_blocks(request.request_id, own)
-            horizon.slots[stage] += count * size
+            horizon.slots[stage] += count * self.himap_block_sizes[stage]
         horizon.fewest_slots = min(horizon.slots)
         if cacheable >= horizon.next_cacheable:
             self._cache_full_blocks(request, horizon, cacheable)
@@ -190,8 +193,8 @@ class PruningKVCacheManager(KVCacheManager):
 
     def _cache_full_blocks(self, request: Request, horizon: BlockHorizon, num_tokens: int) -> None:
         super().cache_blocks(request, num_tokens)
-        size = self.himap_stages[0][0].block_size
-        horizon.next_cacheable = (num_tokens // size + 1) * size
+        aligned = self.himap_stages[0][0].scheduler_block_size
+        horizon.next_cacheable = (num_tokens // aligned + 1) * aligned
 
     def _note_horizon(self, request: Request, end: int) -> None:
         """Note how far the blocks reach of a request that has computed `end` tokens, or will."""
@@ -202,11 +205,8 @@ class PruningKVCacheManager(KVCacheManager):
         plan = self.himap_plans.get(request_id)
         # The groups of a stage are alike.
         stages = [groups[0].horizon(request_id, plan) for groups in self.himap_stages]
-        if None not in stages:
-            slots, next_cacheable = zip(*stages, strict=True)
-            self.himap_horizons[request_id] = BlockHorizon(
-                list(slots), min(slots), min(next_cacheable)
-            )
+        slots, next_cacheable = zip(*stages, strict=True)
+        self.himap_horizons[request_id] = BlockHorizon(list(slots), min(slots), min(next_cacheable))
 
 
 def make_pruning_manager(
@@ -236,4 +236,5 @@ def make_pruning_manager(
         [group for group, of in zip(groups, stages, strict=True) if of == stage]
         for stage in sorted(set(stages))
     ]
+    manager.himap_block_sizes = [groups[0].block_size for groups in manager.himap_stages]
     manager.empty_kv_cache_blocks = NoBlocks(manager.empty_kv_cache_blocks.blocks)

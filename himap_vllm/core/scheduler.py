@@ -36,9 +36,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from himap_vllm.config import engine_settings
-from himap_vllm.core.kv_cache import group_stages
 from himap_vllm.core.kv_cache_manager import make_pruning_manager
-from himap_vllm.plan.prompt import PromptPlan
+from himap_vllm.core.stage_groups import StageGroups
+from himap_vllm.plan.prompt import NUM_STAGES, PromptPlan
 from himap_vllm.plan.requests import plan_of, stage_layers, step_limit
 from himap_vllm.plan.waiting import PassedOver
 
@@ -59,15 +59,16 @@ class _PruningMixin(_Base):
         settings = engine_settings(self.vllm_config.additional_config)
         assert settings is not None, "this scheduler is chosen only with himap settings"
         manager = self.kv_cache_manager
-        stages = group_stages(
-            manager.kv_cache_config,
-            stage_layers(settings, self.vllm_config.model_config),
+        groups = StageGroups.of(
+            manager.kv_cache_config, stage_layers(settings, self.vllm_config.model_config)
         )
         logger.info(
-            "HiMAP: cuts before layers %d and %d; KV cache groups per stage: %s",
+            "HiMAP: cuts before layers %d and %d; KV cache groups per stage: %s, with blocks of %s "
+            "tokens",
             settings.shallow_layer,
             settings.deep_layer,
-            [stages.count(stage) for stage in sorted(set(stages))],
+            [groups.stages.count(stage) for stage in range(NUM_STAGES)],
+            groups.block_sizes,
         )
         _, self.himap_step_limit = step_limit(self.scheduler_config)
         self.himap_step_budget = min(
@@ -75,7 +76,7 @@ class _PruningMixin(_Base):
         )
         self.himap_plans: dict[str, PromptPlan] = {}
         self.himap_passed = PassedOver()
-        make_pruning_manager(manager, stages, self.himap_plans, self.himap_passed)
+        make_pruning_manager(manager, groups.stages, self.himap_plans, self.himap_passed)
 
     @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:

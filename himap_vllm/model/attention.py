@@ -10,6 +10,8 @@ them every other model of the process, stay as they are.
 * `vllm.model_executor.layers.attention.attention.Attention.attn_backend` (overridden): a
   backend whose metadata builder sees the step as the layer's stage does. Remove when: vLLM lets a
   layer choose its metadata builder.
+* `vllm.v1.attention.backend.AttentionBackend.supported_kv_cache_layouts` (overridden): the layout
+  with blocks of several sizes. Remove when: vLLM chooses block sizes of groups that are unequal.
 * `vllm.v1.attention.backend.subclass_attention_backend` (called): makes that backend, as vLLM does
   for chunked local attention. Remove when: vLLM lets a layer choose its metadata builder.
 * `vllm.v1.attention.backend.AttentionMetadataBuilder.build`,
@@ -24,6 +26,7 @@ them every other model of the process, stay as they are.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,21 +40,31 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.model.cached_keys import key_reader
+from himap_vllm.pruning.kv_groups import KVGroups, packed_layouts
 from himap_vllm.pruning.stage_metadata import shallow_copy
 
 if TYPE_CHECKING:
     from himap_vllm.pruning.context import PruningContext
 
 
-def install_stage(attention: Attention, stage: int, context: PruningContext) -> None:
-    """Make `attention` a layer of `stage`: its KV cache spec and its metadata builder.
+@dataclass(frozen=True, slots=True)
+class StagePlace:
+    """The place of a layer: the `index`-th of `stage`. `groups` are those of the model."""
+
+    stage: int
+    index: int
+    groups: KVGroups
+
+
+def install_stage(attention: Attention, place: StagePlace, context: PruningContext) -> None:
+    """Make `attention` a layer of a stage: its KV cache spec and its metadata builder.
 
     Raises:
         ValueError: the layer is not plain full attention, or its backend is not supported.
     """
     # Checked even if nothing votes: other backends keep lengths and blocks elsewhere.
     key_reader(attention.attn_backend.get_name())
-    base_spec = attention.get_kv_cache_spec
+    base_spec, base_backend = attention.get_kv_cache_spec, attention.attn_backend
 
     def get_kv_cache_spec(vllm_config: Any) -> StageAttentionSpec:
         spec = base_spec(vllm_config)
@@ -60,10 +73,15 @@ def install_stage(attention: Attention, stage: int, context: PruningContext) -> 
                 f"himap: {attention.layer_name} has {type(spec).__name__}; only full attention "
                 "is supported"
             )
-        return StageAttentionSpec.of(spec, stage)
+        grouping = place.groups.choose(base_backend, spec, vllm_config.cache_config)
+        part = 0
+        if not grouping.is_uniform:
+            attention.attn_backend = _stage_backend(base_backend, packed=True)
+            part = place.index % grouping.parts[place.stage]
+        return StageAttentionSpec.of(spec, place.stage, part, grouping.block_sizes[place.stage])
 
     attention.get_kv_cache_spec = get_kv_cache_spec
-    attention.attn_backend = _stage_backend(attention.attn_backend)
+    attention.attn_backend = _stage_backend(base_backend, packed=False)
     attention.himap_context = context
 
 
@@ -107,8 +125,13 @@ def install_votes(attention: Attention, cut: int, context: PruningContext) -> No
 
 
 @functools.cache
-def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
-    """`base` with a metadata builder that sees each step as its layers' stage does."""
+def _stage_backend(base: type[AttentionBackend], packed: bool) -> type[AttentionBackend]:
+    """`base` with a metadata builder that sees each step as its layers' stage does.
+
+    Args:
+        base: vLLM's.
+        packed: a block holds all layers of its group, one behind another.
+    """
     base_builder: Any = base.get_builder_cls()
 
     class StageBuilder(base_builder):
@@ -143,4 +166,7 @@ def _stage_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             return metadata
 
     backend: type[AttentionBackend] = subclass_attention_backend("HiMAP", base, StageBuilder)
+    if packed:
+        layouts = packed_layouts(base)
+        backend.supported_kv_cache_layouts = classmethod(lambda _: layouts)
     return backend

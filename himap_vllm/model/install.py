@@ -11,10 +11,11 @@ from vllm.model_executor.layers.attention import Attention
 
 from himap_vllm.config import engine_settings
 from himap_vllm.criteria import CRITERIA
-from himap_vllm.model.attention import install_stage, install_votes
+from himap_vllm.model.attention import StagePlace, install_stage, install_votes
 from himap_vllm.model.decoder import install_segments
 from himap_vllm.model.families import FAMILIES
 from himap_vllm.pruning.context import Heads, PruningContext
+from himap_vllm.pruning.kv_groups import KVGroups
 from himap_vllm.pruning.prior import PriorTable
 
 
@@ -31,9 +32,12 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> PruningContext:
     criteria = CRITERIA[shallow], CRITERIA[deep]
     context = PruningContext(settings, heads, criteria, PriorTable.load(settings))
     votes = [criterion.select_voters is not None for criterion in context.criteria]
+    first_layers = 0, settings.shallow_layer, settings.deep_layer
+    groups = KVGroups(settings, len(attentions))
     for index, attention in enumerate(attentions):
         stage = int(index >= settings.shallow_layer) + int(index >= settings.deep_layer)
-        install_stage(attention, stage, context)
+        place = StagePlace(stage, index - first_layers[stage], groups)
+        install_stage(attention, place, context)
         if votes[0] and index == settings.shallow_layer - 1:
             install_votes(attention, 0, context)
         if votes[1] and index == settings.deep_layer - 1:

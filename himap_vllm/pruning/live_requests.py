@@ -48,11 +48,14 @@ class LiveRequests:
             self._counted.add(request.req_id)
             self._stats.requests[read_stamp(request.sampling_params).outcome] += 1
 
-    def on_pruned(self, request_id: str, blocks: Sequence[int], groups: StageGroups) -> None:
+    def on_pruned(
+        self, request_id: str, num_tokens: int, blocks: Sequence[int], groups: StageGroups
+    ) -> None:
         """Note a prompt that is pruned in the running step.
 
         Args:
             request_id: its id.
+            num_tokens: of the sequence, after the step.
             blocks: [num_groups] blocks that it holds in each KV cache group.
             groups: these groups.
         """
@@ -61,7 +64,7 @@ class LiveRequests:
             return
         self._counted.add(request_id)
         self._stats.count_prompt(self.plans[request_id])
-        self._stats.count_blocks(blocks, groups.stages, groups.bytes_per_block)
+        self._stats.count_blocks(blocks, groups.num_blocks(num_tokens), groups.bytes_per_block)
 
     def on_finished(self, request_id: str) -> None:
         """Note a request that has ended."""

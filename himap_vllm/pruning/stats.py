@@ -27,8 +27,7 @@ class PruningStats:
         image_tokens_kept_deep: of these, alive after the second cut.
         kv_blocks: blocks that the scheduler allocated to pruned prompts, all KV cache groups, when
             their prompt was computed; counted from the block tables.
-        kv_blocks_saved: blocks these prompts would have held on top, had every group needed as
-            many as the first stage's.
+        kv_blocks_saved: blocks these prompts would have held on top, had no token been dropped.
         kv_bytes_saved: the same in bytes, on this worker.
         steps: steps that pruned something.
         pruning_seconds: host time of scoring and selection in those steps; on a device that runs
@@ -62,21 +61,18 @@ class PruningStats:
         self.pruning_seconds += seconds
         self.last_step_pruning_seconds = seconds
 
-    def count_blocks(
-        self, blocks_per_group: Sequence[int], stages: Sequence[int], bytes_per_block: int
-    ) -> None:
+    def count_blocks(self, held: Sequence[int], unpruned: Sequence[int], size: int) -> None:
         """Account for one prompt's blocks.
 
         Args:
-            blocks_per_group: [num_groups] length of the prompt's block table in each group.
-            stages: [num_groups] stage of each group.
-            bytes_per_block: the same for all groups, as they share one pool.
+            held: [num_groups] length of the prompt's block table in each group.
+            unpruned: [num_groups] what that length would be without pruning.
+            size: bytes per block, the same for all groups, as they share one pool.
         """
-        full = blocks_per_group[stages.index(0)]
-        saved = sum(full - blocks for blocks in blocks_per_group)
-        self.kv_blocks += sum(blocks_per_group)
+        saved = sum(unpruned) - sum(held)
+        self.kv_blocks += sum(held)
         self.kv_blocks_saved += saved
-        self.kv_bytes_saved += saved * bytes_per_block
+        self.kv_bytes_saved += saved * size
 
     def reset(self) -> None:
         """Start all counters anew."""

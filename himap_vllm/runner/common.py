@@ -79,7 +79,8 @@ def count_pruned(
     """
     for pruned in plan.pruned_requests:
         row = pruned.request
-        context.requests.on_pruned(request_ids[row], blocks_of(row), groups)
+        num_tokens = int(plan.stages[0].seq_lens[row])
+        context.requests.on_pruned(request_ids[row], num_tokens, blocks_of(row), groups)
 
 
 def count_step(context: PruningContext, step: PruningStep, request_ids: Sequence[str]) -> None:

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from typing_extensions import override
-from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, PAD_SLOT_ID
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from himap_vllm.model.install import install
 from himap_vllm.pruning.context import PruningContext
-from himap_vllm.pruning.stage_groups import StageGroups
+from himap_vllm.pruning.stage_groups import StageGroups, stage_groups
 from himap_vllm.pruning.stage_metadata import StageAttentionMetadata
 from himap_vllm.runner.adapters import AdapterMixin
 from himap_vllm.runner.block_tables import StageBlockTables, make_stage_block_tables
@@ -58,7 +58,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
 
     @override
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        groups = StageGroups.of(kv_cache_config, self.himap.settings, self.model_config)
+        groups = stage_groups(kv_cache_config, self.himap.settings, self.model_config)
         self.himap_groups = groups
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         make_stage_block_tables(self.input_batch.block_table, groups.stages)
@@ -137,12 +137,11 @@ class PruningRunnerMixin(AdapterMixin, _Base):
             self.input_batch.block_table = tables
         first_layer = self.kv_cache_config.kv_cache_groups[leaders[0]].layer_names[0]
         num_rows = len(metadata[first_layer].block_table)
-        tables.himap_blocks[:, num_reqs:num_rows] = NULL_BLOCK_ID
         share_metadata(
             metadata,
             [leaders[stage] for stage in self.himap_groups.stages],
             self.attn_groups,
-            tables.himap_blocks[:, :num_rows].unbind(),
+            tables.himap_tables(num_reqs, num_rows),
             [slot_mappings[i] for i in range(len(self.attn_groups))],
         )
         return metadata, common

@@ -42,7 +42,7 @@ from himap_vllm.model.install import install
 from himap_vllm.plan.prompt import NUM_STAGES
 from himap_vllm.plan.step import StepPlan
 from himap_vllm.pruning.context import PruningContext
-from himap_vllm.pruning.stage_groups import StageGroups
+from himap_vllm.pruning.stage_groups import stage_groups
 from himap_vllm.runner.adapters import AdapterMixin
 from himap_vllm.runner.common import count_pruned, count_step, share_metadata
 from himap_vllm.runner.stage_buffers import StageBuffers
@@ -97,7 +97,7 @@ class PruningModelState(DefaultModelState):
                 f"himap can't be combined with cudagraph_mode {mode.name}: steps that prune can't "
                 "replay a full graph; use FULL_AND_PIECEWISE or FULL_DECODE_ONLY"
             )
-        groups = StageGroups.of(kv_cache_config, self.himap.settings, self.model_config)
+        groups = stage_groups(kv_cache_config, self.himap.settings, self.model_config)
         self._groups = groups
         later = [(group, stage - 1) for group, stage in enumerate(groups.stages) if stage]
         self._later_groups = torch.tensor(later, device=self.device)
@@ -130,8 +130,8 @@ class PruningModelState(DefaultModelState):
         full_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         self._begin_step(input_batch, slot_mappings, full_graph)
         stages = self._groups.stages
-        if self.himap.stage_metadata is None:  # every stage sees the step as the first one does
-            stages = [0] * len(stages)
+        if self.himap.stage_metadata is None and self._groups.are_alike:
+            stages = [0] * len(stages)  # every stage sees the step as the first one does
         leaders = [self._groups.leaders[stage] for stage in stages]
         metadata: dict[str, Any] = super().prepare_attn(
             input_batch,

@@ -211,9 +211,9 @@ def test_attention_backends_that_hold_blocks_elsewhere() -> None:
 
     backend = SimpleNamespace(get_name=lambda: "FLASHINFER")
     attention: Any = SimpleNamespace(attn_backend=backend, get_kv_cache_spec=None)
-    state: Any = None  # not looked at before the refusal
+    unseen: Any = None  # not looked at before the refusal
     with pytest.raises(ValueError, match=r"FLASHINFER is not supported.*--attention-backend"):
-        install_stage(attention, 0, state)
+        install_stage(attention, unseen, unseen)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from math import lcm
 from typing import Any
 
 import pytest
@@ -20,8 +22,9 @@ from himap_vllm.core.kv_cache_manager import make_pruning_manager
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios
 from himap_vllm.plan.waiting import PassedOver
 
-SIZE = 4  # tokens to a block
 STAGES = (0, 1, 1, 2, 2, 2)  # of the KV cache groups
+UNIT = 4  # tokens that hashes are made of
+SIZES = {"many": (4, 4, 4), "balanced": (12, 4, 8)}  # tokens to a block, by stage
 NO_ROOM = "no room"
 
 
@@ -35,8 +38,9 @@ class OrderedKVCacheManager(KVCacheManager):
         plan = self.plans.get(request.request_id)
         for group, stage in zip(self.coordinator.single_type_managers, STAGES, strict=True):
             for i, block in enumerate(group.pop_blocks_for_free(request.request_id)):
-                behind = plan is not None and i * SIZE > plan.first_image_token
-                place = i * SIZE + (plan.removed[stage] if plan is not None and behind else 0)
+                place = i * group.block_size
+                if plan is not None and place > plan.first_image_token:
+                    place += plan.removed[stage]
                 blocks.append((place, group.kv_cache_group_id, block))
         blocks.sort(key=lambda entry: entry[:2])
         self.block_pool.free_blocks(block for _, _, block in reversed(blocks))
@@ -45,10 +49,16 @@ class OrderedKVCacheManager(KVCacheManager):
 class Side:
     """One of the two managers, with requests of its own."""
 
-    def __init__(self, num_blocks: int, caching: bool, shortcut: bool) -> None:
+    def __init__(
+        self, sizes: Sequence[int], num_blocks: int, caching: bool, shortcut: bool
+    ) -> None:
         specs = [
             StageAttentionSpec(
-                block_size=SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32, stage=stage
+                block_size=sizes[stage],
+                num_kv_heads=1,
+                head_size=32,
+                dtype=torch.float32,
+                stage=stage,
             )
             for stage in STAGES
         ]
@@ -56,8 +66,8 @@ class Side:
         self.manager = OrderedKVCacheManager(
             KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
             max_model_len=256,
-            scheduler_block_size=SIZE,
-            hash_block_size=SIZE,
+            scheduler_block_size=lcm(*sizes),
+            hash_block_size=UNIT,
             enable_caching=caching,
         )
         self.plans: dict[str, PromptPlan] = {}
@@ -72,11 +82,11 @@ class Side:
         """A request, known to the scheduler."""
         params = SamplingParams(max_tokens=200)
         params.update_from_generation_config({}, 0)
-        hasher = get_request_block_hasher(SIZE, sha256)
+        hasher = get_request_block_hasher(UNIT, sha256)
         request = Request(name, list(tokens), params, None, block_hasher=hasher)
         if plan is not None:
             self.plans[name] = plan
-            del request.block_hashes[plan.first_image_token // SIZE :]
+            del request.block_hashes[plan.first_image_token // UNIT :]
             request._block_hasher = None
         self.requests[name] = request
 
@@ -140,11 +150,13 @@ def make_prompt(rng: random.Random) -> tuple[list[int], PromptPlan | None]:
 @pytest.mark.parametrize("num_blocks", [80, 150, 600])
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("publish", [True, False])
-def test_equals_vllms(num_blocks: int, caching: bool, publish: bool) -> None:
+@pytest.mark.parametrize("kv_grouping", SIZES)
+def test_equals_vllms(num_blocks: int, caching: bool, publish: bool, kv_grouping: str) -> None:
     init_none_hash(sha256)
+    sizes = SIZES[kv_grouping]
     for seed in range(6):
         rng = random.Random(f"{num_blocks} {caching} {publish} {seed}")
-        sides = [Side(num_blocks, caching, shortcut) for shortcut in (False, True)]
+        sides = [Side(sizes, num_blocks, caching, shortcut) for shortcut in (False, True)]
 
         def both(method: str, *arguments: Any, sides: list[Side] = sides) -> Any:
             answers = [getattr(side, method)(*arguments) for side in sides]

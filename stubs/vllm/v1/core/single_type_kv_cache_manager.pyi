@@ -11,6 +11,7 @@ def __getattr__(name: str) -> Any: ...
 
 class SingleTypeKVCacheManager(ABC):
     block_size: int
+    scheduler_block_size: int
     kv_cache_spec: Any
     block_pool: BlockPool
     enable_caching: bool
@@ -45,3 +46,4 @@ class FullAttentionManager(SingleTypeKVCacheManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None: ...
+    def _cache_partial_tail_block(self, request: Request, num_tokens: int) -> None: ...
