@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs that tests run and PyPI does not have; `python -m tests` installs them.
 
+`python -m tests.programs` installs them and does no more.
+
 Node, npm, shellcheck and hadolint are not among them: they are wheels of the dev extra.
 """
 
@@ -86,3 +88,7 @@ def _run(command: Sequence[str]) -> None:
     subprocess.run(
         command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, check=True
     )
+
+
+if __name__ == "__main__":
+    sys.exit(install({room for room, _, _ in _DEBIAN}))
