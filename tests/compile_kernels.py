@@ -63,7 +63,8 @@ def compile_votes() -> None:
             constants,
             **vectors,
             **indices,
-            cached_ptr=f"*{dtype}",
+            pages_ptr=f"*{dtype}",
+            block_table_ptr="*i32",
             log_totals_ptr="*fp32",
             scale="fp32",
         )

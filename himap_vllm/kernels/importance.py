@@ -14,7 +14,7 @@ order each time and let rounding decide close calls differently from run to run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,18 @@ if TYPE_CHECKING:
 BLOCK_ROWS = 32
 BLOCK_KEYS = 64
 _TILE_FIELDS = 5
+
+
+class KeyPages(NamedTuple):
+    """Keys of one layer in the KV cache.
+
+    Attributes:
+        pages: [num_blocks, num_kv_heads, block_size, head_size], channels contiguous.
+        block_table: [num_reqs, blocks] int32, the pages of each request.
+    """
+
+    pages: torch.Tensor
+    block_table: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +63,7 @@ class VoteTiles:
         of_rows: list[tuple[int, ...]] = []
         of_columns: list[tuple[int, ...]] = []
         rows: list[IntArray] = []
-        num_rows = num_cached = 0
+        num_rows = 0
         for request in cut.requests:
             if request.rows is None:
                 first_row = request.image_tokens.start
@@ -65,7 +77,7 @@ class VoteTiles:
                     first_row + begin,
                     min(BLOCK_ROWS, count - begin),
                     request.tokens.start,
-                    num_cached,
+                    request.request,
                     request.num_cached,
                 )
                 for begin in range(0, count, BLOCK_ROWS)
@@ -84,7 +96,6 @@ class VoteTiles:
                             request.tokens.start,
                         )
                     )
-            num_cached += request.num_cached
         return cls(
             of_rows=np.array(of_rows, dtype=np.int64),
             of_columns=np.array(of_columns, dtype=np.int64),
@@ -101,12 +112,13 @@ def _accumulate(logits, maximum, total):
     return new_maximum, total
 
 
-# The stride differs from step to step. A specialisation for some would be compiled while serving.
-@triton.jit(do_not_specialize=["log_totals_stride"])
+# These strides differ from step to step. A specialisation for some would be compiled while serving.
+@triton.jit(do_not_specialize=["block_table_stride", "log_totals_stride"])
 def _log_totals_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
     key_ptr,  # [num_tokens, num_kv_heads, head_size]
-    cached_ptr,  # [num cached keys, num_kv_heads, head_size]
+    pages_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]
+    block_table_ptr,  # [num_reqs, blocks]
     rows_ptr,  # [num rows]
     tiles_ptr,  # [num_tiles, NUM_FIELDS]
     log_totals_ptr,  # [num_heads, num rows]
@@ -115,8 +127,11 @@ def _log_totals_kernel(
     query_head_stride,
     key_stride,
     key_head_stride,
-    cached_stride,
-    cached_head_stride,
+    page_stride,
+    page_head_stride,
+    page_token_stride,
+    block_size,
+    block_table_stride,
     log_totals_stride,
     NUM_FIELDS: tl.constexpr,
     HEADS_PER_KEY: tl.constexpr,
@@ -130,7 +145,7 @@ def _log_totals_kernel(
     first_row = tl.load(tile_ptr)
     num_rows = tl.load(tile_ptr + 1)
     first_token = tl.load(tile_ptr + 2)  # of the prompt, in the step
-    first_cached = tl.load(tile_ptr + 3)
+    request = tl.load(tile_ptr + 3)  # row in the batch
     num_cached = tl.load(tile_ptr + 4)
 
     channel = tl.arange(0, BLOCK_HEAD)
@@ -147,7 +162,8 @@ def _log_totals_kernel(
     )
     key_head = head // HEADS_PER_KEY
     key_ptr += key_head * key_head_stride
-    cached_ptr += key_head * cached_head_stride
+    pages_ptr += key_head * page_head_stride
+    block_table_ptr += request * block_table_stride
 
     maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -166,13 +182,17 @@ def _log_totals_kernel(
         maximum, total = _accumulate(logits, maximum, total)
     for begin in range(0, num_cached, BLOCK_KEYS):
         other = begin + column
+        inside = other < num_cached
+        block = tl.load(block_table_ptr + other // block_size, mask=inside, other=0)
+        # 64 bits: a KV cache has more elements than 32 bits can count.
+        place = block.to(tl.int64) * page_stride + (other % block_size) * page_token_stride
         key = tl.load(
-            cached_ptr + (first_cached + other)[:, None] * cached_stride + channel[None, :],
-            mask=(other < num_cached)[:, None] & in_head[None, :],
+            pages_ptr + place[:, None] + channel[None, :],
+            mask=inside[:, None] & in_head[None, :],
             other=0.0,
         )
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        logits = tl.where((other < num_cached)[None, :], logits, float("-inf"))
+        logits = tl.where(inside[None, :], logits, float("-inf"))
         maximum, total = _accumulate(logits, maximum, total)
     log_totals_ptr += head * log_totals_stride + first_row
     tl.store(log_totals_ptr + row, maximum + tl.log(total), mask=votes)
@@ -244,7 +264,7 @@ def _vote_kernel(
 def importance(
     query: torch.Tensor,
     key: torch.Tensor,
-    cached: torch.Tensor,
+    cached: KeyPages,
     scale: float,
     of_rows: torch.Tensor,
     of_columns: torch.Tensor,
@@ -259,7 +279,8 @@ def importance(
     Args:
         query: [num_tokens, num_heads, head_size], channels contiguous.
         key: [num_tokens, num_kv_heads, head_size], likewise.
-        cached: [num cached keys, num_kv_heads, head_size], likewise.
+        cached: the keys that the prompts' earlier chunks left in the KV cache. They are read where
+            they lie.
         scale: softmax scale.
         of_rows: [num_tiles, 5] `VoteTiles.of_rows` on the device.
         of_columns: [num_tiles, 5] `VoteTiles.of_columns` on the device.
@@ -272,7 +293,8 @@ def importance(
     num_heads, head_size = query.shape[1:]
     log_totals = query.new_empty(num_heads, len(rows), dtype=torch.float32)
     received = query.new_empty(num_heads, len(image_tokens), dtype=torch.float32)
-    assert query.stride(2) == key.stride(2) == cached.stride(2) == 1
+    pages, block_table = cached
+    assert query.stride(2) == key.stride(2) == pages.stride(3) == 1
     sizes = {
         "NUM_FIELDS": _TILE_FIELDS,
         "HEADS_PER_KEY": num_heads // key.shape[1],
@@ -283,9 +305,11 @@ def importance(
     }
     strides = (*query.stride()[:2], *key.stride()[:2])
     _log_totals_kernel[(len(of_rows), num_heads)](
-        *(query, key, cached, rows, of_rows, log_totals, scale),
+        *(query, key, pages, block_table, rows, of_rows, log_totals, scale),
         *strides,
-        *cached.stride()[:2],
+        *pages.stride()[:3],
+        pages.shape[2],
+        block_table.stride(0),
         log_totals.stride(0),
         **sizes,
     )

@@ -39,6 +39,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from himap_vllm.core.kv_cache import StageAttentionSpec
+from himap_vllm.kernels.importance import KeyPages
 from himap_vllm.model.cached_keys import key_reader
 from himap_vllm.pruning.kv_groups import KVGroups, packed_layouts
 from himap_vllm.pruning.stage_metadata import shallow_copy
@@ -115,8 +116,8 @@ def install_votes(attention: Attention, cut: int, context: PruningContext) -> No
         # Metadata is absent in profiling and warm-up runs.
         if step is not None and attn_metadata is not None:
 
-            def cached_keys(requests: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-                return read_keys(layer, kv_cache, attn_metadata.block_table, requests, positions)
+            def cached_keys(requests: slice, longest: int) -> KeyPages:
+                return read_keys(layer, kv_cache, attn_metadata.block_table[requests], longest)
 
             step.cuts[cut].score(query, key, impl.scale, cached_keys)
         return base_forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read keys back from vLLM's paged KV cache.
+"""Find keys in vLLM's paged KV cache.
 
 The rows that vote also attend to text before the first image. If that text was computed in an
 earlier step (chunked prefill, prefix caching), its keys exist only in the cache.
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 
-KeyReader = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(attention layer, its kv_cache, block table [num_reqs, blocks], request [n], KV position [n]) ->
-keys [n, num_kv_heads, head_size]. One gather, whatever requests the keys belong to."""
+from himap_vllm.kernels.importance import KeyPages
+
+KeyReader = Callable[[Any, torch.Tensor, torch.Tensor, int], KeyPages]
+"""(attention layer, its kv_cache, block table [num_reqs, blocks], most keys that one request
+has in the cache) -> the keys of all these requests."""
 
 
 @functools.cache
@@ -45,13 +47,9 @@ def _cpu_key_order(isa: str, dtype: torch.dtype, block_size: int, head_size: int
 
 
 def read_cpu_keys(
-    layer: Any,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    requests: torch.Tensor,
-    positions: torch.Tensor,
-) -> torch.Tensor:
-    """Keys from the cache of `CPUAttentionBackend`.
+    layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor, longest: int
+) -> KeyPages:
+    """Copy keys from the cache of `CPUAttentionBackend`, and put them in order.
 
     `kv_cache` is [num_blocks, num_kv_heads, block_size, 2 * head_size]; per block and head it
     holds all keys, then all values.
@@ -59,22 +57,22 @@ def read_cpu_keys(
     * `vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl.forward` (read): that layout.
       Remove when: vLLM exposes a gather from the CPU KV cache.
     """
-    num_blocks, num_kv_heads, block_size, width = kv_cache.shape
+    block_size, width = kv_cache.shape[2:]
+    if not longest:
+        return KeyPages(kv_cache[:0, ..., : width // 2], block_table)
     order = _cpu_key_order(layer.isa, kv_cache.dtype, block_size, width // 2)
-    blocks = block_table[requests, positions // block_size].long()
-    heads = torch.arange(num_kv_heads)
-    interiors = kv_cache.view(num_blocks, num_kv_heads, block_size * width)
-    return interiors[blocks[:, None, None], heads[:, None], order[positions % block_size][:, None]]
+    blocks = block_table[:, : -(-longest // block_size)]
+    pages = kv_cache[blocks.flatten().long()].flatten(2)[:, :, order]
+    return KeyPages(pages, torch.arange(blocks.numel(), dtype=torch.int32).view(blocks.shape))
 
 
 def read_flash_keys(
     layer: Any,  # noqa: ARG001
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
-    requests: torch.Tensor,
-    positions: torch.Tensor,
-) -> torch.Tensor:
-    """Keys from the cache of `FlashAttentionBackend`.
+    longest: int,  # noqa: ARG001
+) -> KeyPages:
+    """Keys in the cache of `FlashAttentionBackend`, where they lie.
 
     `kv_cache` is [num_blocks, num_kv_heads, block_size, 2 * head_size], key and value of a token
     side by side.
@@ -82,9 +80,7 @@ def read_flash_keys(
     * `vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.forward` (read): that layout. Remove
       when: vLLM exposes a gather from the KV cache.
     """
-    block_size, width = kv_cache.shape[2:]
-    blocks = block_table[requests, positions // block_size].long()
-    return kv_cache[blocks, :, positions % block_size, : width // 2]
+    return KeyPages(kv_cache[..., : kv_cache.shape[-1] // 2], block_table)
 
 
 _READERS: dict[str, KeyReader] = {"CPU_ATTN": read_cpu_keys, "FLASH_ATTN": read_flash_keys}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -22,11 +22,8 @@ from himap_vllm.kernels.importance import VoteTiles
 from himap_vllm.kernels.importance import importance as importance_on_gpu
 from himap_vllm.plan.step import Cut
 from himap_vllm.plan.voters import IntArray
-from himap_vllm.pruning.importance import importance
+from himap_vllm.pruning.importance import CachedKeys, importance
 from himap_vllm.pruning.selection import compact, surviving_rows
-
-CachedKeys = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(row in the batch [n], KV position [n]) -> keys [n, num_kv_heads, head_size]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +87,6 @@ class PruningCut:
         cut: Cut,
         num_tokens: int,
         tensors: CutTensors,
-        cached: tuple[torch.Tensor, torch.Tensor],
         criterion: Criterion,
     ) -> None:
         """
@@ -99,8 +95,6 @@ class PruningCut:
             cut: the step's.
             num_tokens: rows of the step before the cut.
             tensors: of `cut`.
-            cached: row in the batch and KV position of the keys that the prompts have in the KV
-                cache. They precede the first image, so they are the same in every stage.
             criterion: of this cut.
         """
         self.cut = cut
@@ -109,7 +103,6 @@ class PruningCut:
         self.seconds = 0.0
         self._index = index
         self._num_tokens = num_tokens
-        self._cached = cached
         self._criterion = criterion
         self.attention: torch.Tensor | None = None
 
@@ -122,17 +115,17 @@ class PruningCut:
             query: [num_tokens, num_heads, head_size] of that layer, on this rank.
             key: [num_tokens, num_kv_heads, head_size], likewise.
             scale: softmax scale.
-            cached_keys: reads keys of that layer back from the KV cache.
+            cached_keys: finds keys of that layer in the KV cache.
         """
         began = time.perf_counter()
         tensors = self.tensors
-        cached = cached_keys(*self._cached) if len(self._cached[0]) else key[:0]
         if HAS_TRITON:
             voters = self.image_tokens if tensors.voters is None else tensors.voters
+            longest = max(request.num_cached for request in self.cut.requests)
             scores = importance_on_gpu(
                 query,
                 key,
-                cached,
+                cached_keys(slice(None), longest),
                 scale,
                 tensors.of_rows,
                 tensors.of_columns,
@@ -140,7 +133,7 @@ class PruningCut:
                 self.image_tokens,
             )
         else:
-            scores = importance(query, key, cached, scale, self.cut, self.image_tokens)
+            scores = importance(query, key, cached_keys, scale, self.cut, self.image_tokens)
         self.seconds += time.perf_counter() - began
         if get_tensor_model_parallel_world_size() > 1:
             # Heads are spread over the ranks, but all ranks must choose the same tokens. An
@@ -195,8 +188,10 @@ class PruningCut:
             assert self.attention is not None, "the layer before the cut has not run"
         states = None
         if criterion.needs_hidden_states:
-            own = [part.index_select(0, self.image_tokens).float() for part in stream]
-            states = torch.stack(own).sum(0)
+            first, *others = stream
+            states = first.index_select(0, self.image_tokens).float()
+            for part in others:
+                states += part.index_select(0, self.image_tokens)
         return Candidates(
             cut=self.cut,
             index=self._index,

@@ -11,12 +11,18 @@ tested against.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
+from himap_vllm.kernels.importance import KeyPages
+
 if TYPE_CHECKING:
     from himap_vllm.plan.step import Cut, PrunedRequest
+
+CachedKeys = Callable[[slice, int], KeyPages]
+"""(rows in the batch, most keys that one of these requests has in the cache) -> their keys."""
 
 # Bounds the probabilities held at once: heads * rows * keys, in float32.
 _MAX_PROBABILITIES = 32 * 1024 * 1024
@@ -25,7 +31,7 @@ _MAX_PROBABILITIES = 32 * 1024 * 1024
 def importance(
     query: torch.Tensor,
     key: torch.Tensor,
-    cached: torch.Tensor,
+    cached_keys: CachedKeys,
     scale: float,
     cut: Cut,
     image_tokens: torch.Tensor,
@@ -38,8 +44,8 @@ def importance(
     Args:
         query: [num_tokens, num_heads, head_size] of the layer before the cut, rotary applied.
         key: [num_tokens, num_kv_heads, head_size], likewise.
-        cached: [num cached keys, num_kv_heads, head_size] keys that the prompts' earlier chunks
-            left in the KV cache, prompts one after the other.
+        cached_keys: finds the keys that the prompts' earlier chunks left in the KV cache. Those of
+            one prompt are held at a time.
         scale: softmax scale.
         cut: the prompts to score.
         image_tokens: [num flat images] their rows in `query` and `key`.
@@ -49,15 +55,25 @@ def importance(
         sums over the same number of heads, so the mean's constant factor is left out.
     """
     scores = query.new_empty(cut.num_image_tokens, dtype=torch.float32)
-    cached_of = cached.split([request.num_cached for request in cut.requests])
-    for request, before in zip(cut.requests, cached_of, strict=True):
-        keys = torch.cat([before, key[request.tokens]])
+    for request in cut.requests:
+        keys = key[request.tokens]
+        if request.num_cached:
+            keys = torch.cat([_earlier_keys(request, cached_keys), keys])
         columns = image_tokens[request.image_tokens] - request.tokens.start
         rows = columns if request.rows is None else torch.from_numpy(request.rows)
         scores[request.image_tokens] = _received(
             query[request.tokens], keys, scale, rows, columns, request
         )
     return scores
+
+
+def _earlier_keys(request: PrunedRequest, cached_keys: CachedKeys) -> torch.Tensor:
+    """[num_cached, num_kv_heads, head_size] the keys that a prompt has in the KV cache."""
+    row = slice(request.request, request.request + 1)
+    pages, block_table = cached_keys(row, request.num_cached)
+    num_blocks = -(-request.num_cached // pages.shape[2])
+    keys = pages[block_table[0, :num_blocks].long()].transpose(1, 2)
+    return keys.flatten(0, 1)[: request.num_cached]
 
 
 def _received(

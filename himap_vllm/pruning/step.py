@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from himap_vllm.criteria.criterion import Criteria, with_voters
@@ -47,23 +46,17 @@ class PruningStep:
         self.plan = plan
         self.graph_sizes = graph_sizes
         tiles = [VoteTiles.of(cut) for cut in cuts]
-        num_cached = [request.num_cached for request in first.requests]
-        arrays = [
-            first.image_tokens,
-            np.repeat([request.request for request in first.requests], num_cached),
-            np.concatenate([np.arange(n) for n in num_cached]),
-        ]
+        arrays = [first.image_tokens]
         for cut, work in zip(cuts, tiles, strict=True):
             arrays += CutTensors.arrays(cut, work)
         tensors = iter(upload(arrays, device))
-        image_tokens, *cached = (next(tensors) for _ in range(3))
+        image_tokens = next(tensors)
         self.cuts = tuple(
             PruningCut(
                 index,
                 cut,
                 plan.stages[index].num_tokens,
                 CutTensors.take(work, tensors),
-                (cached[0], cached[1]),
                 criteria[index],
             )
             for index, (cut, work) in enumerate(zip(cuts, tiles, strict=True))

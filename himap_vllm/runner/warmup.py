@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from himap_vllm.kernels.gather import gather_rows
+from himap_vllm.kernels.importance import KeyPages
 from himap_vllm.plan.prompt import ImageTokens, Ratios, make_plan
 from himap_vllm.plan.step import plan_step
 from himap_vllm.pruning.context import PruningContext
@@ -31,6 +32,10 @@ def warm_up(
     heads = context.heads
     device = prompt_positions.device
     plan = make_plan(NUM_TOKENS, [ImageTokens(((16, 48),))], Ratios(0.5, 0.5))
+    # One page with keys and values side by side, as FlashAttention has them.
+    page = torch.zeros(1, heads.num_kv_heads, 16, 2 * heads.head_size, dtype=dtype, device=device)
+    block_table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    cached = KeyPages(page[..., : heads.head_size], block_table)
     for num_computed in (0, 16):
         step_plan = plan_step([num_computed], [NUM_TOKENS - num_computed], [plan])
         step = PruningStep(step_plan, device, context.criteria, prior=context.prior)
@@ -45,8 +50,7 @@ def warm_up(
             query, key, _ = fused.split(widths, dim=1)
             query = query.view(num_tokens, heads.num_heads, heads.head_size)
             key = key.view(num_tokens, heads.num_kv_heads, heads.head_size)
-            cached = key[:1].expand(num_computed, -1, -1).contiguous()
-            step.cuts[cut].score(query, key, 1.0, lambda *_, keys=cached: keys)
+            step.cuts[cut].score(query, key, 1.0, lambda *_, cached=cached: cached)
             hidden_states = torch.zeros(num_tokens, hidden_size, dtype=dtype, device=device)
             rows = step.cut(cut, hidden_states, hidden_states)
             positions, _, _ = gather_rows(rows, positions, hidden_states, hidden_states)

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+import torch
 
 from himap_vllm.criteria import CRITERIA
 from tests.engine import test_families
@@ -55,6 +59,59 @@ def test_one_mixed_batch_equals_the_oracle(world: World, criterion: str) -> None
         "gqa12", himap={"criterion": criterion}, max_num_batched_tokens=160, max_model_len=512
     )
     equals_oracle(world, engine, "gqa12", CASES, criterion)
+
+
+def peak_bytes(run: Callable[[], Any]) -> tuple[Any, int]:
+    """The result, and the most memory that tensors made meanwhile took at once."""
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        result = run()
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
+    taken = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            taken += event.nbytes()
+            most = max(most, taken)
+    return result, most
+
+
+def test_a_step_that_prunes_takes_no_more_memory_than_another(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM measures a step that prunes nothing, and gives what is left to the KV cache.
+
+    Without votes: the torch form of scoring takes memory of its own, and no GPU runs it.
+    """
+    engine = world.engine(
+        "gqa12", himap={"criterion": "uniform"}, max_num_batched_tokens=160, max_model_len=512
+    )
+    core = engine.llm.llm_engine.engine_core.engine_core
+    decoder = core.model_executor.driver_worker.worker.model_runner.model.language_model.model
+    forward = decoder.forward
+    peaks: list[int] = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        result, most = peak_bytes(lambda: forward(*args, **kwargs))
+        peaks.append(most)
+        return result
+
+    def peak(ratios: tuple[float, float]) -> int:
+        engine.llm.reset_prefix_cache()
+        # The runner lets the outputs of the step before go: a small one's.
+        engine.generate([Case("Hello", (), None, max_tokens=1)])
+        before = engine.stats["steps"]
+        peaks.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, "forward", recorded)
+            engine.generate([Case("A" + "<image>" * 4, PICTURES[:4], ratios, max_tokens=1)])
+        assert engine.stats["steps"] - before == int(any(ratios))
+        (most,) = peaks
+        return most
+
+    for ratios in ((0.05, 0.0), (0.0, 0.05), (0.5, 0.75)):
+        peak(ratios)  # what is made once
+        index_arrays = 64 * 160  # bytes per token; a hidden state has 512
+        assert 0 < peak(ratios) <= peak((0, 0)) + index_arrays
 
 
 @pytest.mark.parametrize("name", ["qwen3-vl", "idefics3"])

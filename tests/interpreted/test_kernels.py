@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from himap_vllm.kernels.gather import gather_rows
-from himap_vllm.kernels.importance import BLOCK_KEYS, BLOCK_ROWS, VoteTiles, importance
+from himap_vllm.kernels.importance import BLOCK_KEYS, BLOCK_ROWS, KeyPages, VoteTiles, importance
 from himap_vllm.kernels.stage_slots import PAD_SLOT, write_stage_slots
 from himap_vllm.kernels.upload import upload
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios, make_plan
@@ -60,6 +61,7 @@ PLANS = (
 )
 COMPUTED = (7, 0, 3, 0, 9, 66)
 SCHEDULED = (1, 60, 197, 12, 36, 64)
+NO_KEYS = KeyPages(torch.zeros(1, 2, 16, 16), torch.zeros(1, 1, dtype=torch.int32))
 
 
 def cut_of(index: int) -> Cut:
@@ -115,8 +117,29 @@ def test_scores_take_memory_in_proportion_to_the_step(num_tokens: int) -> None:
     of_rows, of_columns = torch.from_numpy(tiles.of_rows), torch.from_numpy(tiles.of_columns)
     image_tokens = torch.arange(1, num_tokens + 1)
     with Allocations() as allocations:
-        importance(query, query, query[:0], 1.0, of_rows, of_columns, image_tokens, image_tokens)
+        importance(query, query, NO_KEYS, 1.0, of_rows, of_columns, image_tokens, image_tokens)
     assert 0 < allocations.num_bytes <= 4 * num_tokens * (2 * num_heads + 1)
+
+
+def paged(
+    random: torch.Generator,
+    values: Callable[..., torch.Tensor],
+    num_kv_heads: int,
+    head_size: int,
+    block_size: int = 16,
+) -> KeyPages:
+    """Keys of `COMPUTED`, beside their values; NaN wherever no prompt has a key."""
+    width = -(-max(COMPUTED) // block_size)
+    num_pages = len(COMPUTED) * width + 1
+    cache = values(num_pages, num_kv_heads, block_size, 2 * head_size)
+    order = torch.randperm(num_pages, generator=random).int()
+    cache[order[-1]] = float("nan")
+    block_table = order[:-1].view(len(COMPUTED), width).clone()
+    for table, num_cached in zip(block_table, COMPUTED, strict=True):
+        full, rest = divmod(num_cached, block_size)
+        cache[table[full], :, rest:] = float("nan")
+        table[full + (rest > 0) :] = order[-1]
+    return KeyPages(cache[..., :head_size], block_table)
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["first", "second"])
@@ -149,7 +172,7 @@ def test_importance(
     )
     query = query.view(-1, num_heads, head_size)
     key = key.view(-1, num_kv_heads, head_size)
-    cached = values(sum(request.num_cached for request in cut.requests), num_kv_heads, head_size)
+    cached = paged(random, values, num_kv_heads, head_size)
     if cut.image_tokens is None:
         image_tokens = second_image_tokens(random)
     else:
@@ -169,7 +192,14 @@ def test_importance(
         image_tokens if tiles.rows is None else torch.from_numpy(tiles.rows),
         image_tokens,
     )
-    expected = reference(query, key, cached, head_size**-0.5, cut, image_tokens)
+    expected = reference(
+        query,
+        key,
+        lambda rows, _: KeyPages(cached.pages, cached.block_table[rows]),
+        head_size**-0.5,
+        cut,
+        image_tokens,
+    )
     assert scores.dtype == expected.dtype == torch.float32
     assert scores.shape == (cut.num_image_tokens,)
     torch.testing.assert_close(scores, expected, rtol=2e-5, atol=1e-5)

@@ -38,10 +38,11 @@ def test_keys_come_back(dtype: torch.dtype, block_size: int, head_size: int, isa
     slots = table[0, positions // block_size] * block_size + positions % block_size
     key_cache, value_cache = cache.view(NUM_BLOCKS, NUM_HEADS, 2 * block_size, -1).chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(keys, -keys, key_cache, value_cache, slots, isa)
-    asked = torch.randperm(tokens)[: tokens // 2]
-    requests = torch.zeros_like(asked)
-    got = read_cpu_keys(SimpleNamespace(isa=isa), cache, table, requests, asked)
-    assert torch.equal(got, keys[asked])
+    for longest in (tokens, block_size, 1):
+        pages, own_table = read_cpu_keys(SimpleNamespace(isa=isa), cache, table, longest)
+        assert own_table.shape == (1, -(-longest // block_size))
+        got = pages[own_table[0].long()].transpose(1, 2).flatten(0, 1)
+        assert torch.equal(got[:longest], keys[:longest])
 
 
 def test_the_processor_can_be_narrowed() -> None:
