@@ -113,11 +113,20 @@ def _steps(vllm_config: VllmConfig) -> Iterator[_Feature]:
         "batch invariance (VLLM_BATCH_INVARIANT)",
         "the last bits of a prompt's scores depend on the other prompts of its step",
     )
+    speculative = vllm_config.speculative_config
+    by_ngram = speculative is not None and speculative.method == "ngram"
     yield _Feature(
         "speculative_config",
-        vllm_config.speculative_config is not None,
-        "speculative decoding",
+        speculative is not None and not by_ngram,
+        "speculative decoding but by ngram",
         "drafts need the hidden states of all tokens",
+    )
+    yield _Feature(
+        "speculative_config",
+        by_ngram and vllm_config.use_v2_model_runner,
+        "speculative decoding on Model Runner V2",
+        "the host does not know there how many drafts were accepted, and computes from that how "
+        "much of a pruned prompt each stage holds",
     )
 
 

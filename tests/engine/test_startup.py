@@ -87,8 +87,8 @@ def test_plugin_does_nothing_unless_asked(world: World) -> None:
         ({}, {"disable_hybrid_kv_cache_manager": True}, "disable-hybrid-kv-cache-manager"),
         (
             {},
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative decoding",
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
+            "speculative decoding but by ngram",
         ),
         (
             {},
