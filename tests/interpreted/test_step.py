@@ -171,7 +171,7 @@ def test_steps_wait_nowhere_but_where_stock_does(
     # Traces are read back, and say so: the reads would have been seen.
     traced, reads = waits_by_step(world.engine(), monkeypatch, cases)
     assert traced == stock
-    assert len(reads) == 4
+    assert len(reads) == 8  # kept tokens and attention, at both cuts of two prompts
 
 
 @pytest.mark.parametrize("criterion", ["random", "uniform", "mixed"])
