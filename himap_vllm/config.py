@@ -19,7 +19,8 @@ CriterionName = Literal[
 ]
 """What survivors may be chosen by; `himap_vllm.criteria` has them, and torch."""
 
-_READS_PRIOR: tuple[CriterionName, ...] = ("debiased",)
+READS_PRIOR: tuple[CriterionName, ...] = ("debiased",)
+"""Criteria that need a file of `himap calibrate`."""
 
 ADDITIONAL_CONFIG_KEY = "himap"
 SHALLOW_ARG = "himap_shallow_ratio"
@@ -132,7 +133,7 @@ class EngineSettings:
     def prior_layers(self) -> tuple[int, ...]:
         """Layers before the cuts whose criterion reads a positional prior."""
         cuts = zip((self.shallow_layer, self.deep_layer), self.criteria, strict=True)
-        return tuple(layer for layer, criterion in cuts if criterion in _READS_PRIOR)
+        return tuple(layer for layer, criterion in cuts if criterion in READS_PRIOR)
 
     @classmethod
     def parse(cls, raw: Any, num_layers: int = 32, first_cut: int = 1) -> EngineSettings:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The positional prior on the device."""
+"""The positional prior on the device.
+
+* `vllm.utils.torch_utils.async_tensor_h2d` (called): the values of a new image size are copied
+  without a wait for the device. Remove when: torch stages copies from pageable memory itself.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ def test_one_mixed_batch_equals_the_oracle(world: World) -> None:
     test_oracle.test_one_mixed_batch_equals_the_oracle(world, "gqa12", compiled=True)
 
 
-@pytest.mark.parametrize("criterion", ["random", "mixed"])  # mixed: fastv and diversity
+# mixed: fastv and diversity
+@pytest.mark.parametrize("criterion", ["random", "mixed", "stratified+debiased"])
 def test_other_criteria_equal_the_oracle(world: World, criterion: str) -> None:
     test_criteria.test_one_mixed_batch_equals_the_oracle(world, criterion)
 
