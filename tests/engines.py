@@ -7,15 +7,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 
 import tests.environment  # noqa: F401
+from himap_vllm.plan.cuts import KVGrouping
+from himap_vllm.plan.grouping import choose_grouping
 
 SHALLOW_LAYER, DEEP_LAYER = 2, 8
 BLOCK_SIZE = 32  # the smallest that vLLM's CPU attention takes
 IMAGE_TOKENS = 36
+# 12 layers cut at (2, 8).
+GROUPINGS = {
+    name: choose_grouping(name, (2, 6, 4), BLOCK_SIZE, BLOCK_SIZE) for name in get_args(KVGrouping)
+}
+GROUPING = GROUPINGS["many"]  # the default
+
+
+def least_pool(num_tokens: int) -> int:
+    """Blocks for one sequence in 12 layers, and the one that vLLM keeps."""
+    of_stages = zip(GROUPING.block_sizes, GROUPING.parts, strict=True)
+    return 1 + sum(parts * -(-num_tokens // size) for size, parts in of_stages)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.checkpoints import sample_images
 from tests.engines import Case, watched
-from tests.world import SHAPES, World, assert_equals_oracle
+from tests.world import World, assert_equals_oracle
 
 PICTURES = tuple(sample_images(8))
 RATIOS = ((0.0, 0.0), (0.25, 0.5), (0.5, 0.75), (0.75, 0.25), (0.9, 0.9), (0.0, 0.5), (0.5, 0.0))
@@ -56,13 +56,22 @@ CASES = cases()
 
 
 @pytest.mark.parametrize(
-    ("shape", "compiled"),
-    [*((shape, False) for shape in SHAPES), ("mha12", True)],
-    ids=[*SHAPES, "mha12-compiled"],
+    ("shape", "compiled", "kv_grouping"),
+    [
+        ("mha12", False, "many"),
+        ("gqa12", False, "balanced"),
+        ("mha32", False, "few"),
+        ("mha12", True, "many"),
+    ],
 )
-def test_one_mixed_batch_equals_the_oracle(world: World, shape: str, compiled: bool) -> None:
+def test_one_mixed_batch_equals_the_oracle(
+    world: World, shape: str, compiled: bool, kv_grouping: str
+) -> None:
     """All ratios, unpruned and text-only requests; prefill and decode share steps."""
-    engine = world.engine(shape, compiled=compiled)
+    himap = {} if kv_grouping == "many" else {"kv_grouping": kv_grouping}
+    engine = world.engine(shape, himap=himap, compiled=compiled)
+    groups = engine.scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+    assert len(groups) == {"balanced": 4, "many": 6, "few": 3}[kv_grouping]
     mixed_steps = 0
 
     def look(output: Any) -> None:

@@ -20,7 +20,7 @@ import vllm._custom_ops  # noqa: F401 - loads the kernels
 
 from tests import isolated
 from tests.checkpoints import sample_images
-from tests.engines import BLOCK_SIZE, DEEP_LAYER, IMAGE_TOKENS, SHALLOW_LAYER, Case, Engine
+from tests.engines import DEEP_LAYER, GROUPING, IMAGE_TOKENS, SHALLOW_LAYER, Case, Engine
 from tests.oracle import Oracle, OracleResult
 from tests.quantised import FORMATS, quantise
 from tests.world import World
@@ -152,7 +152,6 @@ def test_ratio_zero_equals_stock(answers: Answers) -> None:
 
 @every_format
 def test_as_many_tokens_and_blocks_as_planned(answers: Answers) -> None:
-    layers = {0: SHALLOW_LAYER, 1: DEEP_LAYER - SHALLOW_LAYER, 2: 12 - DEEP_LAYER}
     blocks = 0
     for case, said, trace in zip(PRUNED, answers.served.pruned, answers.served.traces, strict=True):
         shallow, deep = case.ratios or (0, 0)
@@ -162,7 +161,7 @@ def test_as_many_tokens_and_blocks_as_planned(answers: Answers) -> None:
         assert [len(image) for image in trace["deep"]] == [after] * len(case.images)
         for stage, kept in enumerate((IMAGE_TOKENS, between, after)):
             tokens = said.prompt_tokens - (IMAGE_TOKENS - kept) * len(case.images)
-            blocks += -(-tokens // BLOCK_SIZE) * layers[stage] // SHALLOW_LAYER
+            blocks += -(-tokens // GROUPING.block_sizes[stage]) * GROUPING.parts[stage]
     assert answers.served.held == blocks
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import sample_images
-from tests.engines import BLOCK_SIZE, Case
+from tests.engines import GROUPING, Case
 from tests.world import World, assert_equals_oracle, compiled_or_not
 
 PICTURES = tuple(sample_images(8, seed=1))
@@ -106,19 +106,19 @@ def test_counters_tell_what_was_done(world: World) -> None:
     assert change["image_tokens_kept_deep"] == 5 + 2 * 14
     assert after["requests"]["pruned"] - before["requests"].get("pruned", 0) == 2
     assert after["requests"]["unpruned"] - before["requests"].get("unpruned", 0) == 1
-    groups_of_two = {0: 1, 1: 3, 2: 2}
     blocks = saved = 0
     for case, output in list(zip(cases, outputs, strict=True))[:2]:
         trace = engine.trace(output.request_id)
-        full = -(-len(output.prompt_token_ids) // BLOCK_SIZE)
         for stage, kept in ((0, None), (1, trace["shallow"]), (2, trace["deep"])):
             gone = 0 if kept is None else 36 * len(case.images) - sum(map(len, kept))
-            held = -(-(len(output.prompt_token_ids) - gone) // BLOCK_SIZE)
-            blocks += held * groups_of_two[stage]
-            saved += (full - held) * groups_of_two[stage]
+            size, groups = GROUPING.block_sizes[stage], GROUPING.parts[stage]
+            full = -(-len(output.prompt_token_ids) // size)
+            held = -(-(len(output.prompt_token_ids) - gone) // size)
+            blocks += held * groups
+            saved += (full - held) * groups
     assert change["kv_blocks"] == blocks
     assert change["kv_blocks_saved"] == saved > 0
-    kv_bytes = 2 * BLOCK_SIZE * 2 * 4 * 32 * 4  # layers, tokens, k and v, heads, head size, float32
+    kv_bytes = GROUPING.page * 2 * 4 * 32 * 4  # k and v, heads, head size, float32
     assert change["kv_bytes_saved"] == saved * kv_bytes
     assert change["steps"] >= 1
     assert change["pruning_seconds"] > 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from himap_vllm.plan.requests import read_stamp
 from tests.checkpoints import sample_images
-from tests.engines import BLOCK_SIZE, DEEP_LAYER, SHALLOW_LAYER, Case, Engine, watched
+from tests.engines import DEEP_LAYER, SHALLOW_LAYER, Case, Engine, least_pool, watched
 from tests.world import World, assert_equals_oracle, compiled_or_not
 
 PICTURES = tuple(sample_images(8, seed=1))
@@ -138,7 +138,7 @@ def test_blocks_held_equal_the_arithmetic_at_every_step(world: World) -> None:
                     if first >= DEEP_LAYER:
                         alive = kept(alive, deep)
                     num_tokens -= image.mm_position.length - alive
-                expected.append(-(-num_tokens // BLOCK_SIZE))
+                expected.append(-(-num_tokens // group.kv_cache_spec.block_size))
             held = [len(ids) for ids in manager.get_block_ids(request.request_id)]
             assert held == expected
             checked += 1
@@ -153,9 +153,7 @@ def test_blocks_held_equal_the_arithmetic_at_every_step(world: World) -> None:
 @compiled_or_not
 def test_preempted_requests_are_recomputed_to_the_same_answer(world: World, compiled: bool) -> None:
     """The generated tokens of a recomputed prompt must not vote."""
-    num_groups = 6  # of two layers: 2 / 6 / 4 layers per stage
-    blocks = 1 + num_groups * 512 // BLOCK_SIZE  # the least for which vLLM starts
-    engine = world.engine(compiled=compiled, num_gpu_blocks_override=blocks)
+    engine = world.engine(compiled=compiled, num_gpu_blocks_override=least_pool(512))
     cases = [
         Case(QUESTION, PICTURES[i : i + 1], ratios, max_tokens=90)
         for i, ratios in enumerate([(0.5, 0.75), (0.25, 0.25), (0, 0), (0.9, 0.5), (0.5, 0.5)])

@@ -22,7 +22,7 @@ from tests.engine import (
     test_serving,
     test_step_limit,
 )
-from tests.engines import BLOCK_SIZE, IMAGE_TOKENS, Case, watched
+from tests.engines import IMAGE_TOKENS, Case, least_pool, watched
 from tests.interpreted.cuda_graphs import runner_of
 from tests.world import World, assert_equals_oracle
 
@@ -41,7 +41,7 @@ def test_it_is_model_runner_v2(world: World) -> None:
 
 
 def test_one_mixed_batch_equals_the_oracle(world: World) -> None:
-    test_oracle.test_one_mixed_batch_equals_the_oracle(world, "gqa12", compiled=True)
+    test_oracle.test_one_mixed_batch_equals_the_oracle(world, "gqa12", True, "many")
 
 
 # mixed: fastv and diversity
@@ -78,7 +78,7 @@ def test_as_on_v1(world: World, test: Any) -> None:
 
 def test_preempted_requests_are_recomputed_and_counted_once(world: World) -> None:
     """On V2 a preempted request ends, and arrives anew."""
-    engine = world.engine(compiled=True, num_gpu_blocks_override=1 + 6 * 512 // BLOCK_SIZE)
+    engine = world.engine(compiled=True, num_gpu_blocks_override=least_pool(512))
     ratios = [(0.5, 0.75), (0, 0), (0.9, 0.5), (0, 0), (0.25, 0.25), (0, 0)]
     cases = [
         Case(QUESTION, PICTURES[i : i + 1], pair, max_tokens=80) for i, pair in enumerate(ratios)
