@@ -22,7 +22,7 @@ lint:  ## ruff and mypy, as CI runs them
 	$(BIN)/mypy /dev/stdin < bench.py  # by its own name it would be the package
 
 unit:  ## tests without an engine, under a minute
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -n 2
 
 test:  ## the whole suite, and what it needs; more options in ARGS
 	$(BIN)/python -m tests $(ARGS)
