@@ -26,6 +26,7 @@ _DEBIAN = (
     ("ops", "prometheus", "prometheus"),
     ("ops", "promtool", "prometheus"),
     ("ops", "amtool", "prometheus-alertmanager"),
+    ("ops", "redis-server", "redis-server"),
     ("ops", "setpriv", "util-linux"),
     ("ops", "unshare", "util-linux"),
 )

@@ -32,6 +32,7 @@ class Reason(enum.StrEnum):
     KEY = "key"
     RATE = "rate"
     CONCURRENCY = "concurrency"
+    LIMITS = "limits"
     RATIO = "ratio"
 
     HEADERS = "headers"

@@ -13,8 +13,7 @@ import contextlib
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -25,7 +24,7 @@ from . import retries
 from .errors import GatewayError, Reason, body_of, error_event, error_response
 from .lifecycle import Lifecycle, Phase
 from .record import RequestRecord, current
-from .security.keys import KeyRing
+from .security.keys import Key, KeyRing
 from .security.limits import KeyLimits
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -56,6 +55,7 @@ class RequestMiddleware:
         lifecycle: Lifecycle,
         *,
         keys: KeyRing | None,
+        limits: KeyLimits | None = None,
         max_body_bytes: int,
         request_timeout: float,
         root_path: str = "",
@@ -64,7 +64,7 @@ class RequestMiddleware:
         self._app = app
         self._lifecycle = lifecycle
         self._keys = keys
-        self._limits = KeyLimits()
+        self._limits = limits or KeyLimits()
         self._max_body_bytes = max_body_bytes
         self._timeout = request_timeout
         self._root = "" if not root_path else _plain_path(root_path).rstrip("/")
@@ -139,9 +139,11 @@ class RequestMiddleware:
             raise GatewayError(
                 503, reason, reason=Reason(self._lifecycle.phase.value), retry_after=_RETRY_SECONDS
             )
-        with contextlib.ExitStack() as place:
-            place.enter_context(self._authenticate(headers, record))
-            answer.before_end = place.close
+        async with contextlib.AsyncExitStack() as place:
+            record.key = self._authenticate(headers)
+            if record.key is not None:
+                await place.enter_async_context(self._limits.admit(record.key))
+            answer.before_end = place.aclose
             self._lifecycle.in_flight += 1
             try:
                 async with asyncio.timeout(self._timeout) as limit:
@@ -162,11 +164,9 @@ class RequestMiddleware:
             return {"retry-after": str(_RETRY_SECONDS)}
         return retries.headers(self._retries.after(time.perf_counter()))
 
-    def _authenticate(
-        self, headers: Headers, record: RequestRecord
-    ) -> AbstractContextManager[None]:
+    def _authenticate(self, headers: Headers) -> Key | None:
         if self._keys is None:
-            return contextlib.nullcontext()
+            return None
         scheme, _, token = headers.get("authorization", "").partition(" ")
         key = self._keys.find(token.strip()) if scheme.lower() == "bearer" else None
         if key is None:
@@ -175,8 +175,7 @@ class RequestMiddleware:
                 "a valid API key is needed: Authorization: Bearer <key>",
                 reason=Reason.KEY,
             )
-        record.key = key
-        return self._limits.admit(key)
+        return key
 
     async def _read_body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
         if scope["method"] == "POST":
@@ -242,7 +241,7 @@ class ResponseTracker:
         self.status = 0
         self.complete = False
         self.is_stream = False
-        self.before_end: Callable[[], None] = lambda: None
+        self.before_end: Callable[[], Awaitable[None]] = _nothing
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -255,8 +254,12 @@ class ResponseTracker:
         elif not message.get("more_body", False):
             self.complete = True
         if self.complete or (self.is_stream and _is_last(bytes(message.get("body", b"")))):
-            self.before_end()
+            await self.before_end()
         await self._send(message)
+
+
+async def _nothing() -> None:
+    """Before the end of an answer that holds no place."""
 
 
 def _is_last(event: bytes) -> bool:

@@ -52,6 +52,8 @@ from .middleware import REQUEST_ID_HEADER, RequestMiddleware
 from .record import RequestRecord
 from .request_log import log_request
 from .security.keys import KeyFileError, KeyRing
+from .security.limits import KeyLimits
+from .security.shared_limits import SharedCounts
 from .settings import GatewaySettings, SettingsError, add_flags, load, setting_names, split_file
 
 logger = init_logger("vllm.himap.server")
@@ -59,6 +61,7 @@ logger = init_logger("vllm.himap.server")
 _DEFAULT_CPU_KV_BYTES = 4 << 30
 _CPU_PROCESSES_BYTES = 2 << 30  # gateway, engine core and a worker, before model and KV cache
 _MAX_N_SEQUENCES = "128"
+_LAST_SECONDS = 10.0  # from the end of a request's time to the end of its answer
 
 # Flags of vLLM's HTTP server that its handlers or this module read. The others would have no
 # effect, so they are refused.
@@ -231,6 +234,13 @@ def _for_browsers(app: ASGIApp, args: Namespace) -> ASGIApp:
     )
 
 
+def _shared_counts(settings: GatewaySettings) -> SharedCounts | None:
+    if settings.limits_storage is None:
+        return None
+    lease = settings.request_timeout + _LAST_SECONDS
+    return SharedCounts(settings.limits_storage.get_secret_value(), lease)
+
+
 async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None) -> int:
     """Serve until stopped; returns the process's exit status."""
     lifecycle = Lifecycle(settings.grace_seconds)
@@ -241,10 +251,14 @@ async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None
         metrics.observe(record)
         log_request(record)
 
+    counts = _shared_counts(settings)
+    if counts is not None:
+        await counts.check()
     middleware = RequestMiddleware(
         app,
         lifecycle,
         keys=keys,
+        limits=KeyLimits(counts, settings.limits_storage_failure),
         max_body_bytes=settings.max_body_bytes,
         request_timeout=settings.request_timeout,
         root_path=args.root_path or "",
@@ -275,7 +289,8 @@ async def serve(args: Namespace, settings: GatewaySettings, keys: KeyRing | None
             child.terminate()
         os._exit(0)
     engine.cancel()
-    await asyncio.gather(engine, app.state.gateway.media.close(), return_exceptions=True)
+    closing = [app.state.gateway.media.close()] + ([counts.close()] if counts is not None else [])
+    await asyncio.gather(engine, *closing, return_exceptions=True)
     return int(lifecycle.phase is Phase.FAILED)
 
 

@@ -12,10 +12,10 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import Field, ValidationError, create_model, field_validator
+from pydantic import Field, SecretStr, ValidationError, create_model, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -27,6 +27,10 @@ from pydantic_settings import (
 from himap_vllm.config import EngineSettings
 
 from .security.fetch import USER_AGENT, host_and_port
+from .security.store_urls import address_of
+
+_SECRET = frozenset({"limits_storage"})
+"""Settings whose values may have passwords."""
 
 
 class SettingsError(ValueError):
@@ -45,6 +49,17 @@ class GatewaySettings(_Operators):
 
     api_keys_file: Path | None = Field(
         None, description="YAML file of API keys (docs/gateway.md); without one, /v1 is open"
+    )
+    limits_storage: SecretStr | None = Field(
+        None,
+        description="redis://, rediss://, valkey:// or valkeys:// of a server in which replicas "
+        "count the requests of API keys together; without one, each process counts for itself. A "
+        "password belongs in HIMAP_LIMITS_STORAGE: other users of the machine see flags",
+    )
+    limits_storage_failure: Literal["local", "refuse"] = Field(
+        "local",
+        description="while that server does not answer: each process counts for itself, or "
+        "requests of keys with limits get 503",
     )
     max_body_bytes: int = Field(64 << 20, gt=0, description="largest request body")
     max_prompt_tokens: int | None = Field(
@@ -99,6 +114,14 @@ class GatewaySettings(_Operators):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError("must be two ratios in [0, 1), separated by a comma")
         return tuple(pair)
+
+    @field_validator("limits_storage", mode="before")
+    @classmethod
+    def _is_store(cls, value: Any) -> Any:
+        if not value:
+            return None  # compose files hand on what is not set
+        address_of(str(value))
+        return value
 
     @field_validator("image_hosts", mode="before")
     @classmethod
@@ -181,9 +204,13 @@ def load(
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
+        text = f"{name.replace('_', '-')}: {first['msg']}"
+        if name in _SECRET:
+            raise SettingsError(text) from None
         value = json.dumps(first["input"], default=str)
-        text = f"{name.replace('_', '-')}: {first['msg']}, got {value}"
-        raise SettingsError(text) from error
+        raise SettingsError(f"{text}, got {value}") from error
+    if gateway.limits_storage is not None and gateway.api_keys_file is None:
+        raise SettingsError("limits-storage: needs api-keys-file, which has the limits")
     return gateway, engine.model_dump(exclude_none=True)
 
 

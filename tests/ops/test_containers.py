@@ -105,7 +105,7 @@ def test_compose_schema(name: str, tmp_path: Path) -> None:
 
 def test_images_are_pinned() -> None:
     found = images()
-    assert len(found) == 5
+    assert len(found) == 6
     for image in found:
         assert re.search(r":v?\d+\.\d+\.\d+[\w.-]*$", image), image
 

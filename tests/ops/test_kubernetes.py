@@ -156,3 +156,31 @@ def test_the_autoscaler_asks_for_what_the_adapter_offers(
     (rule,) = adapter["rules"]["custom"]
     (metric,) = manifests["HorizontalPodAutoscaler"]["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
+
+
+def test_the_example_of_a_store_of_limits(manifests: dict[str, dict[str, Any]]) -> None:
+    text = (KUBERNETES / "limits-store.example.yaml").read_text()
+    store = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(text)}
+    for manifest in store.values():
+        for version in VERSIONS:
+            kubernetes_validate.validate(manifest, version, strict=True)
+    pod = store["Deployment"]["spec"]["template"]
+    labels = pod["metadata"]["labels"]
+    assert store["Service"]["spec"]["selector"] == labels
+    assert f"@{store['Service']['metadata']['name']}\n" in text
+    environment = {entry["name"]: entry for entry in container(manifests)["env"]}
+    url = environment["HIMAP_LIMITS_STORAGE"]["valueFrom"]["secretKeyRef"]
+    (password,) = pod["spec"]["containers"][0]["env"]
+    assert (url["key"], url["optional"]) == ("url", True)
+    assert password["valueFrom"]["secretKeyRef"]["name"] == url["name"]
+    # Each may talk to the other.
+    (incoming,) = store["NetworkPolicy"]["spec"]["ingress"][0]["from"]
+    gateway = manifests["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert incoming["podSelector"]["matchLabels"].items() <= gateway.items()
+    outgoing = [
+        peer["podSelector"]["matchLabels"]
+        for rule in manifests["NetworkPolicy"]["spec"]["egress"]
+        for peer in rule["to"]
+        if "podSelector" in peer
+    ]
+    assert outgoing == [labels]

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 import pytest
+from himap_server.security.store_urls import address_of
 from himap_server.settings import SettingsError, load, split_file
 
 
@@ -62,6 +64,40 @@ def test_low_detail(monkeypatch: pytest.MonkeyPatch, given: object) -> None:
 def test_a_bad_value_is_named(name: str, value: str, text: str) -> None:
     with pytest.raises(SettingsError, match=text):
         load({name: value}, {})
+
+
+def test_a_store_of_limits() -> None:
+    file = {"api_keys_file": "keys.yaml"}
+    url = "redis://user:secret@store:6380/1"
+    gateway, _ = load({"limits_storage": url}, file)
+    assert gateway.limits_storage is not None
+    assert gateway.limits_storage.get_secret_value() == url
+    assert gateway.limits_storage_failure == "local"
+    assert "secret" not in repr(gateway)
+    assert load({"limits_storage": ""}, file)[0].limits_storage is None
+    with pytest.raises(SettingsError, match="limits-storage: needs api-keys-file"):
+        load({"limits_storage": url}, {})
+
+
+@pytest.mark.parametrize(
+    "url", ["http://:secret@a", "redis://:secret@a:b", "redis://:secret@", "redis://:secret@[a"]
+)
+def test_no_message_has_a_password(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"limits-storage: .*must be redis://") as error:
+        load({"limits_storage": url}, {"api_keys_file": "keys.yaml"})
+    assert "secret" not in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://a", "redis://a:6379"),
+        ("rediss://user:secret@a:1/2", "rediss://a:1/2"),
+        ("valkeys://:secret@[::1]", "valkeys://::1:6379"),
+    ],
+)
+def test_addresses_of_stores_have_no_password(url: str, address: str) -> None:
+    assert address_of(url) == address
 
 
 def test_one_file_for_the_gateway_and_vllm(tmp_path: Path) -> None:
