@@ -11,14 +11,14 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import yaml
 
+from tests.gateway.controls import CONTROLLED, CONTROLS
+from tests.gateway.guarded import Guarded, make_key
 from tests.gateway.support import HIMAP, client, gateway, metric, post
 from tests.gateway.test_api import MESSAGES
 from tests.servers import Server
@@ -27,47 +27,6 @@ from tests.world import World
 SECRET = "a sentence that no log may repeat"
 LONG = {"model": "tiny", "prompt": SECRET, "max_tokens": 400, "ignore_eos": True}
 PREFIX = "one two three four " * 4
-
-
-@dataclass
-class Guarded:
-    """A gateway with API keys, what they are, and where it writes its log."""
-
-    server: Server
-    keys: dict[str, str]
-    entries: dict[str, dict[str, Any]]
-    file: Path
-    log: Path
-
-    def post(self, body: Any, key: str = "plain", path: str = "/v1/completions") -> Any:
-        """Status, headers and body of a request with a key."""
-        authorization = {"Authorization": f"Bearer {self.keys[key]}"}
-        return post(self.server, path, body, **authorization)
-
-    def write(self, *names: str) -> None:
-        """Replace the file by one with these keys, as an operator should: in one step."""
-        text = yaml.safe_dump({"keys": [self.entries[name] for name in names]})
-        new = self.file.with_suffix(".new")
-        new.write_text(text)
-        new.replace(self.file)
-
-    def line(self, request_id: str) -> dict[str, Any]:
-        """The log line of a request; it is written when the answer is out."""
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            for line in self.log.read_text().splitlines():
-                if '"vllm.himap.request"' in line and f'"{request_id}"' in line:
-                    found: dict[str, Any] = json.loads(line)
-                    return found
-            time.sleep(0.1)
-        raise AssertionError(f"no log line of {request_id}")
-
-
-def make_key(name: str) -> tuple[str, dict[str, Any]]:
-    """A key and its entry, as the operator gets them."""
-    text = subprocess.run([HIMAP, "key", name], check=True, capture_output=True, text=True).stdout
-    (entry,) = yaml.safe_load(text)
-    return text.splitlines()[0].split()[-1], entry
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +315,26 @@ def test_vllms_warnings_do_not_repeat_prompts(guarded: Guarded) -> None:
         path="/v1/chat/completions",
     )
     assert SECRET not in guarded.log.read_text()
+
+
+@pytest.mark.parametrize("field", CONTROLLED)
+def test_control_characters_are_text(guarded: Guarded, field: str) -> None:
+    """And no line of the log can be made by a client: JSON escapes them."""
+    path, body, status = CONTROLLED[field]
+    answer = guarded.post({"model": "tiny", "max_tokens": 1, **body}, path=path)
+    assert answer[0] == status, answer
+    log = guarded.log.read_bytes()
+    assert CONTROLS[:8].encode() not in log
+    assert b'\n{"forged"' not in log
+
+
+@pytest.mark.parametrize("byte", [b"\0", b"\1", b"\x1b", b"\x7f"])
+def test_control_characters_in_headers_are_no_http(guarded: Guarded, byte: bytes) -> None:
+    with socket_to(guarded.server) as connection:
+        connection.sendall(
+            b"GET /v1/models HTTP/1.1\r\nhost: x\r\nx-request-id: a" + byte + b"\r\n\r\n"
+        )
+        assert b" 400 " in connection.recv(1000)
 
 
 def test_failures_at_start_name_the_setting(world: World, tmp_path: Path) -> None:

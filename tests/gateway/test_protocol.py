@@ -7,6 +7,8 @@ import gzip
 import json
 import socket
 import time
+import urllib.error
+import urllib.request
 from http.client import HTTPConnection, HTTPMessage
 from typing import Any
 from urllib.parse import urlsplit
@@ -144,6 +146,19 @@ def test_schemas_may_have_large_integers(server: Server, maximum: int) -> None:
     fields = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     status, _, answer = post(server, CHAT, {**GOOD[CHAT], "response_format": fields})
     assert (status, answer.get("error")) == (200, None)
+
+
+@pytest.mark.parametrize("path", ["resp_x", "resp_x/cancel", "resp_x/input_items"])
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_stored_responses_have_no_routes(server: Server, path: str, method: str) -> None:
+    request = urllib.request.Request(f"{server.url}{RESPONSES}/{path}", method=method)
+    if method == "POST":
+        request.add_header("content-type", "application/json")
+        request.data = b"{}"
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=30)
+    assert refused.value.code == 404
+    assert json.load(refused.value)["error"]["type"] == "not_found_error"
 
 
 def test_background_is_refused_by_its_own_reason(server: Server) -> None:

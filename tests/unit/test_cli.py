@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 
+import pytest
 from himap_server import preflight
+from himap_server.serve import parse_arguments
 
 
 def test_a_key_is_made_without_loading_vllm() -> None:
@@ -30,3 +32,20 @@ def test_a_file_that_is_a_pipe_is_left_to_the_server() -> None:
         preflight.check([flag, f"/dev/fd/{out}"])
         assert os.read(out, 100) == b"api-keys-file: keys.yaml"
         os.close(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("VLLM_ENABLE_RESPONSES_API_STORE", "himap serve stores no responses"),
+        ("VLLM_SERVER_DEV_MODE", "himap serve has none of its routes"),
+        ("VLLM_API_KEY", "use --api-keys-file"),
+    ],
+)
+def test_variables_of_vllm_are_refused_with_a_reason(
+    name: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SystemExit):
+        parse_arguments(["model"])
+    assert f"{name} is not supported: {reason}" in capsys.readouterr().err
