@@ -20,7 +20,7 @@ CONTROLLED: dict[str, tuple[str, dict[str, Any], int]] = {
         {"messages": [{"role": "user", "name": CONTROLS, "content": CONTROLS}]},
         200,
     ),
-    "role": ("/v1/chat/completions", {"messages": [{"role": CONTROLS, "content": "a"}]}, 400),
+    "role": ("/v1/chat/completions", {"messages": [{"role": CONTROLS, "content": "a"}]}, 200),
     "image": (
         "/v1/chat/completions",
         {
@@ -33,7 +33,15 @@ CONTROLLED: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         400,
     ),
-    "metadata": ("/v1/responses", {"input": "a", "metadata": {CONTROLS: CONTROLS}}, 200),
-    "id": ("/v1/responses", {"input": "a", "previous_response_id": CONTROLS}, 404),
+    "metadata": (
+        "/v1/responses",
+        {"input": "a", "metadata": {CONTROLS: CONTROLS}, "max_output_tokens": 1},
+        200,
+    ),
+    "id": (
+        "/v1/responses",
+        {"input": "a", "previous_response_id": CONTROLS, "max_output_tokens": 1},
+        404,
+    ),
     "path": ("/v1/completions/%00%0A%0D%1B", {}, 404),
 }
