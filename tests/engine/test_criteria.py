@@ -53,11 +53,15 @@ def equals_oracle(
     assert compared >= 0.8 * len(mixed)
 
 
+@pytest.mark.parametrize("kv_grouping", ["many"])
 @pytest.mark.parametrize("criterion", [*OTHERS, "uniform+debiased"])
-def test_one_mixed_batch_equals_the_oracle(world: World, criterion: str) -> None:
-    engine = world.engine(
-        "gqa12", himap={"criterion": criterion}, max_num_batched_tokens=160, max_model_len=512
-    )
+def test_one_mixed_batch_equals_the_oracle(world: World, criterion: str, kv_grouping: str) -> None:
+    himap = {"criterion": criterion}
+    if kv_grouping != "many":  # the default, with which other tests share the engine
+        himap["kv_grouping"] = kv_grouping
+    engine = world.engine("gqa12", himap=himap, max_num_batched_tokens=160, max_model_len=512)
+    groups = engine.scheduler.kv_cache_config.kv_cache_groups
+    assert len(groups) == {"many": 6, "balanced": 4}[kv_grouping]
     equals_oracle(world, engine, "gqa12", CASES, criterion)
 
 

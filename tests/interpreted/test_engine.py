@@ -45,9 +45,12 @@ def test_one_mixed_batch_equals_the_oracle(world: World) -> None:
 
 
 # mixed: fastv and diversity
-@pytest.mark.parametrize("criterion", ["random", "mixed", "stratified+debiased"])
-def test_other_criteria_equal_the_oracle(world: World, criterion: str) -> None:
-    test_criteria.test_one_mixed_batch_equals_the_oracle(world, criterion)
+@pytest.mark.parametrize(
+    ("criterion", "kv_grouping"),
+    [("random", "many"), ("mixed", "many"), ("stratified+debiased", "balanced")],
+)
+def test_other_criteria_equal_the_oracle(world: World, criterion: str, kv_grouping: str) -> None:
+    test_criteria.test_one_mixed_batch_equals_the_oracle(world, criterion, kv_grouping)
 
 
 @pytest.mark.parametrize(
