@@ -128,22 +128,27 @@ def test_concurrent_requests(guarded: Guarded) -> None:
 
 
 @pytest.mark.parametrize(
-    ("himap", "xargs", "kept"),
+    ("extra", "kept"),
     [
         # 36 image tokens. The server's defaults (0.5, 0.75), brought into the key's range.
-        (None, None, (22, 11)),
-        ({"shallow_ratio": 0.25}, None, (27, 14)),
-        ({"shallow_ratio": 0.4, "deep_ratio": 0}, None, (22, 22)),
-        ({"shallow_ratio": 0.5}, None, "himap.shallow_ratio"),
-        ({"deep_ratio": 0.6}, None, "himap.deep_ratio"),
-        ({"enabled": False}, None, "himap.shallow_ratio"),
-        (None, {"himap_deep_ratio": 0.6}, "himap.deep_ratio"),
+        ({}, (22, 11)),
+        ({"himap": {"shallow_ratio": 0.25}}, (27, 14)),
+        ({"himap": {"shallow_ratio": 0.4, "deep_ratio": 0}}, (22, 22)),
+        ({"himap": {"shallow_ratio": 0.5}}, "himap.shallow_ratio"),
+        ({"himap": {"deep_ratio": 0.6}}, "himap.deep_ratio"),
+        ({"himap": {"enabled": False}}, "himap.shallow_ratio"),
+        ({"vllm_xargs": {"himap_deep_ratio": 0.6}}, "himap.deep_ratio"),
+        ({"vllm_xargs": {"himap_shallow_ratio": [0.1]}}, (33, 17)),
+        ({"vllm_xargs": {"himap_shallow_ratio": [0]}}, "himap.shallow_ratio"),
+        ({"detail": "high"}, (33, 33)),
+        ({"detail": "low"}, (22, 11)),
+        ({"detail": "high", "himap": {"shallow_ratio": 0.5}}, "himap.shallow_ratio"),
     ],
 )
-def test_ratios_of_a_key(guarded: Guarded, himap: Any, xargs: Any, kept: Any) -> None:
-    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1}
-    body |= {} if himap is None else {"himap": himap}
-    body |= {} if xargs is None else {"vllm_xargs": xargs}
+def test_ratios_of_a_key(guarded: Guarded, extra: dict[str, Any], kept: Any) -> None:
+    body: dict[str, Any] = {"model": "tiny", "max_tokens": 1, **extra}
+    image = {**MESSAGES[0]["content"][0]["image_url"], "detail": body.pop("detail", None)}
+    body["messages"] = [{"role": "user", "content": [{"type": "image_url", "image_url": image}]}]
     status, _, answer = guarded.post(body, "bounded", "/v1/chat/completions")
     if isinstance(kept, tuple):
         usage = answer["usage"]["himap"]
