@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from himap_server.checked_images import ImageStore
 from himap_server.errors import GatewayError
+from himap_server.fail_fast import validator_of
 from himap_server.media import MediaCheck
 from himap_server.record import RequestRecord
-from himap_server.routes.body import _checked, _load, _validated
-from himap_server.schemas import ChatRequest
+from himap_server.routes.body import _checked, _load, _validate, _validated
+from himap_server.schemas import ChatRequest, ResponsesBody
 from himap_server.security.images import ImageLimits
+from pydantic import ValidationError
 
 from tests.unit.image_files import encode
 
@@ -108,6 +110,24 @@ def test_too_many_values_are_not_parsed() -> None:
     with pytest.raises(GatewayError, match="more than 300000 values") as error:
         _load(json.dumps({"prompt": [1] * 300_002}).encode())
     assert error.value.status_code == 413
+
+
+def many_errors(num_parts: int, num_annotations: int) -> dict[str, Any]:
+    """A body in which pydantic finds 18 errors for each annotation."""
+    part = {"type": "output_text", "text": "a", "annotations": [{}] * num_annotations}
+    item = {"type": "message", "role": "user", "id": "x", "content": [part] * num_parts}
+    return {"input": [{**item, "status": "completed"}]}
+
+
+def test_validation_stops_at_the_first_wrong_item() -> None:
+    counts = []
+    for body in (many_errors(2, 2), many_errors(50, 50)):
+        with pytest.raises(ValidationError) as error:
+            validator_of(ResponsesBody).validate_python(body, from_attributes=True)
+        counts.append(error.value.error_count())
+    assert counts[0] == counts[1] < 1000
+    with pytest.raises(GatewayError, match=r"input\[0\]\.role must be 'assistant'"):
+        _validate(ResponsesBody, many_errors(50, 50))
 
 
 def test_large_bodies_are_validated_off_the_loop() -> None:

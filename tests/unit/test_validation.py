@@ -161,11 +161,15 @@ def test_every_refusal_is_one_short_line() -> None:
 
 
 def test_any_number_of_errors_is_refused_at_once() -> None:
-    begun = time.process_time()
-    error = refused(CHAT, {"allowed_token_ids": [{}] * 200_000})
-    assert time.process_time() - begun < 5
-    assert error is not None
-    assert "more than 10000 errors" in error.detail
+    for field, value, message in (
+        ("allowed_token_ids", [{}] * 200_000, "allowed_token_ids[0] must be an integer"),
+        ("logit_bias", dict.fromkeys(map(str, range(200_000)), "x"), "more than 10000 errors"),
+    ):
+        begun = time.process_time()
+        error = refused(CHAT, {field: value})
+        assert time.process_time() - begun < 5
+        assert error is not None
+        assert message in error.detail
 
 
 def test_a_beam_search_takes_one_prompt() -> None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from vllm.exceptions import VLLMValidationError
 
 from ..errors import GatewayError, Reason
+from ..fail_fast import fail_fast, validator_of
 from ..gateway import GatewayDep, RecordDep
 from ..offload import off_the_loop
 from ..places import Place, path_of
@@ -62,7 +63,7 @@ def _validate(model: type[_Model], body: Any) -> _Model:
     if body is None:
         raise GatewayError(400, "the body is empty", reason=Reason.INVALID)
     try:
-        found = model.model_validate(body, from_attributes=True)
+        found: _Model = validator_of(model).validate_python(body, from_attributes=True)
     except (ValidationError, AttributeError, LookupError, TypeError) as error:
         _validate_lists(body)
         if isinstance(error, ValidationError):
@@ -83,7 +84,9 @@ def _field_at_fault(model: type[BaseModel], body: Any) -> GatewayError:
     for name, field in model.model_fields.items():
         if name in body:
             try:
-                TypeAdapter[Any](field.annotation or Any).validate_python(body[name])
+                fail_fast(TypeAdapter[Any](field.annotation or Any).core_schema).validate_python(
+                    body[name]
+                )
             except ValidationError as error:
                 return refusal(error, body, (name,))
     text = "the body has a field of a wrong type"
