@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Literal, Protocol
 
 import prometheus_client
@@ -169,14 +169,18 @@ async def _admit(counts: Counts, key: Key) -> str | None:
                 reason=Reason.CONCURRENCY,
                 retry_after=1,
             )
-    wait = None if rate is None else await counts.hit(key.name, rate)
-    if wait is not None:
+    try:
+        wait = None if rate is None else await counts.hit(key.name, rate)
+        if wait is not None:
+            raise GatewayError(
+                429,
+                f"this API key may send {rate} requests per minute",
+                reason=Reason.RATE,
+                retry_after=max(1, math.ceil(wait)),
+            )
+    except BaseException:
         if place is not None:
-            await counts.leave(key.name, place)
-        raise GatewayError(
-            429,
-            f"this API key may send {rate} requests per minute",
-            reason=Reason.RATE,
-            retry_after=max(1, math.ceil(wait)),
-        )
+            with suppress(StorageDownError):  # the place is free when its lease ends
+                await counts.leave(key.name, place)
+        raise
     return place

@@ -37,6 +37,9 @@ _ENTER = """
 local now = redis.call('TIME')
 now = now[1] + now[2] / 1e6
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+if redis.call('ZSCORE', KEYS[1], ARGV[3]) then
+    return 1  -- a second try, as the first one's answer was lost
+end
 if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[1]) then
     return 0
 end
@@ -66,17 +69,33 @@ class SharedCounts:
         )
         self._rates = SlidingWindowCounterRateLimiter(storage)
         self._enter = self._redis.register_script(_ENTER)
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def enter(self, key: str, limit: int) -> str | None:
         """See Counts."""
         place = uuid.uuid4().hex
-        async with self._calling():
-            taken = await self._enter(keys=[_running(key)], args=[limit, self._lease, place])
+        try:
+            async with self._calling():
+                taken = await self._enter(keys=[_running(key)], args=[limit, self._lease, place])
+        except BaseException:  # the server may have taken it before its answer was lost
+            self._leaving(key, place)
+            raise
         return place if taken else None
 
     async def leave(self, key: str, place: str) -> None:
         """See Counts. It goes on if the request is cancelled meanwhile."""
-        await asyncio.shield(self._leave(key, place))
+        await asyncio.shield(self._leaving(key, place))
+
+    def _leaving(self, key: str, place: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._leave(key, place))
+        self._tasks.add(task)  # the event loop itself keeps no reference
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # is seen: whoever waits raises it, and the lease ends by itself
 
     async def _leave(self, key: str, place: str) -> None:
         async with self._calling():
