@@ -54,13 +54,14 @@ class PruningPolicy:
         if request.himap is not None:
             enabled = request.himap.enabled
             args.update(request.himap.as_xargs())
+        asked = any(args.get(arg) for arg in _FIELDS)
         if key is not None:
             self._bound(args, key)
             # Otherwise the speed of an answer would tell one key what another's requests left in
             # the prefix cache (vLLM RFC #16016).
             request.cache_salt = f"{key.name}:{request.cache_salt or ''}"
         if enabled and any(detail != "auto" for detail in details):
-            self._apply_details(args, key, details)
+            self._apply_details(args, key, details, asked)
         prunes = details and any(
             any(ratio) if isinstance(ratio, list) else ratio
             for ratio in (args.get(arg, default) for arg, default in self._defaults.items())
@@ -75,7 +76,7 @@ class PruningPolicy:
         request.vllm_xargs = args or None
 
     def _apply_details(
-        self, args: dict[str, Any], key: Key | None, details: Sequence[Detail]
+        self, args: dict[str, Any], key: Key | None, details: Sequence[Detail], asked: bool
     ) -> None:
         """Give each image ratios of its own. The request's, or the defaults, are for `auto`."""
         try:
@@ -86,7 +87,7 @@ class PruningPolicy:
         except HiMAPError:
             return  # a list, which is of each image already; admission refuses anything else
         # A detail by itself is no reason to refuse a prompt that can't be pruned.
-        args.setdefault(IF_POSSIBLE_ARG, not any(args.get(arg) for arg in _FIELDS))
+        args.setdefault(IF_POSSIBLE_ARG, not asked and not _demands_pruning(key))
         for arg in _FIELDS:
             bounds = _range_of(key, arg) or (0, 1)
             of_detail = {
@@ -98,6 +99,8 @@ class PruningPolicy:
             args[arg] = [of_detail[detail] for detail in details]
 
     def _bound(self, args: dict[str, Any], key: Key) -> None:
+        if _demands_pruning(key):  # which is not the client's to soften
+            args.pop(IF_POSSIBLE_ARG, None)
         for arg, field in _FIELDS.items():
             bounds = _range_of(key, arg)
             if bounds is None:
@@ -122,6 +125,11 @@ class PruningPolicy:
 def _range_of(key: Key | None, arg: str) -> RatioRange | None:
     bounds: RatioRange | None = getattr(key, _FIELDS[arg], None)
     return bounds
+
+
+def _demands_pruning(key: Key | None) -> bool:
+    """Whether the key's requests must be pruned."""
+    return any((_range_of(key, arg) or (0, 1))[0] > 0 for arg in _FIELDS)
 
 
 def _within(ratio: float, bounds: tuple[float, float]) -> float:

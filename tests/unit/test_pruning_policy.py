@@ -42,6 +42,17 @@ def test_details_within_the_servers_bounds() -> None:
     assert off == {"himap_shallow_ratio": 0, "himap_deep_ratio": 0}
 
 
+def test_a_key_that_demands_pruning_is_not_softened() -> None:
+    """A prompt that can't be pruned is refused then, whatever the client says."""
+    soft: dict[str, Any] = {"vllm_xargs": {"himap_if_possible": 1}}
+    assert applied((), **soft) == {"himap_if_possible": 1}
+    assert applied((), KEY, **soft) == {"himap_shallow_ratio": 0.4, "himap_deep_ratio": 0.5}
+    assert applied(("low",), KEY, **soft)["himap_if_possible"] is False
+    # A key that only caps ratios demands nothing: what it changed was not asked for.
+    capped = Key(name="k", sha256="0" * 64, shallow_ratio=(0, 0.4))
+    assert applied(("high", "low"), capped)["himap_if_possible"] is True
+
+
 def test_details_are_brought_into_the_range_of_a_key() -> None:
     details = ("high", "auto", "low")
     assert pairs(applied(details, KEY)) == [(0.1, 0), (0.4, 0.5), (0.4, 0.5)]
