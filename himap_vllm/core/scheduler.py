@@ -15,9 +15,10 @@ Seams:
   or postpone the chunk of any request that has images, for running and waiting requests alike,
   before blocks are allocated. Remove when: a request can declare a range that is not split.
 * `vllm.v1.core.sched.scheduler.Scheduler.running`,
-  `vllm.v1.core.sched.scheduler.Scheduler.max_num_scheduled_tokens` (read): what room a later step
-  has. Each running request ahead takes at least one token of it. Remove when: a request can declare
-  a range that is not split.
+  `vllm.v1.core.sched.scheduler.Scheduler.max_num_scheduled_tokens`,
+  `vllm.v1.core.sched.scheduler.Scheduler.num_spec_tokens` (read): what room a later step has. Each
+  running request ahead may take a token of it, and its drafts. Remove when: a request can declare a
+  range that is not split.
 * `vllm.v1.core.sched.scheduler.Scheduler.schedule` (overridden): a step begins, for prompts that
   were passed over. Remove when: a request can declare a range that is not split.
 * `vllm.v1.core.sched.scheduler.Scheduler._free_request` (overridden): ends every request, finished
@@ -119,6 +120,7 @@ class _PruningMixin(_Base):
             return result
         limit = self.himap_step_limit
         ahead = len(self.running) - (request.status is RequestStatus.RUNNING)
+        ahead *= 1 + self.num_spec_tokens  # with the drafts that each may bring
         later = min(limit, self.himap_step_budget - ahead)
         chunk = plan.chunk(num_computed_tokens, num_new_tokens, limit, later)
         result = schedule(

@@ -23,7 +23,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.core.scheduler import PruningScheduler
-from himap_vllm.plan.prompt import Ratios
+from himap_vllm.plan.prompt import PromptPlan, Ratios
 from himap_vllm.plan.requests import Decision, stamp
 from himap_vllm.plan.waiting import PATIENCE, PassedOver
 from tests.checkpoints import build_llava
@@ -126,6 +126,23 @@ def test_text_runs_ahead_while_others_decode(busy: Steps) -> None:
     busy.add("behind", 30)
     assert busy.chunks("pruned", 3) == [200, 46, 1]
     assert "behind" in busy.step()
+
+
+def test_room_of_a_later_step_is_what_drafts_leave(
+    busy: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later: list[int] = []
+    chunk = PromptPlan.chunk
+
+    def recorded(plan: PromptPlan, *args: int) -> int:
+        later.append(args[-1])
+        return chunk(plan, *args)
+
+    monkeypatch.setattr(PromptPlan, "chunk", recorded)
+    busy.scheduler.num_spec_tokens = 3
+    busy.add("pruned", 250, image=200)
+    busy.step()
+    assert later[0] == LIMIT - 20 * (1 + 3)
 
 
 def test_text_that_fits_no_step_is_chunked(busy: Steps) -> None:

@@ -16,6 +16,7 @@ class Scheduler:
     vllm_config: VllmConfig
     scheduler_config: SchedulerConfig
     max_num_scheduled_tokens: int
+    num_spec_tokens: int
     hash_block_size: int
     requests: dict[str, Request]
     running: list[Request]
