@@ -114,11 +114,11 @@ class Admission:
                 "a streaming-input session can't be pruned: its prompt is not complete; "
                 f"{_UNPRUNED}",
             )
-        if plan.one_step_tokens > self._step_limit:
+        if plan.longest_unit > self._step_limit:
             return _Obstacle(
                 "too_long",
                 SHALLOW_ARG,
-                f"this prompt has {plan.one_step_tokens} tokens from its first image to its end; "
+                f"this prompt has {plan.longest_unit} tokens from its first image to its end; "
                 f"pruning computes them in one step, and a step has at most {self._step_limit}. "
                 f"Raise --{self._limit_name.replace('_', '-')}, or {_UNPRUNED}",
             )

@@ -4,6 +4,10 @@
 Everything here follows from the prompt alone, never from activations, so the scheduler, the block
 allocator and the worker derive the same numbers independently, without talking to each other.
 Stages count from 0: layers before the first cut, between the cuts, after the second cut.
+
+A plan is a sequence of units. A unit is an image, or several, with the text that votes for them. It
+is computed in one step, because the scores need all its rows. What lies between and behind units is
+computed in any number of steps, as in vLLM itself.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 NUM_STAGES = 3
 
@@ -59,75 +64,191 @@ class ImageTokens:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """Images that are pruned together, with the text that votes for them.
+
+    The rows [start, end) of the prompt are computed in one step. Which tokens survive is a function
+    of the tokens before `end` and of settings. The only exception is a prompt that ends with an
+    image: its last row survives (`PromptPlan.protects`).
+
+    Attributes:
+        images: in prompt order, not empty.
+        ratios: of each image.
+        start: first image token.
+        seen: last image token + 1.
+        end: last row that votes + 1; not below `seen`.
+        counts: per image, tokens in stage 0, 1 and 2.
+        removed: tokens of the unit that are missing in each stage.
+    """
+
+    images: tuple[ImageTokens, ...]
+    ratios: tuple[Ratios, ...]
+    start: int
+    seen: int
+    end: int
+    counts: tuple[tuple[int, int, int], ...]
+    removed: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, images: Sequence[ImageTokens], ratios: Sequence[Ratios], end: int) -> Unit:
+        """The unit of some images that ends at `end`."""
+        counts = tuple(map(_counts, images, ratios))
+        all_tokens, shallow, deep = (sum(column) for column in zip(*counts, strict=True))
+        return cls(
+            images=tuple(images),
+            ratios=tuple(ratios),
+            start=images[0].first,
+            seen=images[-1].last + 1,
+            end=end,
+            counts=counts,
+            removed=(0, all_tokens - shallow, all_tokens - deep),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed in one step."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
 class PromptPlan:
     """The plan of one prompt: which positions are image tokens, and how many of them stay.
 
-    `images` is in prompt order and not empty, `ratios` has those of each image. `seed` is for
-    criteria that choose at random.
+    Attributes:
+        num_prompt_tokens: text and image tokens.
+        images: in prompt order, not empty.
+        ratios: of each image.
+        ends: of each image, the end of its unit; images of one unit have the same. Empty: one unit
+            that ends with the prompt.
+        seeds: of each unit, for criteria that choose at random; empty: 0.
     """
 
     num_prompt_tokens: int
     images: tuple[ImageTokens, ...]
     ratios: tuple[Ratios, ...]
-    seed: int = 0
+    ends: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """The units that drop something, in prompt order; they are disjoint."""
+        ends = self.ends or (self.num_prompt_tokens,) * len(self.images)
+        units, before = [], 0
+        for end, group in groupby(
+            zip(self.images, self.ratios, ends, strict=True), key=lambda image: image[2]
+        ):
+            images, ratios, _ = zip(*group, strict=True)
+            unit = Unit.of(images, ratios, end)
+            if not before <= unit.start < unit.seen <= end <= self.num_prompt_tokens:
+                raise ValueError(
+                    f"a unit [{unit.start}, {end}) with images up to {unit.seen} is not inside "
+                    f"[{before}, {self.num_prompt_tokens})"
+                )
+            before = end
+            units.append(unit)
+        return tuple(unit for unit in units if any(unit.removed))
 
     @cached_property
     def counts(self) -> tuple[tuple[int, int, int], ...]:
         """Per image: tokens in stage 0, 1 and 2."""
-        rows = []
-        for image, ratios in zip(self.images, self.ratios, strict=True):
-            shallow = kept(image.count, ratios.shallow)
-            rows.append((image.count, shallow, kept(shallow, ratios.deep)))
-        return tuple(rows)
+        return tuple(map(_counts, self.images, self.ratios))
 
     @cached_property
     def removed(self) -> tuple[int, int, int]:
         """Tokens of the prompt that are missing in each stage."""
-        seen, shallow, deep = (sum(column) for column in zip(*self.counts, strict=True))
-        return 0, seen - shallow, seen - deep
+        shallow, deep = (sum(unit.removed[stage] for unit in self.units) for stage in (1, 2))
+        return 0, shallow, deep
 
     @property
     def first_image_token(self) -> int:
-        """Tokens before the first image token; every layer computes those in full."""
-        return self.images[0].first
+        """Tokens before the first unit; every layer computes those in full."""
+        return self.units[0].start
 
     @property
-    def one_step_tokens(self) -> int:
-        """Tokens that must be computed in one step: the scores need all rows of the prompt."""
-        return self.num_prompt_tokens - self.first_image_token
+    def last_end(self) -> int:
+        """The end of the last unit. All stages compute what lies behind."""
+        return self.units[-1].end
+
+    @property
+    def longest_unit(self) -> int:
+        """The most tokens that must be computed in one step."""
+        return max(unit.num_tokens for unit in self.units)
+
+    def seed(self, index: int) -> int:
+        """Of a unit."""
+        return self.seeds[index] if self.seeds else 0
+
+    def protects(self, unit: Unit) -> bool:
+        """Whether the unit's last row survives whatever its score: the next token is read there."""
+        return unit.seen == self.num_prompt_tokens
+
+    def unit_at(self, num_tokens: int) -> Unit | None:
+        """The unit that `num_tokens` lies inside; None: a chunk may end there."""
+        if not self.first_image_token < num_tokens < self.last_end:
+            return None
+        return next((unit for unit in self.units if unit.start < num_tokens < unit.end), None)
+
+    def next_boundary(self, num_tokens: int) -> int:
+        """The least number of tokens, at least `num_tokens`, behind which a chunk may end."""
+        unit = self.unit_at(num_tokens)
+        return num_tokens if unit is None else unit.end
+
+    def units_between(self, start: int, end: int) -> list[int]:
+        """Index of each unit in the chunk [start, end).
+
+        Raises:
+            ValueError: the chunk splits a unit.
+        """
+        for bound in (start, end):
+            unit = self.unit_at(bound)
+            if unit is not None:
+                raise ValueError(
+                    f"a chunk [{start}, {end}) splits the one-step part [{unit.start}, {unit.end}) "
+                    "of a pruned prompt"
+                )
+        return [
+            index for index, unit in enumerate(self.units) if start <= unit.start < unit.end <= end
+        ]
 
     def stage_tokens(self, stage: int, num_tokens: int) -> int:
         """KV entries that the first `num_tokens` tokens of the sequence have in `stage`.
 
         Raises:
-            ValueError: `num_tokens` lies inside the part that is computed in one step, where the
+            ValueError: `num_tokens` lies inside a part that is computed in one step, where the
                 answer would depend on the data.
         """
         if num_tokens <= self.first_image_token:
             return num_tokens
-        if num_tokens < self.num_prompt_tokens:
+        if num_tokens >= self.last_end:
+            return num_tokens - self.removed[stage]
+        unit = self.unit_at(num_tokens)
+        if unit is not None:
             raise ValueError(
                 f"a pruned prompt was split at token {num_tokens}, inside the one-step part "
-                f"[{self.first_image_token}, {self.num_prompt_tokens})"
+                f"[{unit.start}, {unit.end})"
             )
-        return num_tokens - self.removed[stage]
+        gone = sum(unit.removed[stage] for unit in self.units if unit.seen <= num_tokens)
+        return num_tokens - gone
 
     def position(self, stage: int, num_entries: int) -> int:
         """Tokens of the sequence by which `stage` has `num_entries` KV entries.
 
-        Inside the part that is computed in one step this depends on the data; the answer there is
+        Inside a part that is computed in one step this depends on the data; the answer there is
         the latest possible one.
         """
-        if num_entries <= self.first_image_token:
-            return num_entries
-        return num_entries + self.removed[stage]
+        position = num_entries
+        for unit in self.units:
+            if position <= unit.start:
+                break
+            position += unit.removed[stage]
+        return position
 
     def chunk(self, num_computed: int, num_new: int, step_limit: int, later: int) -> int:
         """The longest chunk of at most `num_new` tokens from `num_computed` that may be run.
 
-        The text before the first image may run ahead of the one-step part. The prompt waits where
-        that would only pin KV blocks and a running slot: a later step is sure to have room for the
-        whole prompt, or it is not sure to have room for the one-step part.
+        It never ends inside a unit. The text before a unit may run ahead of it. The prompt waits
+        where that would only pin KV blocks and a running slot: a later step is sure to have room
+        for the text with the unit, or it is not sure to have room for the unit.
 
         Args:
             num_computed: tokens computed so far.
@@ -136,14 +257,17 @@ class PromptPlan:
             later: tokens that fit in a later step when all requests ahead of this one decode.
 
         Returns:
-            `num_new`, or a number of text tokens before the first image, or 0 to wait for a step
-            with more room.
+            `num_new`, or a smaller number of tokens that ends before a unit or in the text before
+            it, or 0 to wait for a step with more room.
         """
-        if num_computed + num_new >= self.num_prompt_tokens:
+        end = num_computed + num_new
+        unit = next((unit for unit in self.units if unit.end > end), None)
+        if unit is None:
             return num_new
-        left = self.num_prompt_tokens - num_computed
-        text = self.first_image_token - num_computed
-        if left <= step_limit and (left <= later or self.one_step_tokens > later):
+        left, text = unit.end - num_computed, unit.start - num_computed
+        if self.units_between(num_computed, min(end, unit.start)):
+            return min(num_new, text)  # a unit ends in this step, so it is worth its blocks
+        if left <= step_limit and (left <= later or unit.num_tokens > later):
             return 0
         if left <= step_limit and num_new < text <= later:
             return 0
@@ -151,7 +275,10 @@ class PromptPlan:
 
 
 def make_plan(
-    num_prompt_tokens: int, images: Sequence[ImageTokens], ratios: Ratios | Sequence[Ratios]
+    num_prompt_tokens: int,
+    images: Sequence[ImageTokens],
+    ratios: Ratios | Sequence[Ratios],
+    ends: Sequence[int] = (),
 ) -> PromptPlan | None:
     """Return the plan of a prompt, or None if nothing would be dropped.
 
@@ -159,15 +286,24 @@ def make_plan(
         num_prompt_tokens: text and image tokens.
         images: in prompt order.
         ratios: of all images, or of each.
+        ends: as `PromptPlan` has them.
     """
     if isinstance(ratios, Ratios):
         ratios = [ratios] * len(images)
-    pairs = [(image, own) for image, own in zip(images, ratios, strict=True) if image.count]
-    if not pairs:
+    ends = ends or [num_prompt_tokens] * len(images)
+    rows = [row for row in zip(images, ratios, ends, strict=True) if row[0].count]
+    if not rows:
         return None
     plan = PromptPlan(
         num_prompt_tokens,
-        images=tuple(image for image, _ in pairs),
-        ratios=tuple(own for _, own in pairs),
+        images=tuple(image for image, _, _ in rows),
+        ratios=tuple(own for _, own, _ in rows),
+        ends=tuple(end for _, _, end in rows),
     )
-    return plan if any(plan.removed) else None
+    return plan if plan.units else None
+
+
+def _counts(image: ImageTokens, ratios: Ratios) -> tuple[int, int, int]:
+    """Tokens of an image in stage 0, 1 and 2."""
+    shallow = kept(image.count, ratios.shallow)
+    return image.count, shallow, kept(shallow, ratios.deep)

@@ -242,7 +242,7 @@ def _first_cut(
                 image_tokens=slice(offset, offset + len(positions)),
                 rows=rows - computed,
                 votes=votes,
-                seed=plan.seed,
+                seed=plan.seed(0),
             )
         )
         offset += len(positions)
@@ -270,7 +270,7 @@ def _second_cut(
                 image_tokens=slice(offset, offset + count),
                 rows=None,
                 votes=votes,
-                seed=plan.seed,
+                seed=plan.seed(0),
             )
         )
         offset += count

@@ -41,7 +41,7 @@ class LiveRequests:
         plan = plan_of(len(request.prompt_token_ids), request.mm_features, request.sampling_params)
         if plan is not None:
             if self._seeded:
-                plan = replace(plan, seed=prompt_seed(request.prompt_token_ids))
+                plan = replace(plan, seeds=(prompt_seed(request.prompt_token_ids),))
             self.plans.discard(request.req_id)
             self.plans.add(request.req_id, plan)
         elif request.req_id not in self._counted:
