@@ -27,10 +27,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 # First: it sets Triton's interpreter up, before anything imports Triton.
 from tests.engines import BLOCK_SIZE, Case, Engine
@@ -41,12 +41,14 @@ import torch
 from bench.report import CELLS
 from bench.samples import PRUNED, STOCK
 from bench.tables import environment, table
+from himap_vllm.config import EngineSettings
+from himap_vllm.plan.cuts import KVGrouping
 from tests.checkpoints import build_llava, sample_images
 
 RUNNERS = ("V1", "V2")
 REQUESTS = 64
 WARM_UP = 5
-CUTS = {"shallow_layer": 2, "deep_layer": 8}
+CUTS: dict[str, Any] = {"shallow_layer": 2, "deep_layer": 8}
 RATIOS = (0.5, 0.75)
 # What is told apart; the rest of a step goes to the runner.
 SCHEDULER, KERNELS = "scheduler", "kernels"
@@ -133,7 +135,7 @@ def _first_result(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def measure(cell: str, steps: int, checkpoint: Path) -> dict[str, float]:
+def measure(cell: str, grouping: str, steps: int, checkpoint: Path) -> dict[str, float]:
     """Run one engine in this process; medians over its decode steps."""
     if not (checkpoint / "config.json").exists():
         build_llava(
@@ -146,7 +148,8 @@ def measure(cell: str, steps: int, checkpoint: Path) -> dict[str, float]:
         "kv_cache_memory_bytes": 1 << 30,
         "limit_mm_per_prompt": {"image": 1},
     }
-    engine = Engine(checkpoint, None if cell == STOCK else CUTS, options)
+    settings = None if cell == STOCK else CUTS | {"kv_grouping": grouping}
+    engine = Engine(checkpoint, settings, options)
     ratios = None if cell == STOCK else RATIOS if cell == PRUNED else (0.0, 0.0)
     pictures = sample_images(REQUESTS)
     max_tokens = REQUESTS + WARM_UP + steps  # the first request waits for the last one's prompt
@@ -193,11 +196,8 @@ def measure(cell: str, steps: int, checkpoint: Path) -> dict[str, float]:
     return {key: median(step[key] for step in measured) for key in measured[0]}
 
 
-def _in_a_process(runner: str, cell: str, steps: int, checkpoint: Path) -> dict[str, float]:
-    command = [
-        sys.executable, "-m", "bench.host",
-        "--cell", cell, "--steps", str(steps), "--checkpoint", str(checkpoint),
-    ]  # fmt: skip
+def _in_a_process(runner: str, cell: str, arguments: Sequence[str]) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench.host", "--cell", cell, *arguments]
     environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if runner == "V2":
         environ["TRITON_INTERPRET"] = "1"
@@ -235,22 +235,28 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60, help="measured (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="the fastest counts (default 3)")
     parser.add_argument("--runner", choices=RUNNERS, help="only this one")
+    parser.add_argument(
+        "--kv-grouping",
+        choices=get_args(KVGrouping),
+        default=EngineSettings().kv_grouping,
+        help="of the plugin (default %(default)s)",
+    )
     parser.add_argument("--cell", choices=CELLS, help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
-        print(json.dumps(measure(args.cell, args.steps, args.checkpoint)))
+        print(json.dumps(measure(args.cell, args.kv_grouping, args.steps, args.checkpoint)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "llava"
+        arguments = ["--kv-grouping", args.kv_grouping, "--steps", str(args.steps)]
+        arguments += ["--checkpoint", str(checkpoint)]
         results: dict[str, dict[str, dict[str, float]]] = {}
         for runner in (args.runner,) if args.runner else RUNNERS:
             rounds = []
             for number in range(args.rounds):
                 print(f"{runner}, round {number + 1} of {args.rounds}", file=sys.stderr)
-                rounds.append(
-                    {cell: _in_a_process(runner, cell, args.steps, checkpoint) for cell in CELLS}
-                )
+                rounds.append({cell: _in_a_process(runner, cell, arguments) for cell in CELLS})
             results[runner] = {
                 cell: min((of[cell] for of in rounds), key=lambda result: result["host"])
                 for cell in CELLS
