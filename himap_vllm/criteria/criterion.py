@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The image tokens that reach a cut, of all prompts that the step prunes.
+    """The image tokens that reach a cut, of all units that the step prunes.
 
     Attributes:
         cut: where they lie, and how many stay.
@@ -43,9 +43,9 @@ class Candidates:
     def images(self) -> Iterator[tuple[slice, int]]:
         """Per image: the slice of its flat images, and how many of them stay. Host only."""
         keep = iter(self.cut.keep.tolist())
-        for request in self.cut.requests:
-            for vote in request.votes:
-                first = request.image_tokens.start
+        for unit in self.cut.units:
+            for vote in unit.votes:
+                first = unit.image_tokens.start
                 yield slice(first + vote.tokens.start, first + vote.tokens.stop), next(keep)
 
 
@@ -61,7 +61,7 @@ class Criterion:
             attention is summed. None: no attention is computed.
         needs_hidden_states: whether `score` needs `Candidates.states`.
         needs_prior: whether `score` needs `Candidates.prior`.
-        seeded: whether `score` needs `PrunedRequest.seed`.
+        seeded: whether `score` needs `PrunedUnit.seed`.
     """
 
     name: CriterionName

@@ -24,9 +24,9 @@ def prompt_seed(token_ids: Sequence[int]) -> int:
 
 def _score(candidates: Candidates) -> torch.Tensor:
     ranks = np.empty(candidates.cut.num_image_tokens, dtype=np.int64)
-    for request in candidates.cut.requests:
-        own = request.image_tokens
-        draws = np.random.default_rng((request.seed, candidates.index))
+    for unit in candidates.cut.units:
+        own = unit.image_tokens
+        draws = np.random.default_rng((unit.seed, candidates.index))
         ranks[own] = draws.permutation(own.stop - own.start)
     (scores,) = upload([ranks], candidates.device)
     return scores.float()

@@ -64,36 +64,36 @@ class VoteTiles:
         of_columns: list[tuple[int, ...]] = []
         rows: list[IntArray] = []
         num_rows = 0
-        for request in cut.requests:
-            if request.rows is None:
-                first_row = request.image_tokens.start
-                count = request.image_tokens.stop - first_row
+        for unit in cut.units:
+            if unit.rows is None:
+                first_row = unit.image_tokens.start
+                count = unit.image_tokens.stop - first_row
             else:
-                first_row, count = num_rows, len(request.rows)
+                first_row, count = num_rows, len(unit.rows)
                 num_rows += count
-                rows.append(request.rows + request.tokens.start)
+                rows.append(unit.rows + unit.tokens.start)
             of_rows += [
                 (
                     first_row + begin,
                     min(BLOCK_ROWS, count - begin),
-                    request.tokens.start,
-                    request.request,
-                    request.num_cached,
+                    unit.tokens.start,
+                    unit.request,
+                    unit.num_cached,
                 )
                 for begin in range(0, count, BLOCK_ROWS)
             ]
-            for vote in request.votes:
+            for vote in unit.votes:
                 for begin in range(vote.tokens.start, vote.tokens.stop, BLOCK_KEYS):
                     row = vote.rows.start
-                    if request.rows is None:  # image tokens vote, and see nothing behind them
+                    if unit.rows is None:  # image tokens vote, and see nothing behind them
                         row = max(row, begin)
                     of_columns.append(
                         (
                             first_row + row,
                             vote.rows.stop - row,
-                            request.image_tokens.start + begin,
+                            unit.image_tokens.start + begin,
                             min(BLOCK_KEYS, vote.tokens.stop - begin),
-                            request.tokens.start,
+                            unit.tokens.start,
                         )
                     )
         return cls(

@@ -7,8 +7,8 @@ spaces:
 * *prompt*: position in a request's sequence, text and image tokens alike;
 * *stage s*: position in a request's KV sequence of stage s, after the cuts before it;
 * *step s*: row in the step's flat batch as stage s sees it (requests concatenated);
-* *flat images s*: the image tokens of all pruned prompts of the step that enter cut s,
-  concatenated in batch order.
+* *flat images s*: the image tokens of all units pruned in the step that enter cut s, concatenated
+  in batch order, units of one prompt in theirs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from himap_vllm.plan.prompt import NUM_STAGES, ImageTokens, PromptPlan
+from himap_vllm.plan.prompt import NUM_STAGES, ImageTokens, PromptPlan, Unit
 from himap_vllm.plan.voters import ImageVote, IntArray, own_votes, text_votes
 
 Int32Array = npt.NDArray[np.int32]
@@ -58,20 +58,22 @@ class StageBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class PrunedRequest:
-    """One pruned prompt at one cut.
+class PrunedUnit:
+    """One unit of a prompt at one cut.
 
     Attributes:
         request: row in the batch.
-        tokens: the request's rows in step s.
-        num_cached: KV entries computed in earlier steps (all of them before the first image).
+        index: of the unit in the prompt's plan.
+        tokens: the request's rows in step s, up to the unit's end.
+        num_cached: KV entries computed in earlier steps, in stage s.
         image_tokens: slice of flat images s.
         rows: [num_rows] voting rows relative to `tokens`, or None: the image tokens themselves.
         votes: per image, in order; slices relative to `rows` and to `image_tokens`.
-        seed: the plan's.
+        seed: the unit's.
     """
 
     request: int
+    index: int
     tokens: slice
     num_cached: int
     image_tokens: slice
@@ -85,7 +87,7 @@ class Cut:
     """One cut of one step; cut s leads from stage s to stage s + 1.
 
     Attributes:
-        requests: the prompts pruned in this step.
+        units: those pruned in this step.
         image_tokens: [num flat images s] their rows in step s. None at the second cut: there the
             rows depend on the data (their number does not).
         padded: [num_images, longest image] index into flat images s; padding points one past it.
@@ -95,7 +97,7 @@ class Cut:
         num_tokens: rows of step s + 1.
     """
 
-    requests: tuple[PrunedRequest, ...]
+    units: tuple[PrunedUnit, ...]
     image_tokens: IntArray | None
     padded: IntArray
     keep: IntArray
@@ -104,25 +106,25 @@ class Cut:
 
     @property
     def num_image_tokens(self) -> int:
-        return int(self.requests[-1].image_tokens.stop)
+        return int(self.units[-1].image_tokens.stop)
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: its batch per stage, and the cuts if a prompt is pruned in it."""
+    """One step: its batch per stage, and the cuts if a unit is pruned in it."""
 
     stages: tuple[StageBatch, StageBatch, StageBatch]
     cuts: tuple[Cut, Cut] | None
 
     @property
     def prunes(self) -> bool:
-        """Whether a prompt is pruned in this step."""
+        """Whether a unit is pruned in this step."""
         return self.cuts is not None
 
     @property
-    def pruned_requests(self) -> tuple[PrunedRequest, ...]:
-        """The prompts that are pruned in this step, as the first cut has them."""
-        return () if self.cuts is None else self.cuts[0].requests
+    def pruned_units(self) -> tuple[PrunedUnit, ...]:
+        """The units that are pruned in this step, as the first cut has them."""
+        return () if self.cuts is None else self.cuts[0].units
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,33 +132,33 @@ class PlanArrays:
     """Plans by row, as arrays. A row without a plan has values that change nothing.
 
     Attributes:
-        first_image: [num_rows] tokens before the first image token.
-        num_prompt: [num_rows] tokens of the prompt.
+        first_start: [num_rows] where the first unit begins.
+        last_end: [num_rows] where the last unit ends.
         removed: [NUM_STAGES, num_rows] tokens of the prompt that are gone in each stage.
     """
 
-    first_image: IntArray
-    num_prompt: IntArray
+    first_start: IntArray
+    last_end: IntArray
     removed: IntArray
 
     @classmethod
     def empty(cls, num_rows: int) -> PlanArrays:
         """Rows without plans."""
         return cls(
-            first_image=np.full(num_rows, np.iinfo(np.int64).max),
-            num_prompt=np.zeros(num_rows, dtype=np.int64),
+            first_start=np.full(num_rows, np.iinfo(np.int64).max),
+            last_end=np.zeros(num_rows, dtype=np.int64),
             removed=np.zeros((NUM_STAGES, num_rows), dtype=np.int64),
         )
 
     def put(self, row: int, plan: PromptPlan) -> None:
         """Write a plan into a row."""
-        self.first_image[row] = plan.first_image_token
-        self.num_prompt[row] = plan.num_prompt_tokens
+        self.first_start[row] = plan.first_image_token
+        self.last_end[row] = plan.last_end
         self.removed[:, row] = plan.removed
 
     def take(self, rows: IntArray) -> PlanArrays:
         """A copy of some rows."""
-        return PlanArrays(self.first_image[rows], self.num_prompt[rows], self.removed[:, rows])
+        return PlanArrays(self.first_start[rows], self.last_end[rows], self.removed[:, rows])
 
 
 def plan_step(
@@ -172,7 +174,7 @@ def plan_step(
         plans: [num_reqs] None for requests that run unpruned.
 
     Raises:
-        ValueError: a chunk of a pruned prompt ends inside its one-step part.
+        ValueError: a chunk of a pruned prompt splits a unit.
     """
     arrays = PlanArrays.empty(len(plans))
     for row, plan in enumerate(plans):
@@ -190,120 +192,138 @@ def plan_batch(
     """Like `plan_step`, for requests whose plans are already rows of arrays."""
     start = np.asarray(num_computed, dtype=np.int64)
     end = start + np.asarray(num_scheduled, dtype=np.int64)
-    reached = end > plans.first_image
-    past = reached & (start >= plans.num_prompt)
-    pruned = np.flatnonzero(reached & ~past)
-    split = pruned[
-        (start[pruned] > plans.first_image[pruned]) | (end[pruned] < plans.num_prompt[pruned])
-    ]
-    if len(split):
-        row = split[0]
-        raise ValueError(
-            f"a chunk [{start[row]}, {end[row]}) splits the one-step part "
-            f"[{plans.first_image[row]}, {plans.num_prompt[row]}) of a pruned prompt"
-        )
+    reached = end > plans.first_start
+    past = reached & (start >= plans.last_end)
     starts = start - plans.removed * past
-    ends = end - plans.removed * reached
-    lengths = ends - starts
+    ends = end - plans.removed * past
+    chunks = []
+    # Those that prefill: the units before and in a chunk depend on where it lies.
+    for row in np.flatnonzero(reached & ~past).tolist():
+        plan = plan_of_row(row)
+        assert plan is not None
+        begin, behind = int(start[row]), int(end[row])
+        units = plan.units_between(begin, behind)
+        for stage in range(1, NUM_STAGES):
+            starts[stage, row] = plan.stage_tokens(stage, begin)
+            ends[stage, row] = plan.stage_tokens(stage, behind)
+        if units:
+            chunks.append(_Chunk(row, plan, begin, units))
     query_start_loc = np.zeros((NUM_STAGES, len(start) + 1), dtype=np.int32)
-    np.cumsum(lengths, axis=1, out=query_start_loc[:, 1:])
+    np.cumsum(ends - starts, axis=1, out=query_start_loc[:, 1:])
     # In C order, because kernels read a stage's row by its address.
     seq_lens = ends.astype(np.int32, order="C")
     stages = tuple(
         StageBatch(query_start_loc=query_start_loc[stage], seq_lens=seq_lens[stage])
         for stage in range(NUM_STAGES)
     )
-    cuts = None
-    if len(pruned):
-        chosen = [(row, plan) for row in pruned.tolist() if (plan := plan_of_row(row)) is not None]
-        cuts = (_first_cut(chosen, start, stages), _second_cut(chosen, start, stages))
+    cuts = (_first_cut(chunks, stages), _second_cut(chunks, stages)) if chunks else None
     return StepPlan(stages=stages, cuts=cuts)  # type: ignore[arg-type]
 
 
-def _first_cut(
-    pruned: Sequence[tuple[int, PromptPlan]],
-    start: IntArray,
-    stages: Sequence[StageBatch],
-) -> Cut:
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A chunk that holds units.
+
+    Attributes:
+        row: in the batch.
+        plan: of the prompt.
+        start: tokens computed before.
+        units: indices into the plan's.
+    """
+
+    row: int
+    plan: PromptPlan
+    start: int
+    units: Sequence[int]
+
+    def rows(self, stage: int, batch: StageBatch, unit: Unit) -> tuple[slice, int]:
+        """The request's rows up to a unit's end, and its KV entries before them, in a stage."""
+        first = int(batch.query_start_loc[self.row])
+        num_cached = self.plan.stage_tokens(stage, self.start)
+        return slice(
+            first, first + self.plan.stage_tokens(stage, unit.end) - num_cached
+        ), num_cached
+
+
+def _first_cut(chunks: Sequence[_Chunk], stages: Sequence[StageBatch]) -> Cut:
     """The cut at which text votes."""
-    requests, image_tokens, protected = [], [], []
+    units, image_tokens = [], []
     offset = 0
-    for row, plan in pruned:
-        computed = int(start[row])
-        tokens = _rows(stages[0], row)
-        positions = np.concatenate([_positions(image) for image in plan.images])
-        image_tokens.append(positions - computed + tokens.start)
-        rows, votes = text_votes(plan, positions)
-        requests.append(
-            PrunedRequest(
-                request=row,
-                tokens=tokens,
-                num_cached=computed,
-                image_tokens=slice(offset, offset + len(positions)),
-                rows=rows - computed,
-                votes=votes,
-                seed=plan.seed(0),
+    for chunk in chunks:
+        for index in chunk.units:
+            unit = chunk.plan.units[index]
+            tokens, num_cached = chunk.rows(0, stages[0], unit)
+            positions = np.concatenate([_positions(image) for image in unit.images])
+            image_tokens.append(positions - chunk.start + tokens.start)
+            rows, votes = text_votes(unit, positions)
+            units.append(
+                PrunedUnit(
+                    request=chunk.row,
+                    index=index,
+                    tokens=tokens,
+                    num_cached=num_cached,
+                    image_tokens=slice(offset, offset + len(positions)),
+                    rows=rows - chunk.start,
+                    votes=votes,
+                    seed=chunk.plan.seed(index),
+                )
             )
-        )
-        offset += len(positions)
-        if plan.images[-1].last == plan.num_prompt_tokens - 1:
-            protected.append(offset - 1)
-    return _cut(pruned, 0, requests, np.concatenate(image_tokens), protected, stages)
+            offset += len(positions)
+    return _cut(chunks, 0, units, np.concatenate(image_tokens), stages)
 
 
-def _second_cut(
-    pruned: Sequence[tuple[int, PromptPlan]],
-    start: IntArray,
-    stages: Sequence[StageBatch],
-) -> Cut:
+def _second_cut(chunks: Sequence[_Chunk], stages: Sequence[StageBatch]) -> Cut:
     """The cut at which images vote."""
-    requests, protected = [], []
+    units = []
     offset = 0
-    for row, plan in pruned:
-        votes = own_votes(plan)
-        count = votes[-1].tokens.stop
-        requests.append(
-            PrunedRequest(
-                request=row,
-                tokens=_rows(stages[1], row),
-                num_cached=int(start[row]),
-                image_tokens=slice(offset, offset + count),
-                rows=None,
-                votes=votes,
-                seed=plan.seed(0),
+    for chunk in chunks:
+        for index in chunk.units:
+            unit = chunk.plan.units[index]
+            tokens, num_cached = chunk.rows(1, stages[1], unit)
+            votes = own_votes(unit)
+            count = votes[-1].tokens.stop
+            units.append(
+                PrunedUnit(
+                    request=chunk.row,
+                    index=index,
+                    tokens=tokens,
+                    num_cached=num_cached,
+                    image_tokens=slice(offset, offset + count),
+                    rows=None,
+                    votes=votes,
+                    seed=chunk.plan.seed(index),
+                )
             )
-        )
-        offset += count
-        if plan.images[-1].last == plan.num_prompt_tokens - 1:
-            protected.append(offset - 1)
-    return _cut(pruned, 1, requests, None, protected, stages)
+            offset += count
+    return _cut(chunks, 1, units, None, stages)
 
 
 def _cut(
-    pruned: Sequence[tuple[int, PromptPlan]],
+    chunks: Sequence[_Chunk],
     index: int,
-    requests: Sequence[PrunedRequest],
+    units: Sequence[PrunedUnit],
     image_tokens: IntArray | None,
-    protected: Sequence[int],
     stages: Sequence[StageBatch],
 ) -> Cut:
-    counts = np.array([count for _, plan in pruned for count in plan.counts], dtype=np.int64)
+    planned = [(chunk.plan, chunk.plan.units[i]) for chunk in chunks for i in chunk.units]
+    counts = np.array([count for _, unit in planned for count in unit.counts], dtype=np.int64)
     entering, keep = counts[:, index], counts[:, index + 1]
     first = np.cumsum(entering) - entering
     column = np.arange(entering.max())
     padded = np.where(column < entering[:, None], first[:, None] + column, entering.sum())
+    protected = [
+        at_cut.image_tokens.stop - 1
+        for at_cut, (plan, unit) in zip(units, planned, strict=True)
+        if plan.protects(unit)
+    ]
     return Cut(
-        requests=tuple(requests),
+        units=tuple(units),
         image_tokens=image_tokens,
         padded=padded,
         keep=keep,
         protected=np.array(protected, dtype=np.int64),
         num_tokens=stages[index + 1].num_tokens,
     )
-
-
-def _rows(batch: StageBatch, row: int) -> slice:
-    return slice(int(batch.query_start_loc[row]), int(batch.query_start_loc[row + 1]))
 
 
 def _positions(image: ImageTokens) -> IntArray:

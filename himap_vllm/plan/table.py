@@ -41,8 +41,8 @@ class ActivePlans:
         if not self._free:
             size = len(self._plans)
             grown = PlanArrays.empty(2 * size)
-            grown.first_image[:size] = self._arrays.first_image
-            grown.num_prompt[:size] = self._arrays.num_prompt
+            grown.first_start[:size] = self._arrays.first_start
+            grown.last_end[:size] = self._arrays.last_end
             grown.removed[:, :size] = self._arrays.removed
             self._arrays = grown
             self._plans += [None] * size

@@ -121,7 +121,7 @@ class PruningCut:
         tensors = self.tensors
         if HAS_TRITON:
             voters = self.image_tokens if tensors.voters is None else tensors.voters
-            longest = max(request.num_cached for request in self.cut.requests)
+            longest = max(unit.num_cached for unit in self.cut.units)
             scores = importance_on_gpu(
                 query,
                 key,

@@ -19,7 +19,7 @@ import torch
 from himap_vllm.kernels.importance import KeyPages
 
 if TYPE_CHECKING:
-    from himap_vllm.plan.step import Cut, PrunedRequest
+    from himap_vllm.plan.step import Cut, PrunedUnit
 
 CachedKeys = Callable[[slice, int], KeyPages]
 """(rows in the batch, most keys that one of these requests has in the cache) -> their keys."""
@@ -38,7 +38,7 @@ def importance(
 ) -> torch.Tensor:
     """Score every image token of the step.
 
-    A loop over the pruned prompts of the step: on a CPU there is no launch to save, and padding
+    A loop over the units that the step prunes: on a CPU there is no launch to save, and padding
     them to one batch costs more than it saves.
 
     Args:
@@ -47,7 +47,7 @@ def importance(
         cached_keys: finds the keys that the prompts' earlier chunks left in the KV cache. Those of
             one prompt are held at a time.
         scale: softmax scale.
-        cut: the prompts to score.
+        cut: the units to score.
         image_tokens: [num flat images] their rows in `query` and `key`.
 
     Returns:
@@ -55,25 +55,23 @@ def importance(
         sums over the same number of heads, so the mean's constant factor is left out.
     """
     scores = query.new_empty(cut.num_image_tokens, dtype=torch.float32)
-    for request in cut.requests:
-        keys = key[request.tokens]
-        if request.num_cached:
-            keys = torch.cat([_earlier_keys(request, cached_keys), keys])
-        columns = image_tokens[request.image_tokens] - request.tokens.start
-        rows = columns if request.rows is None else torch.from_numpy(request.rows)
-        scores[request.image_tokens] = _received(
-            query[request.tokens], keys, scale, rows, columns, request
-        )
+    for unit in cut.units:
+        keys = key[unit.tokens]
+        if unit.num_cached:
+            keys = torch.cat([_earlier_keys(unit, cached_keys), keys])
+        columns = image_tokens[unit.image_tokens] - unit.tokens.start
+        rows = columns if unit.rows is None else torch.from_numpy(unit.rows)
+        scores[unit.image_tokens] = _received(query[unit.tokens], keys, scale, rows, columns, unit)
     return scores
 
 
-def _earlier_keys(request: PrunedRequest, cached_keys: CachedKeys) -> torch.Tensor:
+def _earlier_keys(unit: PrunedUnit, cached_keys: CachedKeys) -> torch.Tensor:
     """[num_cached, num_kv_heads, head_size] the keys that a prompt has in the KV cache."""
-    row = slice(request.request, request.request + 1)
-    pages, block_table = cached_keys(row, request.num_cached)
-    num_blocks = -(-request.num_cached // pages.shape[2])
+    row = slice(unit.request, unit.request + 1)
+    pages, block_table = cached_keys(row, unit.num_cached)
+    num_blocks = -(-unit.num_cached // pages.shape[2])
     keys = pages[block_table[0, :num_blocks].long()].transpose(1, 2)
-    return keys.flatten(0, 1)[: request.num_cached]
+    return keys.flatten(0, 1)[: unit.num_cached]
 
 
 def _received(
@@ -82,23 +80,23 @@ def _received(
     scale: float,
     rows: torch.Tensor,
     columns: torch.Tensor,
-    request: PrunedRequest,
+    unit: PrunedUnit,
 ) -> torch.Tensor:
-    """Column sums of one prompt; rows and columns are relative to its rows in this step."""
+    """Column sums of one unit; rows and columns are relative to its rows in this step."""
     num_keys, num_kv_heads, head_size = keys.shape
     grouped = query.view(len(query), num_kv_heads, -1, head_size)
     num_heads = query.shape[1]
     transposed = keys.float().permute(1, 2, 0).unsqueeze(1)  # [kv_heads, 1, head_size, keys]
     position = torch.arange(num_keys, device=keys.device)
-    columns = columns + request.num_cached
+    columns = columns + unit.num_cached
     received = torch.zeros(len(columns), dtype=torch.float32, device=keys.device)
     step = max(1, _MAX_PROBABILITIES // (num_heads * num_keys))
     for begin in range(0, len(rows), step):
         chunk = rows[begin : begin + step]
         logits = grouped[chunk].permute(1, 2, 0, 3).float() * scale @ transposed
-        logits.masked_fill_(position > (chunk + request.num_cached)[:, None], float("-inf"))
+        logits.masked_fill_(position > (chunk + unit.num_cached)[:, None], float("-inf"))
         attention = logits.softmax(-1).sum((0, 1))[:, columns]  # [rows, image tokens]
-        for vote in request.votes:
+        for vote in unit.votes:
             own = slice(max(0, vote.rows.start - begin), max(0, vote.rows.stop - begin))
             received[vote.tokens] += attention[own, vote.tokens].sum(0)
     return received

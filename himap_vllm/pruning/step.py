@@ -65,9 +65,7 @@ class PruningStep:
         self._deep_prior: torch.Tensor | None = None
         if prior is not None:
             counts = [
-                vote.tokens.stop - vote.tokens.start
-                for request in first.requests
-                for vote in request.votes
+                vote.tokens.stop - vote.tokens.start for unit in first.units for vote in unit.votes
             ]
             self.cuts[0].prior, self._deep_prior = prior.of(counts, device)
         self._built_seconds = time.perf_counter() - began

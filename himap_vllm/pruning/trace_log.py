@@ -41,43 +41,50 @@ class TraceLog:
                 return found
         return None
 
-    def on_pruned(self, request_id: str, plan: PromptPlan, step: PruningStep, row: int) -> None:
-        """Record a pruned prompt, after the forward pass of its step was launched.
+    def on_pruned(self, request_id: str, plan: PromptPlan, step: PruningStep, index: int) -> None:
+        """Record a pruned unit, after the forward pass of its step was launched.
 
         Args:
             request_id: of the prompt.
             plan: of the prompt.
             step: the step.
-            row: of the prompt in the batch.
+            index: of the unit in `StepPlan.pruned_units`.
         """
         if not self._size:
             return
+        if request_id not in self._traces:
+            self._traces[request_id] = _empty(plan), {}
+            while len(self._traces) > self._size:
+                self._traces.popitem(last=False)
+        trace, attention = self._traces[request_id]
+        pruned = step.plan.pruned_units[index]
+        unit = plan.units[pruned.index]
+        first_image = plan.images.index(unit.images[0])
+        images = slice(first_image, first_image + len(unit.images))
         first, second = (cut.survivors for cut in step.cuts)
-        batch = step.plan.stages[0]
-        begin = batch.query_start_loc[row]
-        offset = int(batch.seq_lens[row] - batch.query_start_loc[row + 1])
-        trace: Trace = {}
+        offset = unit.end - pruned.tokens.stop  # from rows of the step to places in the prompt
         with gpu_sync_allowed():
             kept = {"shallow": first.tolist(), "deep": first[second].tolist()}
         for name, rows in kept.items():
-            alive = {row + offset for row in rows if row >= begin}
-            trace[name] = [
+            alive = {row + offset for row in rows}
+            trace[name][images] = [
                 [p for run in image.runs for p in range(*run) if p in alive]
-                for image in plan.images
+                for image in unit.images
             ]
-        self._traces[request_id] = trace, _attention(step, row)
-        while len(self._traces) > self._size:
-            self._traces.popitem(last=False)
+        for name, cut in zip(kept, step.cuts, strict=True):
+            if cut.attention is not None:
+                at_cut = cut.cut.units[index]
+                with gpu_sync_allowed():
+                    own = cut.attention[at_cut.image_tokens].tolist()
+                of_images = attention.setdefault(name, [[] for _ in plan.images])
+                of_images[images] = [own[vote.tokens] for vote in at_cut.votes]
 
 
-def _attention(step: PruningStep, row: int) -> Attention:
-    """The attention of a prompt's image tokens, at cuts whose criterion has voters."""
-    found: Attention = {}
-    for name, cut in zip(("shallow", "deep"), step.cuts, strict=True):
-        if cut.attention is None:
-            continue
-        (request,) = (request for request in cut.cut.requests if request.request == row)
-        with gpu_sync_allowed():
-            own = cut.attention[request.image_tokens].tolist()
-        found[name] = [own[vote.tokens] for vote in request.votes]
-    return found
+def _empty(plan: PromptPlan) -> Trace:
+    """Before any unit is pruned: images outside of units are whole, nothing is known of others."""
+    pruned = {image for unit in plan.units for image in unit.images}
+    whole = [
+        [] if image in pruned else [p for run in image.runs for p in range(*run)]
+        for image in plan.images
+    ]
+    return {"shallow": [*whole], "deep": [*whole]}

@@ -68,7 +68,7 @@ def count_pruned(
     request_ids: Sequence[str],
     blocks_of: Callable[[int], Sequence[int]],
 ) -> None:
-    """Count the prompts that a step prunes.
+    """Count the prompts of which a step prunes the last unit.
 
     Args:
         context: of the model.
@@ -77,16 +77,17 @@ def count_pruned(
         request_ids: [num_reqs] in batch order.
         blocks_of: row in the batch -> [num_groups] blocks that the request holds.
     """
-    for pruned in plan.pruned_requests:
-        row = pruned.request
-        num_tokens = int(plan.stages[0].seq_lens[row])
-        context.requests.on_pruned(request_ids[row], num_tokens, blocks_of(row), groups)
+    plans = context.requests.plans
+    for unit in plan.pruned_units:
+        row = unit.request
+        if unit.index == len(plans[request_ids[row]].units) - 1:
+            num_tokens = int(plan.stages[0].seq_lens[row])
+            context.requests.on_pruned(request_ids[row], num_tokens, blocks_of(row), groups)
 
 
 def count_step(context: PruningContext, step: PruningStep, request_ids: Sequence[str]) -> None:
-    """Count a step that pruned, and trace its prompts, once its forward pass is launched."""
+    """Count a step that pruned, and trace its units, once its forward pass is launched."""
     context.stats.count_step(step.seconds)
-    for pruned in step.plan.pruned_requests:
-        request_id = request_ids[pruned.request]
-        plan = context.requests.plans[request_id]
-        context.traces.on_pruned(request_id, plan, step, pruned.request)
+    for index, unit in enumerate(step.plan.pruned_units):
+        request_id = request_ids[unit.request]
+        context.traces.on_pruned(request_id, context.requests.plans[request_id], step, index)

@@ -74,7 +74,7 @@ def second_image_tokens(random: torch.Generator) -> torch.Tensor:
     """Rows of the survivors of a first cut, chosen at random."""
     first, cut = cut_of(0), cut_of(1)
     rows = []
-    for before, request in zip(first.requests, cut.requests, strict=True):
+    for before, request in zip(first.units, cut.units, strict=True):
         assert first.image_tokens is not None
         old = torch.from_numpy(first.image_tokens[before.image_tokens]) - before.tokens.start
         gone, begin = [], 0

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step plans against a token-by-token simulation, and selection against plain sorting."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 
+from himap_vllm.criteria.text_rows import text_rows
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios, make_plan
-from himap_vllm.plan.step import Cut, plan_step
+from himap_vllm.plan.step import Cut, PrunedUnit, plan_step
 from himap_vllm.plan.table import ActivePlans
 from himap_vllm.pruning.selection import compact, surviving_rows
+from tests.unit.test_prompt_plan import random_plan
 
 
 def plan_with(
@@ -32,7 +36,7 @@ def test_batch_of_a_mixed_step() -> None:
     assert last.seq_lens.tolist() == [5, 12, 18, 4]
     assert last.positions.tolist() == [3, 4, *range(12), 17, 0, 1, 2, 3]
     assert step.cuts is not None
-    assert [request.request for request in step.cuts[0].requests] == [1]
+    assert [request.request for request in step.cuts[0].units] == [1]
 
 
 def test_step_without_a_pruned_prompt_has_no_cuts() -> None:
@@ -69,8 +73,8 @@ def test_a_plan_table_lays_out_what_its_plans_do() -> None:
             array = getattr(stage, name)
             assert array.tolist() == getattr(wanted, name).tolist()
             assert array.flags.c_contiguous
-    requests = [request.request for request in step.cuts[0].requests]
-    assert requests == [request.request for request in expected.cuts[0].requests] == [0, 3, 4]
+    requests = [request.request for request in step.cuts[0].units]
+    assert requests == [request.request for request in expected.cuts[0].units] == [0, 3, 4]
     assert table["request 33"] is plans["request 33"]
 
 
@@ -84,7 +88,7 @@ def votes_of(plan: PromptPlan, num_computed: int, num_new: int) -> list[list[int
     """Prompt positions that vote for each image at the first cut."""
     cuts = plan_step([num_computed], [num_new], [plan]).cuts
     assert cuts is not None
-    (request,) = cuts[0].requests
+    (request,) = cuts[0].units
     assert request.rows is not None
     return [(request.rows[vote.rows] + num_computed).tolist() for vote in request.votes]
 
@@ -156,3 +160,107 @@ def test_compact_is_nonzero() -> None:
     mask = torch.tensor([False, True, True, False, True])
     assert compact(mask, 3).tolist() == [1, 2, 4]
     assert compact(torch.zeros(3, dtype=torch.bool), 0).tolist() == []
+
+
+class Tokens:
+    """A prompt as a list of tokens, each with the stages that it comes to."""
+
+    def __init__(self, plan: PromptPlan, rng: random.Random) -> None:
+        self.plan = plan
+        self.gone: list[set[int]] = [set(), set(), set()]
+        for image, (count, shallow, deep) in zip(plan.images, plan.counts, strict=True):
+            own = [p for run in image.runs for p in range(*run)]
+            rng.shuffle(own)
+            self.gone[1] |= set(own[: count - shallow])
+            self.gone[2] |= set(own[: count - deep])
+        length = plan.num_prompt_tokens + 9
+        self.bounds = [n for n in range(length) if plan.unit_at(n) is None]
+
+    def alive(self, stage: int, begin: int, end: int) -> list[int]:
+        return [p for p in range(begin, end) if p not in self.gone[stage]]
+
+
+class Batch:
+    """A step of such prompts, and the (request, place) of each row, by stage."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.requests = [Tokens(random_plan(rng), rng) for _ in range(rng.randrange(1, 4))]
+        self.chunks = [sorted(rng.sample(request.bounds, 2)) for request in self.requests]
+        self.plans = [request.plan for request in self.requests]
+        self.step = plan_step(
+            [begin for begin, _ in self.chunks],
+            [end - begin for begin, end in self.chunks],
+            self.plans,
+        )
+        self.rows = [
+            [
+                (i, p)
+                for i, (request, chunk) in enumerate(zip(self.requests, self.chunks, strict=True))
+                for p in request.alive(stage, *chunk)
+            ]
+            for stage in range(3)
+        ]
+        self.pruned = [
+            (i, index)
+            for i, (plan, (begin, end)) in enumerate(zip(self.plans, self.chunks, strict=True))
+            for index, unit in enumerate(plan.units)
+            if begin <= unit.start and unit.end <= end
+        ]
+
+    def check_lengths(self) -> None:
+        for stage, batch in enumerate(self.step.stages):
+            own = [sum(i == j for j, _ in self.rows[stage]) for i in range(len(self.plans))]
+            before = [
+                len(request.alive(stage, 0, begin))
+                for request, (begin, _) in zip(self.requests, self.chunks, strict=True)
+            ]
+            assert np.diff(batch.query_start_loc).tolist() == own
+            assert batch.seq_lens.tolist() == [n + k for n, k in zip(before, own, strict=True)]
+            assert batch.positions.tolist() == [
+                n + place for n, k in zip(before, own, strict=True) for place in range(k)
+            ]
+
+    def check_unit(self, k: int, cuts: tuple[Cut, Cut]) -> None:
+        i, index = self.pruned[k]
+        request, begin, unit = self.requests[i], self.chunks[i][0], self.plans[i].units[index]
+        for stage, cut in enumerate(cuts):
+            own = cut.units[k]
+            alive = [(i, p) for p in request.alive(stage, begin, unit.end)]
+            assert self.rows[stage][own.tokens] == alive
+            assert own.num_cached == len(request.alive(stage, 0, begin))
+        places = [p for image in unit.images for run in image.runs for p in range(*run)]
+        first = cuts[0].units[k]
+        assert cuts[0].image_tokens is not None
+        rows = cuts[0].image_tokens[first.image_tokens]
+        assert [self.rows[0][row] for row in rows] == [(i, p) for p in places]
+        assert first.rows is not None
+        for image, vote in zip(unit.images, first.votes, strict=True):
+            text = [p for p in range(image.last, unit.end) if p not in places]
+            assert (first.rows[vote.rows] + begin).tolist() == (text or [unit.end - 1])
+        if unit.end > unit.seen:
+            shallow, deep = (self.voters(s, c.units[k]) for s, c in enumerate(text_rows(cuts)))
+            assert shallow == deep
+
+    def voters(self, stage: int, unit: PrunedUnit) -> list[list[tuple[int, int]]]:
+        """Of each image, with text as voters."""
+        assert unit.rows is not None
+        own = self.rows[stage][unit.tokens]
+        return [[own[row] for row in unit.rows[vote.rows]] for vote in unit.votes]
+
+
+def test_steps_against_a_list_of_tokens() -> None:
+    """Any units, any chunks that split none, from any start; several units in a chunk, or none."""
+    rng = random.Random(0)
+    with_several = without = 0
+    for _ in range(400):
+        batch = Batch(rng)
+        batch.check_lengths()
+        pruned = [(unit.request, unit.index) for unit in batch.step.pruned_units]
+        assert pruned == batch.pruned
+        with_several += len(pruned) > len({i for i, _ in pruned})
+        without += not pruned
+        for k in range(len(pruned)):
+            assert batch.step.cuts is not None
+            batch.check_unit(k, batch.step.cuts)
+    assert with_several > 50
+    assert without > 50
