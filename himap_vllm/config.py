@@ -22,11 +22,18 @@ CriterionName = Literal[
 READS_PRIOR: tuple[CriterionName, ...] = ("debiased",)
 """Criteria that need a file of `himap calibrate`."""
 
+NEEDS_NO_TEXT: tuple[CriterionName, ...] = ("random", "uniform", "diversity")
+"""Criteria that read nothing behind an image."""
+
+Votes = Literal["turn", "all"]
+"""Which text votes for an image: that of its turn, or all text behind it."""
+
 ADDITIONAL_CONFIG_KEY = "himap"
 SHALLOW_ARG = "himap_shallow_ratio"
 DEEP_ARG = "himap_deep_ratio"
+VOTES_ARG = "himap_votes"
 IF_POSSIBLE_ARG = "himap_if_possible"
-_ARGS = (SHALLOW_ARG, DEEP_ARG, IF_POSSIBLE_ARG)
+_ARGS = (SHALLOW_ARG, DEEP_ARG, VOTES_ARG, IF_POSSIBLE_ARG)
 _ARG_PREFIX = "himap"
 
 
@@ -62,8 +69,20 @@ def _check_int(parameter: str, value: Any, minimum: int) -> int:
 
 
 def _check_name(parameter: str, value: Any, names: tuple[str, ...]) -> None:
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise HiMAPError(parameter, f"{parameter} must be one of {', '.join(names)}, got {value!r}")
+
+
+def _parse_marker(value: Any) -> str | tuple[int, ...] | None:
+    """The setting `turn_marker`."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if isinstance(value, list | tuple) and value:
+        return tuple(_check_int("turn_marker", token, 0) for token in value)
+    raise HiMAPError(
+        "turn_marker",
+        f"turn_marker must be a text or a list of token ids, and not empty; got {value!r}",
+    )
 
 
 def parse_criterion(value: Any) -> tuple[CriterionName, CriterionName]:
@@ -111,6 +130,9 @@ class EngineSettings:
         position_prior: the file of `himap calibrate` that criteria with a positional prior read.
             None: `himap_prior.json` in the model's folder.
         kv_grouping: how the stages share KV cache groups; see `himap_vllm.plan.grouping`.
+        votes: which text votes for an image, for requests that do not choose.
+        turn_marker: the text, or the token ids, that open each turn of the assistant in a prompt.
+            None: found in the chat template, see `himap_vllm.frontend.turns`.
     """
 
     shallow_layer: int = 2
@@ -123,6 +145,13 @@ class EngineSettings:
     criterion: str = "himap"
     position_prior: str | None = None
     kv_grouping: KVGrouping = "many"
+    votes: Votes = "turn"
+    turn_marker: str | tuple[int, ...] | None = None
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a criterion reads text behind an image."""
+        return any(criterion not in NEEDS_NO_TEXT for criterion in self.criteria)
 
     @property
     def criteria(self) -> tuple[CriterionName, CriterionName]:
@@ -165,7 +194,11 @@ class EngineSettings:
             shallow = min(shallow, _check_int("deep_layer", raw["deep_layer"], 2) - 1)
         settings = cls(**{"shallow_layer": shallow, "deep_layer": deep, **raw})
         criteria = parse_criterion(settings.criterion)
-        settings = replace(settings, criterion="+".join(dict.fromkeys(criteria)))
+        settings = replace(
+            settings,
+            criterion="+".join(dict.fromkeys(criteria)),
+            turn_marker=_parse_marker(settings.turn_marker),
+        )
         _check_int("shallow_layer", settings.shallow_layer, 1)
         _check_int("deep_layer", settings.deep_layer, 2)
         _check_int("trace_requests", settings.trace_requests, 0)
@@ -175,6 +208,7 @@ class EngineSettings:
                 f"position_prior must be the path of a file, got {settings.position_prior!r}",
             )
         _check_name("kv_grouping", settings.kv_grouping, get_args(KVGrouping))
+        _check_name("votes", settings.votes, get_args(Votes))
         if settings.shallow_layer >= settings.deep_layer:
             raise HiMAPError(
                 "deep_layer",
@@ -234,11 +268,13 @@ class RequestedRatios:
         prunes: whether any ratio is above 0, also those that would hold for images if there were
             any.
         asked: whether the request itself has such a ratio, and is refused if it can't be pruned.
+        votes: which text votes.
     """
 
     images: tuple[Ratios, ...]
     prunes: bool
     asked: bool
+    votes: Votes
 
 
 def requested_ratios(
@@ -252,8 +288,8 @@ def requested_ratios(
         num_images: of the prompt.
 
     Raises:
-        HiMAPError: an unknown key beginning with `himap`, a ratio out of range, or a list that has
-            not one for each image.
+        HiMAPError: an unknown key beginning with `himap`, a ratio out of range, a list that has
+            not one for each image, or votes of another name.
     """
     args = extra_args or {}
     for key in args:
@@ -264,6 +300,8 @@ def requested_ratios(
         raise HiMAPError(
             IF_POSSIBLE_ARG, f"{IF_POSSIBLE_ARG} must be true or false, got {if_possible!r}"
         )
+    votes = args.get(VOTES_ARG, settings.votes)
+    _check_name(VOTES_ARG, votes, get_args(Votes))
     chosen: list[list[float]] = []
     asked = False
     for key, default, maximum in (
@@ -276,6 +314,7 @@ def requested_ratios(
         images=tuple(map(Ratios, *chosen))[:num_images],
         prunes=any(map(any, chosen)),
         asked=asked and not if_possible,
+        votes=votes,
     )
 
 

@@ -33,13 +33,17 @@ def least_pool(num_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """One request: `ratios` None sends none. A ratio is a number, or a tuple: of each image."""
+    """One request: `ratios` None sends none. A ratio is a number, or a tuple: of each image.
+
+    `votes` None sends none, which is "turn".
+    """
 
     prompt: str
     images: tuple[Image.Image, ...] = ()
     ratios: tuple[Any, Any] | None = None
     max_tokens: int = 6
     params: dict[str, Any] = field(default_factory=dict)
+    votes: str | None = None
 
 
 class Engine:
@@ -98,6 +102,8 @@ class Engine:
         args = {}
         if case.ratios is not None:
             args = dict(zip(("himap_shallow_ratio", "himap_deep_ratio"), case.ratios, strict=True))
+        if case.votes is not None:
+            args["himap_votes"] = case.votes
         settings: dict[str, Any] = {
             "temperature": 0,
             "max_tokens": case.max_tokens,

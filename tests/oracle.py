@@ -89,6 +89,8 @@ class Oracle:
     """A checkpoint, cut after decoder layers `shallow_layer - 1` and `deep_layer - 1`.
 
     `criterion` is what the cuts go by: a name in the engine's documentation, or two, joined by "+".
+    `marker` opens each turn of the assistant. The text of an image's turn votes for it, up to the
+    end of the marker behind it; with `votes` "all", all text behind it.
     """
 
     def __init__(
@@ -112,9 +114,12 @@ class Oracle:
             raise ValueError(f"cuts {shallow_layer}, {deep_layer} do not fit the decoder")
         self.shallow_layer, self.deep_layer = shallow_layer, deep_layer
         self.criterion = criterion
+        self.votes = "turn"
+        self.marker = " ASSISTANT:"
         self.prior: dict[str, list[float]] = {}  # by layer, as its file has it
         self._inside: set[int] = set()  # places between the first and last token of an image
         self._share: dict[int, float] = {}  # where an image token's middle lies in its image
+        self._whole: list[tuple[int, int]] = []  # first and last token of each image
         self.processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
         self.image_token: int = model.config.image_token_id
 
@@ -174,6 +179,7 @@ class Oracle:
         hidden, positions = start.hidden, start.positions
         self._inside = {p for image in spans for p in range(image[0] + 1, image[-1])}
         self._share = {p: (i + 0.5) / len(im) for im in spans for i, p in enumerate(im)}
+        self._whole = [(image[0], image[-1]) for image in spans]
         rows = torch.arange(len(ids))  # place in the prompt of each row of `hidden`
         kept, kept_shallow, margins = spans, spans, [math.inf]
         for index in range(len(self.decoder.layers)):
@@ -296,20 +302,25 @@ class Oracle:
         last = len(ids) - 1
         kept, margins = [], []
         criterion = self.criterion.split("+")[-1 if deep else 0]
-        lots = np.random.default_rng((zlib.crc32(struct.pack(f"<{len(ids)}q", *ids)), int(deep)))
-        shuffled = iter(lots.permutation(sum(map(len, images))).tolist())
-        for place, image in enumerate(images):
+        ends = [self._end(ids, image) for image in images]
+        lots: dict[int, Any] = {}
+        for end in ends:
+            seed = zlib.crc32(struct.pack(f"<{end}q", *ids[:end]))
+            of_unit = sum(len(i) for i, its_end in zip(images, ends, strict=True) if its_end == end)
+            drawn = np.random.default_rng((seed, int(deep))).permutation(of_unit)
+            lots.setdefault(end, iter(drawn.tolist()))
+        for place, (image, end) in enumerate(zip(images, ends, strict=True)):
             own_ratio = ratio if isinstance(ratio, int | float) else ratio[place]
             n = max(1, len(image) - math.floor(len(image) * own_ratio + 1e-6))
-            text = [p for p in range(image[-1], len(ids)) if ids[p] != self.image_token]
+            text = [p for p in range(image[-1], end) if ids[p] != self.image_token]
             if criterion != "himap":
                 text = [p for p in text if p not in self._inside]
-            text = text or [last]
+            text = text or [end - 1]
             one = criterion in ("fastv", "mixed")
             voters = text[-1:] if one else image if deep and criterion == "himap" else text
             columns = attention[:, [row_of[p] for p in image]]
             scores = columns[[row_of[p] for p in voters]].sum(dim=0)
-            chance = torch.tensor([float(next(shuffled)) for _ in image])
+            chance = torch.tensor([float(next(lots[end])) for _ in image])
             states = hidden[[row_of[p] for p in image]]
             if criterion == "debiased":
                 known = self.prior[str(self.deep_layer if deep else self.shallow_layer)]
@@ -325,6 +336,17 @@ class Oracle:
                 placed = criterion in ("uniform", "stratified")
                 margins.append(close if placed else min(gap, close))
         return kept, margins
+
+    def _end(self, ids: list[int], image: list[int]) -> int:
+        """Return the place behind the last token that has a part in what is kept of an image."""
+        if set(self.criterion.split("+")) <= {"uniform", "random", "diversity"}:
+            return max(p for p in self._whole if p[0] <= image[0] <= p[1])[1] + 1
+        marker = self.processor.tokenizer.encode(self.marker, add_special_tokens=False)
+        if self.votes == "turn":
+            for begin in range(image[-1] + 1, len(ids)):
+                if ids[begin : begin + len(marker)] == marker:
+                    return begin + len(marker)
+        return len(ids)
 
     def _logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities [vocab] that follow the last row of `hidden`."""

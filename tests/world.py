@@ -107,6 +107,7 @@ class World:
             self._cases.append(case)
             oracle = self._oracles[shape]
             oracle.criterion = criterion
+            oracle.votes = case.votes or "turn"
             if "debiased" in criterion:
                 oracle.prior = json.loads(self.prior(shape).read_text())["layers"]
             self._answers[key] = oracle.generate(

@@ -71,6 +71,11 @@ class Criterion:
     needs_prior: bool = False
     seeded: bool = False
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether text behind an image must be computed in the step that prunes it."""
+        return self.select_voters is not None
+
 
 Criteria = tuple[Criterion, Criterion]
 """The criteria of the first and of the second cut."""

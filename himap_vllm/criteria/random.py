@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep random tokens: the baseline that a criterion must beat.
 
-The seed is a checksum of the prompt's token ids, so the same prompt loses the same places on every
-rank and in every run. The content of its images has no influence.
+The seed is a checksum of the token ids up to the end of an image's unit, so the same prompt loses
+the same places on every rank and in every run. The content of its images has no influence.
 """
 
 from __future__ import annotations

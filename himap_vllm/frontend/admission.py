@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decide in the API process how a request is pruned. The rest of the engine follows the decision.
 
-Admission resolves the ratios of each image (the request's, or the server's default) and stamps the
-request with its decision. If a request asks for pruning and cannot be pruned, admission refuses it.
-A request that did not ask runs unpruned instead, and is counted as bypassed.
+Admission resolves the ratios of each image (the request's, or the server's default), finds the ends
+of the prompt's units, and stamps the request with its decision. If a request asks for pruning and
+cannot be pruned, admission refuses it. A request that did not ask runs unpruned instead, and is
+counted as bypassed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from vllm.config import SchedulerConfig
@@ -20,11 +21,14 @@ from himap_vllm.config import (
     SHALLOW_ARG,
     EngineSettings,
     HiMAPError,
+    Votes,
     engine_settings,
     requested_ratios,
 )
-from himap_vllm.plan.prompt import PromptPlan, make_plan
+from himap_vllm.frontend.turns import turn_marker
+from himap_vllm.plan.prompt import ImageTokens, PromptPlan, make_plan
 from himap_vllm.plan.requests import PROMPT_EMBEDS, Decision, image_tokens, stamp, step_limit
+from himap_vllm.plan.turns import ends_of_images, ends_of_turns
 
 SecondStep = Callable[[EngineCoreRequest, PromptPlan | None], None]
 """Called with an admitted request and its plan (None: unpruned); raises to refuse the request."""
@@ -53,9 +57,21 @@ class Admission:
         second_step: what else admits requests, on the same thread; None: nothing.
     """
 
-    def __init__(self, settings: EngineSettings, scheduler_config: SchedulerConfig) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        scheduler_config: SchedulerConfig,
+        marker: Sequence[int] = (),
+    ) -> None:
+        """
+        Args:
+            settings: of the engine.
+            scheduler_config: vLLM's.
+            marker: token ids that open a turn of the assistant; empty: a prompt is one turn.
+        """
         self.second_step: SecondStep | None = None
         self._settings = settings
+        self._marker = marker
         self._limit_name, self._step_limit = step_limit(scheduler_config)
 
     def admit(self, request: EngineCoreRequest) -> None:
@@ -70,13 +86,15 @@ class Admission:
             return
         images = image_tokens(request.mm_features)
         ratios = requested_ratios(self._settings, params.extra_args, len(images))
-        plan = make_plan(len(request.prompt_token_ids or ()), images, ratios.images)
+        tokens = request.prompt_token_ids or []
+        ends = self._ends(tokens, images, ratios.votes)
+        plan = make_plan(len(tokens), images, ratios.images, ends)
         decision = Decision()
         other = _other_modality(request) if ratios.prunes else None
         if plan is not None or other is not None:
             obstacle = self._obstacle(plan, other, request, params)
             if obstacle is None:
-                decision = Decision("pruned", ratios.images)
+                decision = Decision("pruned", ratios.images, ends)
             elif ratios.asked:
                 raise HiMAPError(obstacle.parameter, obstacle.message)
             else:
@@ -85,6 +103,17 @@ class Admission:
         stamp(params, decision)
         if self.second_step is not None:
             self.second_step(request, plan)
+
+    def _ends(
+        self, token_ids: Sequence[int], images: Sequence[ImageTokens], votes: Votes
+    ) -> tuple[int, ...]:
+        """`Decision.ends` of a prompt."""
+        if not self._settings.needs_text:
+            return tuple(ends_of_images(images))
+        if votes == "all" or not self._marker:
+            return ()
+        ends = tuple(ends_of_turns(token_ids, images, self._marker))
+        return () if set(ends) == {len(token_ids)} else ends
 
     def _obstacle(
         self,
@@ -118,8 +147,9 @@ class Admission:
             return _Obstacle(
                 "too_long",
                 SHALLOW_ARG,
-                f"this prompt has {plan.longest_unit} tokens from its first image to its end; "
-                f"pruning computes them in one step, and a step has at most {self._step_limit}. "
+                f"this prompt has {plan.longest_unit} tokens from an image to the end of "
+                f"{'the prompt' if len(plan.units) == 1 else 'its turn'}; pruning computes them "
+                f"in one step, and a step has at most {self._step_limit}. "
                 f"Raise --{self._limit_name.replace('_', '-')}, or {_UNPRUNED}",
             )
         return None
@@ -134,7 +164,9 @@ def admission_of(input_processor: Any) -> Admission | None:
     if "himap_admission" not in processor:
         config = input_processor.vllm_config
         settings = engine_settings(config.additional_config)
-        processor["himap_admission"] = settings and Admission(settings, config.scheduler_config)
+        processor["himap_admission"] = settings and Admission(
+            settings, config.scheduler_config, turn_marker(input_processor, settings)
+        )
     admission: Admission | None = processor["himap_admission"]
     return admission
 

@@ -32,10 +32,13 @@ class Decision:
     Attributes:
         outcome: `pruned`, `unpruned` or `bypassed_<reason>`; the counters use it.
         ratios: of each image of a pruned request, in prompt order.
+        ends: of each of these images, the end of its unit; empty: one unit that ends with the
+            prompt.
     """
 
     outcome: str = "unpruned"
     ratios: tuple[Ratios, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
 def stamp(params: SamplingParams, decision: Decision) -> None:
@@ -47,7 +50,8 @@ def stamp(params: SamplingParams, decision: Decision) -> None:
         if not str(key).startswith("himap")
     }
     if decision != Decision():
-        args[_STAMP] = (decision.outcome, [astuple(ratios) for ratios in decision.ratios])
+        ratios = [astuple(ratios) for ratios in decision.ratios]
+        args[_STAMP] = (decision.outcome, ratios, list(decision.ends))
     params.extra_args = args or None
 
 
@@ -57,8 +61,9 @@ def read_stamp(params: Any) -> Decision:
     A request that reached the engine core in another way has no stamp and runs unpruned: neither
     its ratios nor the length of its prompt were checked.
     """
-    outcome, ratios = (getattr(params, "extra_args", None) or {}).get(_STAMP, ("unpruned", ()))
-    return Decision(outcome, tuple(Ratios(*pair) for pair in ratios))
+    stamped = (getattr(params, "extra_args", None) or {}).get(_STAMP, ("unpruned", (), ()))
+    outcome, ratios, ends = stamped
+    return Decision(outcome, tuple(Ratios(*pair) for pair in ratios), tuple(ends))
 
 
 def plan_of(
@@ -66,11 +71,12 @@ def plan_of(
     mm_features: Sequence[MultiModalFeatureSpec] | None,
     sampling_params: Any,
 ) -> PromptPlan | None:
-    """The plan of a request that admission stamped as pruned, with the ratios it decided on."""
-    ratios = read_stamp(sampling_params).ratios
-    if not ratios:
+    """The plan of a request that admission stamped as pruned, as it decided."""
+    decision = read_stamp(sampling_params)
+    if not decision.ratios:
         return None
-    return make_plan(num_prompt_tokens, image_tokens(mm_features), ratios)
+    images = image_tokens(mm_features)
+    return make_plan(num_prompt_tokens, images, decision.ratios, decision.ends)
 
 
 def image_tokens(mm_features: Sequence[MultiModalFeatureSpec] | None) -> list[ImageTokens]:

@@ -41,7 +41,9 @@ class LiveRequests:
         plan = plan_of(len(request.prompt_token_ids), request.mm_features, request.sampling_params)
         if plan is not None:
             if self._seeded:
-                plan = replace(plan, seeds=(prompt_seed(request.prompt_token_ids),))
+                tokens = request.prompt_token_ids
+                seeds = tuple(prompt_seed(tokens[: unit.end]) for unit in plan.units)
+                plan = replace(plan, seeds=seeds)
             self.plans.discard(request.req_id)
             self.plans.add(request.req_id, plan)
         elif request.req_id not in self._counted:

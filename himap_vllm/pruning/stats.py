@@ -26,7 +26,7 @@ class PruningStats:
         image_tokens_kept_shallow: of these, alive after the first cut.
         image_tokens_kept_deep: of these, alive after the second cut.
         kv_blocks: blocks that the scheduler allocated to pruned prompts, all KV cache groups, when
-            their prompt was computed; counted from the block tables.
+            the last of their units was computed; counted from the block tables.
         kv_blocks_saved: blocks these prompts would have held on top, had no token been dropped.
         kv_bytes_saved: the same in bytes, on this worker.
         steps: steps that pruned something.

@@ -16,7 +16,7 @@ from vllm.renderers import TokenizeParams
 from vllm.renderers.chat_utils import ChatCompletionMessageParam
 from vllm.sampling_params import SamplingParams
 
-from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
+from himap_vllm.config import DEEP_ARG, SHALLOW_ARG, VOTES_ARG, Votes
 
 from .messages import settle_items, settle_messages
 
@@ -82,11 +82,20 @@ class HiMAPOptions(BaseModel):
         description="share of the rest dropped at the second cut, in [0, 1)",
     )
 
-    def as_xargs(self) -> dict[str, float]:
+    votes: Votes | None = Field(
+        default=None,
+        description="text that votes for an image: that of its turn, or all text behind it",
+    )
+
+    def as_xargs(self) -> dict[str, Any]:
         """The options as the engine reads them (`SamplingParams.extra_args`)."""
         if not self.enabled:
             return {SHALLOW_ARG: 0.0, DEEP_ARG: 0.0}
-        given = {SHALLOW_ARG: self.shallow_ratio, DEEP_ARG: self.deep_ratio}
+        given = {
+            SHALLOW_ARG: self.shallow_ratio,
+            DEEP_ARG: self.deep_ratio,
+            VOTES_ARG: self.votes,
+        }
         return {key: value for key, value in given.items() if value is not None}
 
 

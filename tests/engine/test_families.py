@@ -30,7 +30,8 @@ PROMPTS = {  # {0}: an image
     "one image": ("USER: {0}\nWhat is this? ASSISTANT:", 1),
     "two sizes": ("USER: {0}\n{0}\nCompare. ASSISTANT:", 2),
     "earlier turns": (
-        "USER: {0}\nWhat is it? ASSISTANT: A shape.</s>USER: And {0} this? ASSISTANT:",
+        "USER: {0}\nWhat is it? ASSISTANT: A shape.</s>USER: And {0} this? ASSISTANT: Two.</s>"
+        "USER: Sure? ASSISTANT:",
         2,
     ),
 }
@@ -92,6 +93,8 @@ def test_chunked_prefill(world: World, name: str) -> None:
     before = "Many words come before the pictures, and say little of them. " * 3
     prompt = f"{before}{TINY[name].image} and {TINY[name].image}?"
     mixed = [Case(f"{i}. {prompt}", pictures(i, 2), RATIOS[i % 5]) for i in range(10)]
+    turns = PROMPTS["earlier turns"][0].format(TINY[name].image)
+    mixed += [Case(f"{i}. {before}{turns}", pictures(i, 2), RATIOS[i % 5]) for i in range(5)]
     equal_oracle(world, engine, name, mixed)
 
 

@@ -22,6 +22,12 @@ PROMPTS = {
     "two at the end": ("First <image> then<image><image>", 3),
     "starts with it": ("<image>?", 1),
 }
+TURNS = (
+    "USER: <image>\nWhat is this? ASSISTANT: Some shape.</s>"
+    "USER: And <image> or <image>? ASSISTANT: That is another one.</s>"
+    "USER: Sure? ASSISTANT:"
+)
+AT_THE_END = "USER: <image> ASSISTANT: Nice.</s>USER: Look: <image>"
 
 
 def cases() -> list[Case]:
@@ -32,7 +38,20 @@ def cases() -> list[Case]:
             images = tuple(PICTURES[(i + j + k) % len(PICTURES)] for k in range(num_images))
             made.append(Case(prompt, images, ratios))
         made.append(Case(f"No picture here, only {i} words. Go on:", (), ratios))
-    return made + cases_by_image()
+    return made + cases_by_image() + conversations()
+
+
+def conversations() -> list[Case]:
+    """Text of an image's turn votes, or all text behind it; turns of which nothing is dropped."""
+    made: list[Case] = []
+    by_turn = ((0.0, 0.5, 0.25), (0.0, 0.75, 0.5)), ((0.5, 0.0, 0.0), (0.75, 0.0, 0.0))
+    for ratios in ((0.5, 0.75), (0.75, 0.25), *by_turn):
+        for votes in (None, "turn", "all"):
+            images = PICTURES[len(made) % 5 :][:3]
+            made.append(Case(TURNS, images, ratios, votes=votes))
+    for votes in ("turn", "all"):
+        made.append(Case(AT_THE_END, PICTURES[3:5], (0.5, 0.75), votes=votes))
+    return made
 
 
 def cases_by_image() -> list[Case]:
@@ -92,5 +111,24 @@ def test_one_mixed_batch_equals_the_oracle(
         assert_equals_oracle(world, engine, shape, case, output)
         compared += 1
         compared_by_image += case.ratios is not None and isinstance(case.ratios[0], tuple)
-    assert compared >= 50
+    assert compared >= 60
     assert compared_by_image >= 4
+
+
+def test_later_turns_do_not_change_what_was_kept(world: World) -> None:
+    """But with the votes of all text they do."""
+    engine = world.engine()
+    kept: dict[str, list[Any]] = {"turn": [], "all": []}
+    for votes, seen in kept.items():
+        for until in ("Some", "That", "$"):
+            prompt = TURNS.partition(until)[0]
+            images = PICTURES[: prompt.count("<image>")]
+            case = Case(prompt, images, (0.5, 0.75), votes=votes)
+            (output,) = engine.generate([case])
+            assert_equals_oracle(world, engine, "mha12", case, output)
+            seen.append(engine.trace(output.request_id)["deep"])
+    first, second, third = kept["turn"]
+    assert [first[0], second[1:]] == [third[0], third[1:]]
+    assert second[0] == first[0]
+    assert kept["all"][0] == kept["turn"][0]
+    assert kept["all"][2][0] != kept["turn"][2][0]

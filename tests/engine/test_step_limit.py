@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import sample_images
+from tests.engine.test_oracle import TURNS
 from tests.engines import Case, watched
 from tests.world import World, assert_equals_oracle
 
-PICTURES = tuple(sample_images(1, seed=4))
+PICTURES = tuple(sample_images(4, seed=4))
 QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
 LIMIT = 96
 NUM_DECODING = 12
@@ -51,7 +52,7 @@ def test_a_prompt_that_never_fits_a_step(world: World) -> None:
     from vllm.exceptions import VLLMValidationError
 
     engine = world.engine(max_num_batched_tokens=96)
-    too_long = QUESTION + " and" * 20
+    too_long = QUESTION.replace("?", "? And" + " and" * 19)
     with pytest.raises(VLLMValidationError, match="--max-num-batched-tokens") as error:
         engine.generate([Case(too_long, PICTURES[:1], (0.5, 0.5))])
     assert error.value.parameter == "himap_shallow_ratio"
@@ -69,4 +70,33 @@ def test_the_tightest_of_the_step_limits_counts(world: World) -> None:
 
     engine = world.engine(max_num_batched_tokens=96, max_num_scheduled_tokens=512)
     with pytest.raises(VLLMValidationError, match=r"at most 96\. Raise --max-num-batched-tokens"):
-        engine.generate([Case(QUESTION + " and" * 20, PICTURES[:1], (0.5, 0.5))])
+        engine.generate([Case("<image>" + " and" * 30, PICTURES[:1], (0.5, 0.5))])
+
+
+def test_a_conversation_is_computed_turn_by_turn(world: World) -> None:
+    """It is longer than a step, and so are several of its turns together; others decode."""
+    engine = world.engine(max_num_batched_tokens=LIMIT)
+    cases = [Case("Go on.", (), None, max_tokens=30)]
+    for i, ratios in enumerate(((0.5, 0.75), (0.9, 0.5), ((0.0, 0.5, 0.5), (0.5, 0.0, 0.75)))):
+        before = f"{i} words of a system prompt. " * (2 * i)
+        prompt = before + TURNS.replace("And <image> or", "And <image>, or")
+        cases.append(Case(prompt, (PICTURES * 2)[i : i + 3], ratios))
+    cases.append(Case(TURNS.replace(" or <image>", " what"), PICTURES[:2], (0.5, 0.75)))
+    chunks: dict[str, list[int]] = {}
+
+    def look(output: Any) -> None:
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            if num_tokens > 1:
+                chunks.setdefault(request_id.rpartition("-")[0], []).append(num_tokens)
+
+    with watched(engine, look):
+        outputs = engine.generate(cases)
+    for case, output in zip(cases, outputs, strict=True):
+        assert_equals_oracle(world, engine, "mha12", case, output)
+        if case.images:
+            assert len(output.prompt_token_ids) > LIMIT
+            assert len(chunks[output.request_id]) > 2
+    # With the votes of all text it is one piece, too long for a step.
+    before = engine.stats["requests"].get("bypassed_too_long", 0)
+    engine.generate([Case(TURNS, PICTURES[:3], None, votes="all", max_tokens=1)])
+    assert engine.stats["requests"]["bypassed_too_long"] == before + 1

@@ -70,6 +70,7 @@ def test_as_on_v1_with_graphs(world: World, test: Any) -> None:
     [
         test_request_options.test_counters_tell_what_was_done,
         test_step_limit.test_a_prompt_that_never_fits_a_step,
+        test_step_limit.test_a_conversation_is_computed_turn_by_turn,
         test_serving.test_a_request_that_was_not_admitted_runs_unpruned,
         test_lora.test_a_mixed_batch_equals_the_oracle_on_merged_weights,
     ],

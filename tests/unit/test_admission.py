@@ -48,15 +48,21 @@ def feature(modality: str, offset: int, length: int) -> MultiModalFeatureSpec:
     return MultiModalFeatureSpec(None, modality, f"{modality} {offset}", place)
 
 
-def admit(params: SamplingParams, *features: MultiModalFeatureSpec, steps: int = 512) -> Any:
-    """Admit a prompt of 100 tokens; the request as it goes to the engine core."""
+def admit(
+    params: SamplingParams,
+    *features: MultiModalFeatureSpec,
+    steps: int = 512,
+    settings: EngineSettings | None = None,
+    marker: tuple[int, ...] = (),
+) -> Any:
+    """Admit a prompt of the tokens 0 to 99; the request as it goes to the engine core."""
     request = EngineCoreRequest(
         "id", list(range(100)), list(features), params, None, 0.0, None, None, None
     )
     scheduler = SchedulerConfig.default_factory(
         max_num_batched_tokens=steps, max_num_seqs=8, max_model_len=512
     )
-    Admission(EngineSettings(), scheduler).admit(request)
+    Admission(settings or EngineSettings(), scheduler, marker).admit(request)
     return request
 
 
@@ -137,3 +143,49 @@ def test_the_stamp_is_the_only_argument_left_and_the_callers_stay() -> None:
     assert set(request.sampling_params.extra_args) == {"other", "himap_admission"}
     with pytest.raises(HiMAPError, match="unknown parameter 'himap_admission'"):
         admit(request.sampling_params, feature("image", 10, 40))
+
+
+IMAGES = (feature("image", 10, 10), feature("image", 30, 10), feature("image", 60, 10))
+
+
+@pytest.mark.parametrize(
+    ("settings", "votes", "ends"),
+    [
+        (EngineSettings(), None, (47, 47, 100)),
+        (EngineSettings(), "turn", (47, 47, 100)),
+        (EngineSettings(), "all", ()),
+        (EngineSettings(votes="all"), None, ()),
+        (EngineSettings(votes="all"), "turn", (47, 47, 100)),
+        (EngineSettings(criterion="uniform"), None, (20, 40, 70)),
+        (EngineSettings(criterion="random+diversity"), "all", (20, 40, 70)),
+        (EngineSettings(criterion="uniform+fastv"), None, (47, 47, 100)),
+    ],
+)
+def test_ends_travel_with_the_request(
+    settings: EngineSettings, votes: str | None, ends: tuple[int, ...]
+) -> None:
+    args = ASKED if votes is None else {**ASKED, "himap_votes": votes}
+    params = SamplingParams(extra_args=args)
+    request = admit(params, *IMAGES, settings=settings, marker=(45, 46))
+    assert read_stamp(request.sampling_params).ends == ends
+    plan = plan_of(100, request.mm_features, request.sampling_params)
+    assert plan is not None
+    expected = dict.fromkeys(ends) if ends else {100: None}
+    assert [unit.end for unit in plan.units] == [*expected]
+
+
+def test_the_longest_unit_must_fit_a_step() -> None:
+    args = {**ASKED, "himap_votes": "all"}
+    admit(SamplingParams(extra_args=ASKED), *IMAGES, steps=40, marker=(45, 46))
+    with pytest.raises(HiMAPError, match="90 tokens from an image to the end of the prompt"):
+        admit(SamplingParams(extra_args=args), *IMAGES, steps=40, marker=(45, 46))
+    with pytest.raises(HiMAPError, match="40 tokens from an image to the end of its turn"):
+        admit(SamplingParams(extra_args=ASKED), *IMAGES, steps=39, marker=(45, 46))
+
+
+@pytest.mark.parametrize("votes", ["last", "", None, 1, ["turn"], "Turn"])
+def test_votes_of_another_name_are_refused(votes: object) -> None:
+    message = "^himap_votes must be one of turn, all, got"
+    with pytest.raises(HiMAPError, match=message) as error:
+        admit(SamplingParams(extra_args={"himap_votes": votes}))
+    assert error.value.parameter == "himap_votes"

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import pytest
 
 from himap_vllm.config import (
+    NEEDS_NO_TEXT,
     CriterionName,
     EngineSettings,
     HiMAPError,
@@ -43,6 +44,12 @@ from himap_vllm.plan.prompt import Ratios
         ({"criterion": "himap+himap+himap"}, "criterion", r"two as A\+B"),
         ({"criterion": {"shallow": "himap"}}, "criterion", r"two as A\+B"),
         ({"criterion": {"shallow": "himap", "deep": []}}, "criterion", r"two as A\+B"),
+        ({"votes": "some"}, "votes", "one of turn, all, got 'some'"),
+        ({"votes": ["all"]}, "votes", "one of turn, all, got"),
+        ({"turn_marker": ""}, "turn_marker", "a text or a list of token ids, and not empty"),
+        ({"turn_marker": []}, "turn_marker", "a text or a list of token ids, and not empty"),
+        ({"turn_marker": 5}, "turn_marker", "a text or a list of token ids"),
+        ({"turn_marker": [3, "a"]}, "turn_marker", "integer >= 0, got 'a'"),
         ([], "himap", "must be an object, got list"),
     ],
 )
@@ -188,3 +195,14 @@ def test_a_criterion_for_each_cut(given: Any, spelled: str, criteria: tuple[str,
 
 def test_settings_name_all_criteria() -> None:
     assert list(get_args(CriterionName)) == list(CRITERIA)
+
+
+def test_criteria_that_need_no_text_have_no_voters() -> None:
+    assert set(NEEDS_NO_TEXT) == {n for n, one in CRITERIA.items() if not one.needs_text}
+    assert EngineSettings(criterion="uniform+himap").needs_text
+    assert not EngineSettings(criterion="uniform+random").needs_text
+
+
+def test_turn_marker() -> None:
+    assert EngineSettings.parse({"turn_marker": [3, 4]}).turn_marker == (3, 4)
+    assert EngineSettings.parse({"turn_marker": "A:"}).turn_marker == "A:"
