@@ -719,7 +719,8 @@ GATEWAY = Dashboard(
     "himap-gateway",
     "HiMAP gateway",
     "Who sends requests, who is refused and why, what images cost, and how much time the gateway "
-    "adds before vLLM's handler begins. Limits are per API key **and per replica**.",
+    "adds before vLLM's handler begins. Limits are per API key, **and per replica** without "
+    "`--limits-storage`.",
     (
         Row(
             "Now",
@@ -730,7 +731,7 @@ GATEWAY = Dashboard(
                     (Query(f"sum({value('himap_requests_in_flight')})"),),
                     "short",
                     "stat",
-                    4,
+                    3,
                 ),
                 Panel(
                     "Without a valid key",
@@ -742,7 +743,7 @@ GATEWAY = Dashboard(
                     ),
                     "reqps",
                     "stat",
-                    4,
+                    3,
                 ),
                 Panel(
                     "Over a key's limits",
@@ -755,7 +756,7 @@ GATEWAY = Dashboard(
                     ),
                     "reqps",
                     "stat",
-                    4,
+                    3,
                 ),
                 Panel(
                     "Overhead, p95",
@@ -763,7 +764,7 @@ GATEWAY = Dashboard(
                     (Query(quantile(0.95, "himap_gateway_overhead_seconds")),),
                     "s",
                     "stat",
-                    4,
+                    3,
                     (0.1, 1),
                 ),
                 Panel(
@@ -783,6 +784,15 @@ GATEWAY = Dashboard(
                     "stat",
                     4,
                     (1, 2),
+                ),
+                Panel(
+                    "Requests without shared limits",
+                    "For which `--limits-storage` did not answer, since the process started.",
+                    (Query(f"sum(himap_limits_storage_errors_total{{{TARGETS}}})"),),
+                    "short",
+                    "stat",
+                    4,
+                    (1, 100),
                 ),
             ),
         ),

@@ -59,7 +59,9 @@ class PriorTable:
         return torch.cat([self._of_image(count, device) for count in num_tokens], dim=1)
 
     def _of_image(self, num_tokens: int, device: torch.device) -> torch.Tensor:
-        if num_tokens not in self._of_size:
+        if num_tokens in self._of_size:
+            self._of_size.move_to_end(num_tokens)
+        else:
             values = np.stack([self._at(layer, num_tokens) for layer in self._layers])
             self._of_size[num_tokens] = async_tensor_h2d(values, device=device)
             if len(self._of_size) > _NUM_SIZES:

@@ -256,6 +256,16 @@ def _is_image(path: str, part: dict[str, Any]) -> bool:
         )
     if _IMAGE.isdisjoint(names):
         return False
+    kind = part.get("type", "message" if "role" in part else None)
+    if isinstance(kind, str) and kind not in _IMAGE and part.get("uuid") is None:
+        # vLLM would leave the image out, and the details of the others would move up.
+        raise GatewayError(
+            400,
+            f"a part of type {kind} can't have an image: its type must be image_url (input_image "
+            "in the Responses API)",
+            reason=Reason.MEDIA,
+            param=path,
+        )
     if part.get("uuid") is not None:
         # vLLM looks images up by their uuid, whoever sent them.
         raise GatewayError(

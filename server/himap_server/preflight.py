@@ -37,10 +37,11 @@ def check(argv: list[str]) -> None:
         file = {} if args.config is None else split_file(args.config)[0]
         settings, engine = load({name: getattr(args, name) for name in setting_names()}, file)
         # Without a model, the bundled one's settings come first, and change what is in range.
+        known = None
         if argv and not argv[0].startswith("-"):
-            EngineSettings.parse(engine)
+            known = EngineSettings.parse(engine)
         if settings.api_keys_file is not None and not _can_be_read_once(settings.api_keys_file):
-            read_keys(settings.api_keys_file)
+            read_keys(settings.api_keys_file, known)
     except KeyFileError as error:
         parser.error(f"api-keys-file: {error}")
     except (SettingsError, HiMAPError) as error:

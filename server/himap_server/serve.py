@@ -61,6 +61,7 @@ logger = init_logger("vllm.himap.server")
 _DEFAULT_CPU_KV_BYTES = 4 << 30
 _CPU_PROCESSES_BYTES = 2 << 30  # gateway, engine core and a worker, before model and KV cache
 _MAX_N_SEQUENCES = "128"
+_BUNDLED_TOOL_PARSER = "hermes"
 _LAST_SECONDS = 10.0  # from the end of a request's time to the end of its answer
 
 # Flags of vLLM's HTTP server that its handlers or this module read. The others would have no
@@ -150,6 +151,9 @@ def _serve_bundled(args: Namespace, bundled: BundledModel) -> None:
         args.structured_outputs_config = StructuredOutputsConfig(
             backend="xgrammar", disable_any_whitespace=True
         )
+    if args.tool_call_parser is None:  # so that examples with tools work as they are
+        args.tool_call_parser = _BUNDLED_TOOL_PARSER
+        args.enable_auto_tool_choice = True
     args.model = str(bundled.path)
     args.served_model_name = args.served_model_name or [bundled.name]
 
@@ -302,7 +306,8 @@ def main(argv: list[str]) -> int:
     _configure_logging(args)
     _choose_cpu_memory(args)
     try:
-        keys = None if settings.api_keys_file is None else KeyRing(settings.api_keys_file)
+        engine = EngineSettings.parse(args.additional_config[ADDITIONAL_CONFIG_KEY])
+        keys = None if settings.api_keys_file is None else KeyRing(settings.api_keys_file, engine)
     except KeyFileError as error:
         print(f"himap serve: api-keys-file: {error}", file=sys.stderr)
         return 2

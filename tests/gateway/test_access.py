@@ -346,10 +346,16 @@ def test_failures_at_start_name_the_setting(world: World, tmp_path: Path) -> Non
     """Of the gateway's own settings, at once: vLLM is not imported."""
     broken = tmp_path / "keys.yaml"
     broken.write_text("keys:\n  - name: a b\n    sha256: x\n")
+    high = tmp_path / "high.yaml"
+    high.write_text(f"keys:\n  - {{name: a, sha256: {'a' * 64}, deep_ratio: [0.6, 0.9]}}\n")
     for flags, text in (
         (("--max-images", "-1"), "max-images: Input should be greater than or equal to 0"),
         (("--api-keys-file", str(broken)), "keys.0.name"),
         (("--api-keys-file", str(tmp_path / "none")), "No such file"),
+        (
+            ("--api-keys-file", str(high), "--max-deep-ratio", "0.5", "--deep-ratio", "0.5"),
+            "keys.0.deep_ratio: the lowest ratio must be at most --max-deep-ratio 0.5, got 0.6",
+        ),
         (("--config", str(tmp_path / "none.yaml")), "No such file"),
         (("--image-hosts", "a,b/c"), "must be host or host:port, got 'b/c'"),
         (("--deep_ratio=1.5",), "deep_ratio must be in"),

@@ -153,6 +153,9 @@ def test_urls_that_are_refused(server: Server, image_host: ImageHost, url: str) 
         {"type": "input_file", "file_url": "http://127.0.0.1:1/"},
         {"type": "input_image", "file_id": "x"},
         {"image_url": None},
+        # vLLM would leave the image out.
+        {"type": "text", "text": "hi", "image_url": {"url": DATA_URL, "detail": "low"}},
+        {"type": "input_text", "text": "hi", "image_url": DATA_URL},
         # Whoever knows it would get what another client sent under it.
         {"type": "image_url", "image_url": None, "uuid": "someone-elses"},
     ],

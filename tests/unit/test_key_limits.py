@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from himap_server.security.keys import Key
@@ -44,3 +45,58 @@ def test_a_place_is_given_back_if_the_rate_is_not_counted(error: BaseException) 
         with pytest.raises(asyncio.CancelledError):
             asyncio.run(scenario())
     assert not store.places
+
+
+class Hanging:
+    """A store that fails late until it is mended."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.is_mended = False
+
+    async def enter(self, key: str, limit: int) -> str | None:  # noqa: ARG002
+        self.calls += 1
+        if not self.is_mended:
+            await asyncio.sleep(0.1)
+            raise StorageDownError("down")
+        return "a place"
+
+    async def leave(self, key: str, place: str) -> None:
+        pass
+
+    async def hit(self, key: str, per_minute: int) -> float | None:  # noqa: ARG002
+        return None
+
+
+def test_no_request_waits_for_a_store_that_is_known_to_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("himap_server.security.limits._RETRY_SECONDS", 0.05)
+    key = KEY.model_copy(update={"max_concurrent": 100, "requests_per_minute": 10_000})
+    store = Hanging()
+
+    async def scenario() -> None:
+        limits = KeyLimits(store)
+
+        async def request() -> float:
+            begun = time.monotonic()
+            async with limits.admit(key):
+                return time.monotonic() - begun
+
+        await request()
+        assert store.calls == 1
+        # Through several probes, one at a time.
+        waits = []
+        for _ in range(60):
+            waits += await asyncio.gather(*[request() for _ in range(5)])
+            await asyncio.sleep(0.01)
+        assert sorted(waits)[len(waits) // 2] < 0.02
+        assert 2 <= store.calls <= 12
+        assert max(waits) < 0.09
+        store.is_mended = True
+        await asyncio.sleep(0.4)
+        calls = store.calls
+        await request()
+        assert store.calls == calls + 1
+
+    asyncio.run(scenario())

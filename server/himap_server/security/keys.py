@@ -20,12 +20,15 @@ import hmac
 import logging
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import yaml
 from prometheus_client import Counter
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from himap_vllm.config import EngineSettings
 
 logger = logging.getLogger("vllm.himap.server")  # vLLM is not imported: `himap key` is done at once
 
@@ -72,14 +75,18 @@ class KeyFileError(ValueError):
     """The file can't be used. The message says why, without quoting the file."""
 
 
-def read_keys(path: Path) -> tuple[Key, ...]:
+def read_keys(path: Path, engine: EngineSettings | None = None) -> tuple[Key, ...]:
     """The keys in a file.
+
+    Args:
+        path: the file.
+        engine: settings with the highest ratios that the engine takes; None: not known yet.
 
     Raises:
         KeyFileError: the file can't be read, or something in it is wrong.
     """
     try:
-        return _File.model_validate(yaml.safe_load(path.read_text())).keys
+        keys = _File.model_validate(yaml.safe_load(path.read_text())).keys
     except OSError as error:
         raise KeyFileError(f"{path}: {error.strerror}") from error
     except ValidationError as error:
@@ -89,6 +96,22 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     # ValueError: bytes that are not UTF-8, and impossible dates.
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise KeyFileError(f"{path} is not YAML") from error
+    if engine is not None:
+        _check_maxima(path, keys, engine)
+    return keys
+
+
+def _check_maxima(path: Path, keys: Sequence[Key], engine: EngineSettings) -> None:
+    """Raise KeyFileError if a key demands ratios that the engine refuses."""
+    for number, key in enumerate(keys):
+        for field in ("shallow_ratio", "deep_ratio"):
+            bounds: RatioRange | None = getattr(key, field)
+            maximum: float | None = getattr(engine, f"max_{field}")
+            if bounds is not None and maximum is not None and bounds[0] > maximum:
+                raise KeyFileError(
+                    f"{path}: keys.{number}.{field}: the lowest ratio must be at most "
+                    f"--max-{field.replace('_', '-')} {maximum:g}, got {bounds[0]:g}"
+                )
 
 
 class KeyRing:
@@ -97,11 +120,12 @@ class KeyRing:
     If the file becomes unreadable or wrong, the old keys stay, and the log and a metric say so.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Read the file. Raises KeyFileError as `read_keys`."""
+    def __init__(self, path: Path, engine: EngineSettings | None = None) -> None:
+        """Read the file. Arguments and errors are those of `read_keys`."""
         self._path = path
+        self._engine = engine
         self._seen = self._signature()
-        self._keys = read_keys(path)
+        self._keys = read_keys(path, engine)
 
     def find(self, token: str) -> Key | None:
         """The key with this token, or None.
@@ -122,7 +146,7 @@ class KeyRing:
             return
         self._seen = signature
         try:
-            self._keys = read_keys(self._path)
+            self._keys = read_keys(self._path, self._engine)
             logger.info("API keys read again: %d", len(self._keys))
         except KeyFileError as error:
             _ERRORS.inc()

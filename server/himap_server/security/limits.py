@@ -6,6 +6,7 @@ They are counted in this process, or in a store that replicas share (shared_limi
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -27,7 +28,9 @@ logger = logging.getLogger("vllm.himap.server")
 OnFailure = Literal["local", "refuse"]
 
 _RETRY_SECONDS = 1.0
-"""After a failure the store is left alone for so long: no request waits for it meanwhile."""
+"""While the store is down it is asked again after so long. No request waits for it meanwhile."""
+
+_PROBE = ""  # no key has this name
 
 _ERRORS = prometheus_client.Counter(
     "himap_limits_storage_errors", "requests for which the shared store of limits did not answer"
@@ -91,8 +94,7 @@ class KeyLimits:
         self._local = LocalCounts()
         self._shared = shared
         self._on_failure = on_failure
-        self._is_down = False
-        self._retry_at = -math.inf
+        self._recovery: asyncio.Task[None] | None = None  # as long as `shared` is down
 
     @asynccontextmanager
     async def admit(self, key: Key) -> AsyncIterator[None]:
@@ -109,10 +111,9 @@ class KeyLimits:
         try:
             place = await _admit(counts, key)
         except StorageDownError as error:
-            counts = self._fallback(error)
+            self._went_down(error)
+            counts = self._fallback()
             place = await _admit(counts, key)
-        else:
-            self._answered(counts)
         try:
             yield
         finally:
@@ -122,23 +123,32 @@ class KeyLimits:
     def _counts(self) -> Counts:
         if self._shared is None:
             return self._local
-        if time.monotonic() < self._retry_at:
-            return self._fallback(None)
-        return self._shared
+        return self._shared if self._recovery is None else self._fallback()
 
-    def _answered(self, counts: Counts) -> None:
-        if self._is_down and counts is self._shared:
-            self._is_down = False
-            logger.warning("the store of limits answers again: limits hold over all replicas")
+    def _went_down(self, error: StorageDownError) -> None:
+        if self._recovery is not None:  # a request that was waiting, too
+            return
+        then = {"local": "this replica counts for itself", "refuse": "requests are refused"}
+        logger.error("the store of limits is down, %s: %s", then[self._on_failure], error)
+        self._recovery = asyncio.create_task(self._recover())
 
-    def _fallback(self, error: StorageDownError | None) -> Counts:
+    async def _recover(self) -> None:
+        """Ask the store for what requests ask for, until it answers."""
+        assert self._shared is not None
+        try:
+            while True:
+                await asyncio.sleep(_RETRY_SECONDS)
+                with suppress(StorageDownError):
+                    place = await self._shared.enter(_PROBE, 1)
+                    if place is not None:
+                        await self._shared.leave(_PROBE, place)
+                    break
+        finally:
+            self._recovery = None
+        logger.warning("the store of limits answers again: limits hold over all replicas")
+
+    def _fallback(self) -> Counts:
         _ERRORS.inc()
-        if error is not None:
-            self._retry_at = time.monotonic() + _RETRY_SECONDS
-            if not self._is_down:
-                self._is_down = True
-                then = {"local": "this replica counts for itself", "refuse": "requests are refused"}
-                logger.error("the store of limits is down, %s: %s", then[self._on_failure], error)
         if self._on_failure == "refuse":
             raise GatewayError(
                 503,
