@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find keys in vLLM's paged KV cache.
 
-The rows that vote also attend to text before the first image. If that text was computed in an
-earlier step (chunked prefill, prefix caching), its keys exist only in the cache.
+The rows that vote also attend to what precedes their unit. If that was computed in an earlier step
+(chunked prefill, prefix caching), its keys exist only in the cache.
 """
 
 from __future__ import annotations

@@ -50,7 +50,14 @@ def plan_with(num_tokens: int, *images: tuple[int, int]) -> PromptPlan:
 
 
 # Rows that vote: fewer than a block, several blocks, one; images: one to three, one of two tiles
-# and more than a block of keys; a chunk of text before; unpruned requests before and between.
+# and more than a block of keys; a chunk of text before; unpruned requests before and between; two
+# units in a chunk that begins behind another.
+CONVERSATION = make_plan(
+    230,
+    [ImageTokens((image,)) for image in ((5, 30), (50, 90), (100, 140), (150, 221))],
+    Ratios(0.5, 0.5),
+    [40, 145, 145, 225],
+)
 PLANS = (
     None,
     plan_with(60, (5, 41)),
@@ -58,10 +65,19 @@ PLANS = (
     None,
     plan_with(45, (9, 45)),
     plan_with(130, (70, 106)),
+    CONVERSATION,
 )
-COMPUTED = (7, 0, 3, 0, 9, 66)
-SCHEDULED = (1, 60, 197, 12, 36, 64)
+COMPUTED = (7, 0, 3, 0, 9, 66, 41)
+SCHEDULED = (1, 60, 197, 12, 36, 64, 187)
 NO_KEYS = KeyPages(torch.zeros(1, 2, 16, 16), torch.zeros(1, 1, dtype=torch.int32))
+
+
+def cached_in(stage: int) -> list[int]:
+    """Keys that each request has in the cache."""
+    return [
+        num_computed if plan is None else plan.stage_tokens(stage, num_computed)
+        for plan, num_computed in zip(PLANS, COMPUTED, strict=True)
+    ]
 
 
 def cut_of(index: int) -> Cut:
@@ -73,21 +89,19 @@ def cut_of(index: int) -> Cut:
 def second_image_tokens(random: torch.Generator) -> torch.Tensor:
     """Rows of the survivors of a first cut, chosen at random."""
     first, cut = cut_of(0), cut_of(1)
+    assert first.image_tokens is not None
     rows = []
-    for before, request in zip(first.units, cut.units, strict=True):
-        assert first.image_tokens is not None
-        old = torch.from_numpy(first.image_tokens[before.image_tokens]) - before.tokens.start
-        gone, begin = [], 0
-        for vote, now in zip(before.votes, request.votes, strict=True):
-            count = vote.tokens.stop - vote.tokens.start
-            order = torch.randperm(count, generator=random) + begin
-            gone.append(order[now.tokens.stop - now.tokens.start :])
-            begin += count
-        alive = torch.ones(before.tokens.stop - before.tokens.start, dtype=torch.bool)
-        alive[old[torch.cat(gone)]] = False
+    alive = torch.ones(sum(SCHEDULED), dtype=torch.bool)
+    for before, unit in zip(first.units, cut.units, strict=True):
+        old = torch.from_numpy(first.image_tokens[before.image_tokens])
+        for vote, now in zip(before.votes, unit.votes, strict=True):
+            order = old[vote.tokens][torch.randperm(len(old[vote.tokens]), generator=random)]
+            alive[order[now.tokens.stop - now.tokens.start :]] = False
         is_image = torch.zeros_like(alive)
         is_image[old] = True
-        rows.append(is_image[alive].nonzero()[:, 0] + request.tokens.start)
+        left = is_image[before.tokens][alive[before.tokens]]
+        assert len(left) == unit.tokens.stop - unit.tokens.start
+        rows.append(left.nonzero()[:, 0] + unit.tokens.start)
     return torch.cat(rows)
 
 
@@ -126,16 +140,18 @@ def paged(
     values: Callable[..., torch.Tensor],
     num_kv_heads: int,
     head_size: int,
+    stage: int,
     block_size: int = 16,
 ) -> KeyPages:
-    """Keys of `COMPUTED`, beside their values; NaN wherever no prompt has a key."""
-    width = -(-max(COMPUTED) // block_size)
-    num_pages = len(COMPUTED) * width + 1
+    """Keys of `cached_in`, beside their values; NaN wherever no prompt has a key."""
+    lengths = cached_in(stage)
+    width = -(-max(lengths) // block_size)
+    num_pages = len(lengths) * width + 1
     cache = values(num_pages, num_kv_heads, block_size, 2 * head_size)
     order = torch.randperm(num_pages, generator=random).int()
     cache[order[-1]] = float("nan")
-    block_table = order[:-1].view(len(COMPUTED), width).clone()
-    for table, num_cached in zip(block_table, COMPUTED, strict=True):
+    block_table = order[:-1].view(len(lengths), width).clone()
+    for table, num_cached in zip(block_table, lengths, strict=True):
         full, rest = divmod(num_cached, block_size)
         cache[table[full], :, rest:] = float("nan")
         table[full + (rest > 0) :] = order[-1]
@@ -172,7 +188,7 @@ def test_importance(
     )
     query = query.view(-1, num_heads, head_size)
     key = key.view(-1, num_kv_heads, head_size)
-    cached = paged(random, values, num_kv_heads, head_size)
+    cached = paged(random, values, num_kv_heads, head_size, index)
     if cut.image_tokens is None:
         image_tokens = second_image_tokens(random)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,25 @@ class Steps:
             hash_block_size=SIZE,
         )
 
-    def add(self, name: str, num_tokens: int, image: int | None = None, answer: int = 200) -> None:
-        """A request; with an image of 36 tokens at `image`, a pruned one."""
+    def add(
+        self,
+        name: str,
+        num_tokens: int,
+        image: int | Sequence[int] | None = None,
+        answer: int = 200,
+        ends: tuple[int, ...] = (),
+    ) -> None:
+        """A request; with images of 36 tokens at `image`, a pruned one whose units have `ends`."""
         params = SamplingParams(max_tokens=answer, ignore_eos=True)
         params.update_from_generation_config({}, 0)
         features = []
         if image is not None:
-            stamp(params, Decision("pruned", (Ratios(0.5, 0.75),)))
-            place = PlaceholderRange(offset=image, length=36)
-            features = [MultiModalFeatureSpec(None, "image", name, place)]
+            places = [image] if isinstance(image, int) else image
+            stamp(params, Decision("pruned", (Ratios(0.5, 0.75),) * len(places), ends))
+            features = [
+                MultiModalFeatureSpec(None, "image", f"{name} {i}", PlaceholderRange(i, 36))
+                for i in places
+            ]
         hasher = get_request_block_hasher(SIZE, sha256)
         tokens = [hash(name) % 1000] * num_tokens
         self.scheduler.add_request(
@@ -143,6 +154,32 @@ def test_room_of_a_later_step_is_what_drafts_leave(
     busy.add("pruned", 250, image=200)
     busy.step()
     assert later[0] == LIMIT - 20 * (1 + 3)
+
+
+def test_a_conversation_is_computed_unit_by_unit(busy: Steps) -> None:
+    """Several units in a step, the text behind them in chunks; others decode, and wait for none."""
+    busy.add("pruned", 900, [100, 160, 230, 700], ends=(150, 300, 300, 760))
+    busy.add("behind", 30)
+    chunks = busy.chunks("pruned", 6)
+    # 236 tokens of each step are free. The second unit begins at 160, the last one at 700.
+    assert chunks == [160, 236, 236, 68 + 60 + 108, 32, 1]
+    assert "behind" in busy.step()
+
+
+def test_units_of_waiting_prompts_find_room(checkpoint: Path) -> None:
+    """Conversations of which each unit needs most of a step, beside prompts that come and go."""
+    steps = Steps(checkpoint)
+    for i in range(6):
+        steps.add(f"pruned {i}", 700, [50, 300, 520], 5, ends=(250, 510, 690))
+    seen: dict[str, int] = {}
+    for step in range(200):
+        if step % 3 == 0:
+            steps.add(f"other {step}", 150, answer=20)
+        for name, num_tokens in steps.step().items():
+            seen[name] = seen.get(name, 0) + num_tokens
+        if all(seen.get(f"pruned {i}", 0) >= 700 for i in range(6)):
+            break
+    assert step < 100
 
 
 def test_text_that_fits_no_step_is_chunked(busy: Steps) -> None:
