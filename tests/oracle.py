@@ -23,6 +23,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 
 from tests.oracle_criteria import between, rank
 
+BLIND = {"uniform", "random", "diversity"}
+"""Criteria that read no text."""
+
 
 @dataclass(frozen=True)
 class OracleResult:
@@ -318,6 +321,8 @@ class Oracle:
             text = text or [end - 1]
             one = criterion in ("fastv", "mixed")
             voters = text[-1:] if one else image if deep and criterion == "himap" else text
+            if criterion in BLIND:
+                voters = []
             columns = attention[:, [row_of[p] for p in image]]
             scores = columns[[row_of[p] for p in voters]].sum(dim=0)
             chance = torch.tensor([float(next(lots[end])) for _ in image])
@@ -339,7 +344,7 @@ class Oracle:
 
     def _end(self, ids: list[int], image: list[int]) -> int:
         """Return the place behind the last token that has a part in what is kept of an image."""
-        if set(self.criterion.split("+")) <= {"uniform", "random", "diversity"}:
+        if BLIND.issuperset(self.criterion.split("+")):
             return max(p for p in self._whole if p[0] <= image[0] <= p[1])[1] + 1
         marker = self.processor.tokenizer.encode(self.marker, add_special_tokens=False)
         if self.votes == "turn":

@@ -176,8 +176,9 @@ CHAT_FIELDS: list[dict[str, Any]] = [
         "vllm_xargs",
         {f"himap_{WORD}": 1}, {"himap_deep_ratio": 0.99}, {"himap_shallow_ratio": "a"},
         {"himap_shallow_ratio": [1]}, {"himap_deep_ratio": -1}, {LONE: 1}, {"a": {"b": 1}}, [],
+        {"himap_votes": LONE}, {"himap_votes": ["all"]},
     ),
-    *_each("himap", {LONE: 1}, {"deep_ratio": 2}, {WORD: 1}, [], 5),
+    *_each("himap", {LONE: 1}, {"deep_ratio": 2}, {WORD: 1}, {"votes": LONE}, [], 5),
 ]  # fmt: skip
 
 TEXT_FIELDS: list[dict[str, Any]] = [

@@ -85,6 +85,8 @@ def test_a_grammar_that_would_take_the_memory(server: Server) -> None:
         ({"shallow_ratio": "0.5"}, ("shallow_ratio", "a number")),
         ({"deep_ratio": True}, ("deep_ratio", "a number")),
         ({"deep_ratio": 0.95}, ("himap.deep_ratio", "[0, 0.9]")),
+        ({"votes": "last"}, ("himap.votes", "'turn' or 'all'")),
+        ({"votes": ["all"]}, ("himap.votes", "'turn' or 'all'")),
         ({"ratio": 0.5}, ("ratio", "not permitted")),
         ({"enabled": "yes"}, ("enabled", "a boolean")),
         ("on", ("himap", "an object")),

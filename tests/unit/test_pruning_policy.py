@@ -42,6 +42,11 @@ def test_details_within_the_servers_bounds() -> None:
     assert off == {"himap_shallow_ratio": 0, "himap_deep_ratio": 0}
 
 
+def test_votes_go_to_the_engine() -> None:
+    assert applied((), himap={"votes": "all"}) == {"himap_votes": "all"}
+    assert applied((), himap={"votes": "all", "enabled": False}).get("himap_votes") is None
+
+
 def test_a_key_that_demands_pruning_is_not_softened() -> None:
     """A prompt that can't be pruned is refused then, whatever the client says."""
     soft: dict[str, Any] = {"vllm_xargs": {"himap_if_possible": 1}}

@@ -53,6 +53,7 @@ FUNCTION = {"name": "f", "arguments": "{}"}
         (CHAT, {"stop": 5}, "stop", "stop must be a string or an array"),
         (CHAT, {"stop": [5]}, "stop[0]", "stop[0] must be a string"),
         (CHAT, {"logit_bias": []}, "logit_bias", "logit_bias must be an object"),
+        (CHAT, {"himap": {"votes": "x"}}, "himap.votes", "himap.votes must be 'turn' or 'all'"),
         (CHAT, {"messages": "x"}, "messages", "messages must be an array"),
         (CHAT, {"messages": ["x"]}, "messages[0]", "messages[0] must be an object"),
         (CHAT, {"messages": [{}]}, "messages[0].role", "messages[0].role is required"),
