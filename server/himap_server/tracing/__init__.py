@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parts of a picture each cut kept: `"himap": {"trace": true}`."""
