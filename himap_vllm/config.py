@@ -33,7 +33,9 @@ SHALLOW_ARG = "himap_shallow_ratio"
 DEEP_ARG = "himap_deep_ratio"
 VOTES_ARG = "himap_votes"
 IF_POSSIBLE_ARG = "himap_if_possible"
-_ARGS = (SHALLOW_ARG, DEEP_ARG, VOTES_ARG, IF_POSSIBLE_ARG)
+TRACE_ARG = "himap_trace"
+_ARGS = (SHALLOW_ARG, DEEP_ARG, VOTES_ARG, IF_POSSIBLE_ARG, TRACE_ARG)
+_MAX_TRACE_NAME = 64
 _ARG_PREFIX = "himap"
 
 
@@ -315,6 +317,20 @@ def requested_ratios(
         prunes=any(map(any, chosen)),
         asked=asked and not if_possible,
         votes=votes,
+    )
+
+
+def requested_trace(extra_args: Mapping[str, Any] | None) -> str | None:
+    """The name under which a request wants its trace to be kept (`himap_take_trace`), or None.
+
+    Raises:
+        HiMAPError: it is not a string of 1 to 64 characters.
+    """
+    name = (extra_args or {}).get(TRACE_ARG)
+    if name is None or (isinstance(name, str) and 0 < len(name) <= _MAX_TRACE_NAME):
+        return name
+    raise HiMAPError(
+        TRACE_ARG, f"{TRACE_ARG} must be a name of 1 to {_MAX_TRACE_NAME} characters, got {name!r}"
     )
 
 

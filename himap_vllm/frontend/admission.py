@@ -24,6 +24,7 @@ from himap_vllm.config import (
     Votes,
     engine_settings,
     requested_ratios,
+    requested_trace,
 )
 from himap_vllm.frontend.turns import turn_marker
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, make_plan
@@ -89,12 +90,13 @@ class Admission:
         tokens = request.prompt_token_ids or []
         ends = self._ends(tokens, images, ratios.votes)
         plan = make_plan(len(tokens), images, ratios.images, ends)
+        trace = requested_trace(params.extra_args)
         decision = Decision()
         other = _other_modality(request) if ratios.prunes else None
         if plan is not None or other is not None:
             obstacle = self._obstacle(plan, other, request, params)
             if obstacle is None:
-                decision = Decision("pruned", ratios.images, ends)
+                decision = Decision("pruned", ratios.images, ends, trace)
             elif ratios.asked:
                 raise HiMAPError(obstacle.parameter, obstacle.message)
             else:

@@ -34,11 +34,23 @@ async def reset_engine_stats(engine: Any) -> None:
     await _call_all(engine, "himap_reset_stats")
 
 
-async def _call_all(engine: Any, method: str) -> Any:
+async def take_trace(engine: Any, name: str) -> dict[str, Any] | None:
+    """The trace of a request by the name that it gave (`RequestTraces.take`), from its engine.
+
+    All tensor-parallel workers of an engine keep the same tokens.
+    """
+    answers = await _call_all(engine, "himap_take_trace", name)
+    found: dict[str, Any] | None = next((ranks[0] for ranks in answers if ranks[0]), None)
+    return found
+
+
+async def _call_all(engine: Any, method: str, *args: Any) -> Any:
     """For each engine, the answers of its workers.
 
     * `vllm.v1.engine.core_client.AsyncMPClient.call_utility_all_async` (called):
       `AsyncLLM.collective_rpc` returns the first engine's answer only, and each engine has counters
       of its own. Remove when: `AsyncLLM.collective_rpc` returns all.
     """
-    return await engine.engine_core.call_utility_all_async("collective_rpc", method, None, (), None)
+    return await engine.engine_core.call_utility_all_async(
+        "collective_rpc", method, None, args, None
+    )

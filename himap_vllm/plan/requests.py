@@ -34,11 +34,13 @@ class Decision:
         ratios: of each image of a pruned request, in prompt order.
         ends: of each of these images, the end of its unit; empty: one unit that ends with the
             prompt.
+        trace: the name under which the worker keeps what survived; None: it keeps nothing.
     """
 
     outcome: str = "unpruned"
     ratios: tuple[Ratios, ...] = ()
     ends: tuple[int, ...] = ()
+    trace: str | None = None
 
 
 def stamp(params: SamplingParams, decision: Decision) -> None:
@@ -51,7 +53,8 @@ def stamp(params: SamplingParams, decision: Decision) -> None:
     }
     if decision != Decision():
         ratios = [astuple(ratios) for ratios in decision.ratios]
-        args[_STAMP] = (decision.outcome, ratios, list(decision.ends))
+        ends = list(decision.ends)
+        args[_STAMP] = (decision.outcome, ratios, ends, decision.trace)
     params.extra_args = args or None
 
 
@@ -61,9 +64,11 @@ def read_stamp(params: Any) -> Decision:
     A request that reached the engine core in another way has no stamp and runs unpruned: neither
     its ratios nor the length of its prompt were checked.
     """
-    stamped = (getattr(params, "extra_args", None) or {}).get(_STAMP, ("unpruned", (), ()))
-    outcome, ratios, ends = stamped
-    return Decision(outcome, tuple(Ratios(*pair) for pair in ratios), tuple(ends))
+    stamped = (getattr(params, "extra_args", None) or {}).get(_STAMP)
+    if stamped is None:
+        return Decision()
+    outcome, ratios, ends, trace = stamped
+    return Decision(outcome, tuple(Ratios(*pair) for pair in ratios), tuple(ends), trace)
 
 
 def plan_of(

@@ -18,6 +18,7 @@ from himap_vllm.plan.prompt import NUM_STAGES
 from himap_vllm.plan.step import StageBatch, StepPlan
 from himap_vllm.pruning.live_requests import LiveRequests
 from himap_vllm.pruning.prior import PriorTable
+from himap_vllm.pruning.request_traces import RequestTraces
 from himap_vllm.pruning.stage_metadata import StageAttentionMetadata
 from himap_vllm.pruning.stats import PruningStats
 from himap_vllm.pruning.step import PruningStep
@@ -45,6 +46,7 @@ class PruningContext:
         stats: the counters.
         requests: live requests and their plans.
         traces: what survived of the latest pruned prompts.
+        request_traces: what survived of the prompts of requests that asked for it.
         step: the running step, if it prunes a prompt.
         stage_metadata: [NUM_STAGES] the running step as each stage sees it. A stage has None if it
             sees the step as vLLM does: the first stage always, and all if no request has a plan.
@@ -59,6 +61,7 @@ class PruningContext:
     stats: PruningStats = field(init=False)
     requests: LiveRequests = field(init=False)
     traces: TraceLog = field(init=False)
+    request_traces: RequestTraces = field(init=False)
     step: PruningStep | None = None
     stage_metadata: Sequence[StageAttentionMetadata | None] | None = None
     enter_stage: Callable[[StageBatch], None] | None = None
@@ -67,6 +70,7 @@ class PruningContext:
         self.stats = PruningStats()
         self.requests = LiveRequests(self.criteria, self.stats)
         self.traces = TraceLog(self.settings.trace_requests)
+        self.request_traces = RequestTraces()
 
     def begin_step(
         self,

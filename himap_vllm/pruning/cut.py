@@ -75,11 +75,13 @@ class PruningCut:
         attention: [num flat images] as `Candidates` has it; known once the layer before has run.
         prior: [num flat images] as `Candidates` has it.
         survivors: rows that go on, in the step before the cut, ascending; known once it has chosen.
+        scores: [num flat images] by which it chose; known once it has chosen.
         seconds: host time spent here so far.
     """
 
     image_tokens: torch.Tensor
     survivors: torch.Tensor
+    scores: torch.Tensor
 
     def __init__(
         self,
@@ -156,6 +158,7 @@ class PruningCut:
         if self._criterion.needs_hidden_states:
             # Rounding of states may differ from rank to rank, but all must choose the same tokens.
             scores = get_tp_group().broadcast(scores)
+        self.scores = scores
         self.survivors = surviving_rows(
             scores,
             self.image_tokens,

@@ -90,4 +90,6 @@ def count_step(context: PruningContext, step: PruningStep, request_ids: Sequence
     context.stats.count_step(step.seconds)
     for index, unit in enumerate(step.plan.pruned_units):
         request_id = request_ids[unit.request]
-        context.traces.on_pruned(request_id, context.requests.plans[request_id], step, index)
+        plan = context.requests.plans[request_id]
+        context.traces.on_pruned(request_id, plan, step, index)
+        context.request_traces.on_pruned(request_id, plan, step, unit.request)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from himap_vllm.pruning.context import PruningContext
+from himap_vllm.pruning.request_traces import RequestTrace
 from himap_vllm.pruning.trace_log import Attention, Trace
 
 if TYPE_CHECKING:
@@ -35,11 +36,13 @@ class PruningWorkerMixin(_Base):
 
     @override
     def execute_model(self, scheduler_output: Any) -> Any:
-        requests = self._himap.requests
+        requests, traces = self._himap.requests, self._himap.request_traces
         for request_id in scheduler_output.finished_req_ids:
             requests.on_finished(request_id)
+            traces.on_finished(request_id)
         for request in scheduler_output.scheduled_new_reqs:
             requests.on_request(request)
+            traces.on_request(request)
         return super().execute_model(scheduler_output)
 
     def himap_stats(self) -> dict[str, Any]:
@@ -57,6 +60,10 @@ class PruningWorkerMixin(_Base):
         """
         found = self._himap.traces.find(request_id)
         return found and found[0]
+
+    def himap_take_trace(self, name: str) -> RequestTrace | None:
+        """Return the trace of a request by the name that it gave; see `RequestTraces.take`."""
+        return self._himap.request_traces.take(name)
 
     def himap_attention(self, request_id: str) -> Attention | None:
         """Return the attention that the same prompt's image tokens got from the rows that vote."""

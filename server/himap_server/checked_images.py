@@ -35,7 +35,7 @@ from vllm.multimodal.media.connector import (
 from vllm.multimodal.media.image import ImageMediaIO
 
 from .decoding import Room, decode_image
-from .record import current
+from .record import Picture, current
 
 CONNECTOR = "himap"
 """Name of the connector, as the value of `VLLM_MEDIA_CONNECTOR`."""
@@ -102,6 +102,8 @@ class _StoreConnector(MediaConnector):
         )
         if (record := current.get(None)) is not None:
             record.decoding += seconds
+            width, height = (image.factor * side for side in media.media.size)
+            record.pictures[url] = Picture(width, height, image.factor)
         return media
 
 

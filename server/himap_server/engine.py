@@ -39,6 +39,8 @@ from .record import current
 from .reduction import reduction_of
 from .settings import GatewaySettings
 from .shared_memory import SharedMemoryError, check_shared_memory
+from .tracing.families import LayoutFinder
+from .tracing.tracer import Tracer
 from .warm_up import warm_up
 
 logger = init_logger("vllm.himap.server")
@@ -95,7 +97,9 @@ async def run_engine(
         admission.second_step = PromptObserver(config, pruning, settings.max_prompt_tokens).observe
         await init_app_state(engine, app.state, args, await engine.get_supported_tasks())
         policy = PruningPolicy(pruning, settings.low_detail)
-        gateway.loaded = ServedModel.from_vllm(app.state, policy)
+        finder = LayoutFinder.of_engine(engine, fixed=not args.trust_request_mm_kwargs)
+        tracer = Tracer(engine, finder, settings.allow_traces)
+        gateway.loaded = ServedModel.from_vllm(app.state, policy, tracer)
         await warm_up(engine)
         app.openapi()  # takes seconds the first time: do it before requests come
         freeze_gc_heap()

@@ -18,25 +18,28 @@ from .lifecycle import Lifecycle
 from .media import MediaCheck
 from .pruning import PruningPolicy
 from .record import RequestRecord
+from .tracing.tracer import Tracer
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The loaded model: the engine's client, vLLM's handlers, and the pruning of requests."""
+    """The loaded model: the engine's client, vLLM's handlers, pruning and traces of requests."""
 
     engine: AsyncLLM
     pruning: PruningPolicy
+    tracer: Tracer
     models: OpenAIServingModels
     chat: OpenAIServingChat
     completions: OpenAIServingCompletion
     responses: OpenAIServingResponses
 
     @classmethod
-    def from_vllm(cls, state: State, pruning: PruningPolicy) -> ServedModel:
+    def from_vllm(cls, state: State, pruning: PruningPolicy, tracer: Tracer) -> ServedModel:
         """The handlers that `init_app_state` has put into `state`."""
         return cls(
             engine=state.engine_client,
             pruning=pruning,
+            tracer=tracer,
             models=state.openai_serving_models,
             chat=state.openai_serving_chat,
             completions=state.openai_serving_completion,

@@ -74,14 +74,13 @@ class MediaCheck:
         Raises:
             GatewayError: something in the body is refused.
         """
-        held: list[str] = []
         try:
-            await self._check(body, record, held)
+            await self._check(body, record)
             yield
         finally:
-            self._store.remove(held)
+            self._store.remove(filter(None, record.urls))
 
-    async def _check(self, body: Any, record: RequestRecord, held: list[str]) -> None:
+    async def _check(self, body: Any, record: RequestRecord) -> None:
         _check_number(body)
         parts = list(_parts(body))
         images = [(path, part) for path, part in parts if _is_image(path, part)]
@@ -94,14 +93,15 @@ class MediaCheck:
                 param=images[self._max_images][0],
             )
         record.details = [_detail(path, part) for path, part in images]
+        record.urls = [""] * len(images)
         self._check_text(body, {id(part) for _, part in images})
         fetches = any(not _is_data_url(_url(part)) for _, part in images)
         begun = record.elapsed
         try:
             async with asyncio.TaskGroup() as group:
                 budget = _Budget(self._max_pixels, self._max_bytes)
-                for path, part in images:
-                    group.create_task(self._keep(path, part, budget, held))
+                for index, (path, part) in enumerate(images):
+                    group.create_task(self._keep(path, part, budget, record.urls, index))
         except* GatewayError as errors:
             raise errors.exceptions[0] from None
         finally:
@@ -114,7 +114,7 @@ class MediaCheck:
             await self._fetcher.close()
 
     async def _keep(
-        self, path: str, part: dict[str, Any], budget: _Budget, held: list[str]
+        self, path: str, part: dict[str, Any], budget: _Budget, urls: list[str], index: int
     ) -> None:
         """Get an image, check it, and put its URL in the store in the place of the client's."""
         url = _url(part)
@@ -137,7 +137,7 @@ class MediaCheck:
         factor = self.reduction.factor(checked.width, checked.height)
         budget.take_pixels(checked.width * checked.height // factor**2, path)
         stored = self._store.add(checked.data, factor)
-        held.append(stored)
+        urls[index] = stored
         kind = part.get("type")
         part.pop("detail", None)  # vLLM would warn that it makes nothing of it
         if kind == "input_image":

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vllm.outputs import RequestOutput
 
@@ -15,6 +15,9 @@ from himap_vllm.plan.savings import ImageSavings, PromptSavings
 
 from .errors import Reason
 from .security.keys import Key
+
+if TYPE_CHECKING:
+    from .tracing.tracer import AskedTrace
 
 Detail = Literal["auto", "low", "high", "original"]
 """OpenAI's word for how carefully the model is to look at an image; `original` is as `high`."""
@@ -27,6 +30,15 @@ current: ContextVar[RequestRecord] = ContextVar("himap_request")
 The request middleware sets it. Only the code that vLLM calls without an HTTP request (engine.py,
 prompts.py) reads it; routes take `RecordDep` (gateway.py).
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Size of an image in pixels, upright, and the factor by which it is scaled down."""
+
+    width: int
+    height: int
+    factor: int
 
 
 @dataclass(slots=True)
@@ -49,6 +61,9 @@ class RequestRecord:
         time_to_first_token: from the request's arrival to the first prompt's first token.
         time_per_output_token: mean over the tokens after the first, of all its prompts.
         details: of each image, in the order of the prompt.
+        urls: of each image, in the order of the prompt: those of the store.
+        pictures: by these URLs, once they are decoded.
+        trace: what it asks for, if it asks where its kept image tokens lie.
         prompt_tokens: of all its prompts, image tokens included.
         image_tokens: of these, those of images.
         cached_tokens: of `prompt_tokens`, those read from the prefix cache.
@@ -71,6 +86,9 @@ class RequestRecord:
     decoding: float = 0.0
     images: int = 0
     details: list[Detail] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    trace: AskedTrace | None = None
     stream: bool = False
     prompt_tokens: int = 0
     image_tokens: int = 0
@@ -129,6 +147,10 @@ class RequestRecord:
         """Each image of its prompts, as the engine saw it."""
         for prompt in self.savings:
             yield from zip(self.details, prompt.images, strict=False)
+
+    def picture(self, index: int) -> Picture | None:
+        """The size of an image, by its place in the prompt; None if it is not known."""
+        return self.pictures.get(self.urls[index]) if index < len(self.urls) else None
 
     async def watch(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
         """Pass on what the engine yields for one prompt, and record its tokens and times."""

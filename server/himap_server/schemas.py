@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Strict, model_validator
 from typing_extensions import override
 from vllm.config import ModelConfig
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -85,6 +85,11 @@ class HiMAPOptions(BaseModel):
     votes: Votes | None = Field(
         default=None,
         description="text that votes for an image: that of its turn, or all text behind it",
+    )
+    trace: Annotated[bool, Strict()] | Literal["scores"] = Field(
+        default=False,
+        description="true: return which image tokens each cut kept, and where they lie in the "
+        'picture; "scores": their scores, too. See ImageTrace',
     )
 
     def as_xargs(self) -> dict[str, Any]:

@@ -95,6 +95,9 @@ class GatewaySettings(_Operators):
         description='ratios of images with "detail": "low", as 0.75,0.75; at most '
         "--max-shallow-ratio and --max-deep-ratio",
     )
+    allow_traces: bool = Field(
+        True, description='requests may ask which image tokens were kept ("himap": {"trace": true})'
+    )
     request_timeout: float = Field(600.0, gt=0, description="seconds for a whole request")
     keep_alive_timeout: int = Field(
         620,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoints import sample_images
+from tests.checkpoints import IMAGE_ID, sample_images
 from tests.engines import GROUPING, Case
 from tests.world import World, assert_equals_oracle, compiled_or_not
 
@@ -122,6 +122,54 @@ def test_counters_tell_what_was_done(world: World) -> None:
     assert change["kv_bytes_saved"] == saved * kv_bytes
     assert change["steps"] >= 1
     assert change["pruning_seconds"] > 0
+
+
+def test_traces_by_name(world: World) -> None:
+    """What survived of requests that ask for it: as the engine's own log has it."""
+    engine = world.engine()
+    ratios = {"himap_shallow_ratio": 0.5, "himap_deep_ratio": [0.75, 0], "himap_trace": "two"}
+    one = {"himap_shallow_ratio": 0.25, "himap_deep_ratio": 0.5, "himap_trace": "one"}
+    none = {"himap_shallow_ratio": 0, "himap_deep_ratio": 0, "himap_trace": "unpruned"}
+    cases = [
+        Case("Two: <image> <image>?", PICTURES[:2], params={"extra_args": ratios}),
+        Case(QUESTION, PICTURES[2:3], (0.5, 0.5)),
+        Case(QUESTION, PICTURES[3:4], params={"extra_args": one, "n": 2, "temperature": 1}),
+        Case(QUESTION, PICTURES[3:4], params={"extra_args": none}),
+    ]
+    outputs = engine.generate(cases)
+    for name, output, counts in (
+        ("two", outputs[0], [[18, 18], [5, 18]]),
+        ("one", outputs[2], [[27], [14]]),
+    ):
+        found = engine.llm.collective_rpc("himap_take_trace", args=(name,))[0]
+        assert [[len(image) for image in cut] for cut in found["kept"]] == counts
+        ids = output.prompt_token_ids
+        places = [place for place, token in enumerate(ids) if token == IMAGE_ID]
+        images = [places[at : at + 36] for at in range(0, len(places), 36)]
+        if name == "two":
+            logged = engine.trace(output.request_id)
+            for key, kept in zip(("shallow", "deep"), found["kept"], strict=True):
+                of_images = zip(images, kept, strict=True)
+                assert [[image[i] for i in own] for image, own in of_images] == logged[key]
+        for cut in range(2):
+            for index in range(len(images)):
+                scores, left = found["scores"][cut][index], found["kept"][cut][index]
+                came = range(36) if cut == 0 else found["kept"][0][index]
+                assert [i for i, score in enumerate(scores) if score is not None] == list(came)
+                lowest = min(scores[i] for i in left)
+                assert all(scores[i] <= lowest for i in came if i not in left)
+        assert engine.llm.collective_rpc("himap_take_trace", args=(name,)) == [None]  # taken
+    assert engine.llm.collective_rpc("himap_take_trace", args=("unpruned",)) == [None]
+
+
+@pytest.mark.parametrize("name", ["", "x" * 65, 1, True])
+def test_a_name_of_a_trace_that_is_refused(world: World, name: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    case = Case(QUESTION, PICTURES[:1], params={"extra_args": {"himap_trace": name}})
+    with pytest.raises(VLLMValidationError, match="1 to 64 characters") as error:
+        world.engine().generate([case])
+    assert error.value.parameter == "himap_trace"
 
 
 def test_the_callers_parameters_stay_untouched(world: World) -> None:

@@ -69,6 +69,7 @@ def test_as_on_v1_with_graphs(world: World, test: Any) -> None:
     "test",
     [
         test_request_options.test_counters_tell_what_was_done,
+        test_request_options.test_traces_by_name,
         test_step_limit.test_a_prompt_that_never_fits_a_step,
         test_step_limit.test_a_conversation_is_computed_turn_by_turn,
         test_serving.test_a_request_that_was_not_admitted_runs_unpruned,

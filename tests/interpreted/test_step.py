@@ -162,7 +162,12 @@ def test_steps_wait_nowhere_but_where_stock_does(
     engine = world.engine(himap={"trace_requests": 0})
     unpruned = [replace(case, ratios=None) for case in cases]
     stock, _ = waits_by_step(world.stock(), monkeypatch, unpruned)
+    # A request that asks for its trace gets it without a wait.
+    args = {"himap_shallow_ratio": 0.25, "himap_deep_ratio": 0.9, "himap_trace": "name"}
+    cases[1] = replace(cases[1], ratios=None, params={"extra_args": args})
     pruned, reads = waits_by_step(engine, monkeypatch, cases)
+    (found,) = engine.llm.collective_rpc("himap_take_trace", args=("name",))
+    assert [len(kept) for kept in found["kept"][0]] == [27, 27]
     assert engine.stats["steps"] > 0
     assert len(stock) == 8  # one prefill and three steps of decoding
     assert stock[0][BY_MASK] == 1  # vLLM puts the images' embeddings in their places

@@ -35,10 +35,11 @@ from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 
 from ..decoding import UNDECODABLE
 from ..errors import GatewayError, Reason, error_body, error_event
-from ..pruning import PruningPolicy
+from ..gateway import ServedModel
 from ..record import RequestRecord
 from ..response_objects import complete_event, complete_response
 from ..schemas import ChatRequest, ResponsesBody, TextRequest
+from ..tracing.tracer import Tracer
 
 logger = init_logger("vllm.himap.server")
 
@@ -56,7 +57,7 @@ async def answer(
     handler: Handler,
     body: ChatRequest | TextRequest | ResponsesBody,
     request: Request,
-    pruning: PruningPolicy,
+    model: ServedModel,
     record: RequestRecord,
 ) -> Response:
     """The answer to a checked request.
@@ -79,7 +80,8 @@ async def answer(
         or not xargs.keys().isdisjoint(_FIELDS)
         or any(detail != "auto" for detail in record.details)
     )
-    pruning.apply(body, record.key, record.details)
+    model.pruning.apply(body, record.key, record.details)
+    model.tracer.ask(body, record)
     record.beam_search = getattr(body, "use_beam_search", False)
     record.stream = bool(body.stream)
     body.request_id = f"{body.ID_PREFIX}{uuid.uuid4().hex}"
@@ -87,7 +89,7 @@ async def answer(
     for _ in range(2 if record.images else 1):
         record.start_over()
         try:
-            response = await _try(handler, body, request, record)
+            response = await _try(handler, body, request, model.tracer, record)
         except Exception:
             if not record.failed_at_once:
                 raise
@@ -117,7 +119,9 @@ def _settle_truncation(body: Any, record: RequestRecord) -> None:
         body.keep_whole()
 
 
-async def _try(handler: Handler, body: Any, request: Request, record: RequestRecord) -> Response:
+async def _try(
+    handler: Handler, body: Any, request: Request, tracer: Tracer, record: RequestRecord
+) -> Response:
     try:
         result = await handler(body, request)
         if isinstance(result, ErrorResponse):
@@ -126,7 +130,7 @@ async def _try(handler: Handler, body: Any, request: Request, record: RequestRec
             content = result.model_dump(mode="json", by_alias=True)
             if isinstance(body, ResponsesBody):
                 complete_response(content, body)
-            _add_savings(content, record)
+            await _add_savings(content, tracer, record)
             return JSONResponse(content)
         opening, refusal = await _open(result)
     except VLLMClientError as error:
@@ -146,7 +150,7 @@ async def _try(handler: Handler, body: Any, request: Request, record: RequestRec
         await result.aclose()  # nobody will read the rest
     if refusal is not None:
         return _error(ErrorResponse.model_validate(refusal), body)
-    events = _stream(opening, result, body, record)
+    events = _stream(opening, result, body, tracer, record)
     return StreamingResponse(events, headers=_UNBUFFERED, media_type="text/event-stream")
 
 
@@ -181,26 +185,30 @@ async def _open(events: AsyncIterator[Any]) -> tuple[list[Any], dict[str, Any] |
 
 
 async def _stream(
-    opening: list[Any], events: AsyncIterator[Any], body: Any, record: RequestRecord
+    opening: list[Any],
+    events: AsyncIterator[Any],
+    body: Any,
+    tracer: Tracer,
+    record: RequestRecord,
 ) -> AsyncIterator[str]:
     for event in opening:
-        yield _to_text(event, body, record)
+        yield await _to_text(event, body, tracer, record)
     try:
         async for event in events:
-            yield _to_text(event, body, record)
+            yield await _to_text(event, body, tracer, record)
     except Exception as error:
         # vLLM's chat and text streams do this themselves.
         yield _failure(create_error_response(error), record)
 
 
-def _to_text(event: Any, asked: Any, record: RequestRecord) -> str:
+async def _to_text(event: Any, asked: Any, tracer: Tracer, record: RequestRecord) -> str:
     if isinstance(event, str):
         if event.startswith(_ERROR_EVENT):
             failure = json.loads(event.removeprefix("data: "))
             return _failure(ErrorResponse.model_validate(failure), record)
         if record.savings and '"choices":[]' in event and '"usage":{' in event:
             chunk = json.loads(event.removeprefix("data: "))
-            _add_savings(chunk, record)
+            await _add_savings(chunk, tracer, record)
             return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
         return event
     body = event.model_dump(mode="json", by_alias=True)
@@ -210,7 +218,7 @@ def _to_text(event: Any, asked: Any, record: RequestRecord) -> str:
         # vLLM (0.32) says so of truncated responses, too.
         if body["response"]["status"] == "incomplete":
             body["type"] = "response.incomplete"
-        _add_savings(body["response"], record)
+        await _add_savings(body["response"], tracer, record)
     return f"event: {body['type']}\ndata: {json.dumps(body, separators=(',', ':'))}\n\n"
 
 
@@ -221,8 +229,13 @@ def _failure(result: ErrorResponse, record: RequestRecord) -> str:
     return error_event(error_body(error.code, error.message, error.param), record.next_event)
 
 
-def _add_savings(body: dict[str, Any], record: RequestRecord) -> None:
+async def _add_savings(body: dict[str, Any], tracer: Tracer, record: RequestRecord) -> None:
     """Add `usage.himap`, unless neither client nor operator prunes: clients compare usage."""
     savings = record.usage() if record.asked or record.pruned else None
-    if savings is not None and body.get("usage"):
-        body["usage"]["himap"] = savings
+    if savings is None or not body.get("usage"):
+        return
+    body["usage"]["himap"] = savings
+    if record.trace is not None:
+        await tracer.collect(record)
+        for image, trace in zip(savings["images"], record.trace.images or (), strict=False):
+            image["trace"] = trace

@@ -12,11 +12,12 @@ from pydantic import BaseModel
 from ..errors import GatewayError, Reason
 from ..gateway import GatewayDep, RecordDep
 from ..schemas import EXAMPLES, ChatRequest, ErrorBody, ResponsesBody, TextRequest
+from ..tracing.tracer import ImageTrace
 from .answer import answer
 from .body import ChatBody, ResponsesBodyDep, TextBody
 
-SCHEMAS: tuple[type[BaseModel], ...] = (ChatRequest, TextRequest, ResponsesBody)
-"""What the documents of the routes refer to."""
+SCHEMAS: tuple[type[BaseModel], ...] = (ChatRequest, TextRequest, ResponsesBody, ImageTrace)
+"""What the documents of the routes refer to, and what a trace is."""
 
 
 def _documented(model: type[BaseModel], examples: Any) -> dict[str, Any]:
@@ -59,7 +60,7 @@ async def chat(
 ) -> Response:
     """Chat completions, with `himap` in the request and in the usage of the answer."""
     model = gateway.model
-    return await answer(model.chat.create_chat_completion, body, request, model.pruning, record)
+    return await answer(model.chat.create_chat_completion, body, request, model, record)
 
 
 @router.post("/completions", **_documented(TextRequest, EXAMPLES["text"]))
@@ -68,7 +69,7 @@ async def complete(
 ) -> Response:
     """Text completions."""
     model = gateway.model
-    return await answer(model.completions.create_completion, body, request, model.pruning, record)
+    return await answer(model.completions.create_completion, body, request, model, record)
 
 
 @router.post("/responses", **_documented(ResponsesBody, EXAMPLES["responses"]))
@@ -82,4 +83,4 @@ async def respond(
     if choice not in ("auto", "none") and not request.app.state.args.tool_call_parser:
         text = "tool_choice must be auto or none: this server has no --tool-call-parser"
         raise GatewayError(400, text, reason=Reason.INVALID, param="tool_choice")
-    return await answer(model.responses.create_responses, body, request, model.pruning, record)
+    return await answer(model.responses.create_responses, body, request, model, record)

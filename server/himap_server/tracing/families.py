@@ -23,7 +23,7 @@ from .grids import AnyRes, ImageLayout, PixelSize, cropped, resized, tiled, unkn
 
 _MAX_SIDE = 4096  # of Idefics3's processors
 # What another configuration or processor than the family's usual one raises.
-_OTHER = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
+_OTHER = (AttributeError, KeyError, TypeError, ValueError)
 
 Layouts = Callable[[PixelSize], Sequence[ImageLayout]]
 """The layouts that a picture of a size may have; its number of tokens tells which."""
@@ -44,15 +44,18 @@ class LayoutFinder:
             self._layouts = _FAMILIES[architecture](config, processor)
 
     @classmethod
-    def of_engine(cls, engine: Any) -> LayoutFinder:
-        """The finder of a loaded engine (`AsyncLLM`)."""
+    def of_engine(cls, engine: Any, fixed: bool) -> LayoutFinder:
+        """The finder of a loaded engine (`AsyncLLM`).
+
+        Args:
+            engine: it.
+            fixed: no request can change the processor's settings.
+        """
         config = engine.vllm_config.model_config
         processor = engine.renderer.mm_processor
-        return cls(
-            config.architecture,
-            config.hf_config,
-            processor and processor.info.get_hf_processor(),
-        )
+        if processor is None or not fixed:
+            return cls("", None, None)
+        return cls(config.architecture, config.hf_config, processor.info.get_hf_processor())
 
     def find(self, size: PixelSize | None, num_tokens: int) -> ImageLayout:
         """The layout of an image.
@@ -105,9 +108,8 @@ def _new_size(images: Any, size: PixelSize) -> PixelSize:
 
 
 def _pixtral(config: Any, processor: Any) -> Layouts:
-    longest = _edge(processor.image_processor.size, "longest_edge")
+    longest = _needed(processor.image_processor.size, "longest_edge")
     side = processor.patch_size * getattr(config, "spatial_merge_size", 1)
-    assert longest is not None
 
     def layouts(size: PixelSize) -> list[ImageLayout]:
         ratio = max(size) / longest
@@ -122,7 +124,8 @@ def _any_res(config: Any, processor: Any) -> Layouts:
     images, vision = processor.image_processor, config.vision_config
     size = getattr(images, "crop_size", None) if _center_crops(images) else images.size
     tile = _edge(size, "height") or _edge(size, "shortest_edge")
-    assert tile is not None and tile == vision.image_size
+    if tile is None or tile != vision.image_size:
+        raise ValueError("the vision tower has another size")
     limit = getattr(config, "vision_aspect_ratio", "")  # LLaVA-OneVision's
     tiles = AnyRes(
         tile,
@@ -170,9 +173,8 @@ def _internvl(config: Any, processor: Any) -> Layouts:
 
 def _idefics3(config: Any, processor: Any) -> Layouts:
     images = processor.image_processor
-    longest = _edge(images.size, "longest_edge")
-    tile = _edge(images.max_image_size, "longest_edge")
-    assert longest is not None and tile is not None
+    longest = _needed(images.size, "longest_edge")
+    tile = _needed(images.max_image_size, "longest_edge")
     side = tile // config.vision_config.patch_size // config.scale_factor
 
     def layouts(size: PixelSize) -> list[ImageLayout]:
@@ -200,11 +202,15 @@ def _edge(size: Any, name: str) -> int | None:
     return None if found is None else int(found)
 
 
+def _needed(size: Any, name: str) -> int:
+    edge = _edge(size, name)
+    if edge is None:
+        raise ValueError(f"the processor has no {name}")
+    return edge
+
+
 def _edges(size: Any, first: str, second: str) -> PixelSize:
-    edges = _edge(size, first), _edge(size, second)
-    if edges[0] is None or edges[1] is None:
-        raise ValueError(f"no {first} and {second}")
-    return edges[0], edges[1]
+    return _needed(size, first), _needed(size, second)
 
 
 _FAMILIES: dict[str, Callable[[Any, Any], Layouts]] = {
