@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from typing_extensions import override
 from vllm.config import ModelConfig
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -86,7 +86,7 @@ class HiMAPOptions(BaseModel):
         default=None,
         description="text that votes for an image: that of its turn, or all text behind it",
     )
-    trace: Annotated[bool, Strict()] | Literal["scores"] = Field(
+    trace: Literal[True, False, "scores"] = Field(
         default=False,
         description="true: return which image tokens each cut kept, and where they lie in the "
         'picture; "scores": their scores, too. See ImageTrace',

@@ -155,9 +155,9 @@ def test_no_trace_unless_asked(server: Server) -> None:
 @pytest.mark.parametrize(
     ("more", "param", "text"),
     [
-        ({"himap": {"trace": "yes"}}, "himap.trace", "'scores'"),
-        ({"himap": {"trace": 1}}, "himap.trace", "boolean"),
-        ({"himap": {"trace": []}}, "himap.trace", "boolean"),
+        ({"himap": {"trace": "yes"}}, "himap.trace", "True, False or 'scores'"),
+        ({"himap": {"trace": 2}}, "himap.trace", "True, False or 'scores'"),
+        ({"himap": {"trace": []}}, "himap.trace", "True, False or 'scores'"),
         ({"himap": {"trace": True}, "stream": True}, "stream_options.include_usage", "must be"),
         ({"vllm_xargs": {"himap_trace": "a"}}, "vllm_xargs.himap_trace", "use himap.trace"),
     ],
