@@ -19,7 +19,9 @@ REFUSAL = (
     'data: {"error": {"message": "no", "type": "BadRequestError", "param": null, "code": 400}}\n\n'
 )
 REQUEST: Any = SimpleNamespace(headers={})
-PRUNING: Any = SimpleNamespace(apply=lambda *_: None)
+MODEL: Any = SimpleNamespace(
+    pruning=SimpleNamespace(apply=lambda *_: None), tracer=SimpleNamespace(ask=lambda *_: None)
+)
 
 
 class Handler:
@@ -48,7 +50,7 @@ async def ask(failures: int, event: str = "data: {}\n\n") -> tuple[Handler, Any]
     handler = Handler(record, failures, event)
     body = ChatRequest(messages=[{"role": "user", "content": "a"}], stream=True)
     try:
-        return handler, await answer(handler, body, REQUEST, PRUNING, record)
+        return handler, await answer(handler, body, REQUEST, MODEL, record)
     except GatewayError as error:
         return handler, error
 
