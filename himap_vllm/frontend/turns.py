@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens that open a turn of the assistant, from the model's chat template.
 
-A conversation is rendered with the prompt of an answer behind it, and with an answer. What both
-have in common behind the user's message opens every turn. The prompt of an answer alone would not
-do: a template may begin a thought in it which it leaves out of earlier turns.
+A question is rendered with the prompt of an answer behind it, and as an earlier turn with its
+answer. What both have in common behind the question opens every turn. The prompt of an answer alone
+would not do: a template may begin a thought in it which it leaves out of earlier turns.
 
 Seams:
 
@@ -34,7 +34,7 @@ _ANSWERS = ("Yes", "no.", "7", "(It is)")
 """Likewise, beginnings of an answer."""
 
 Render = Callable[[str, str | None], Sequence[int]]
-"""(the user's message, the answer; None: the prompt of one) -> token ids."""
+"""(the question, the answer; None: the prompt of one) -> token ids."""
 
 
 def turn_marker(input_processor: Any, settings: EngineSettings) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ def turn_marker(input_processor: Any, settings: EngineSettings) -> tuple[int, ..
 
 
 def common_opening(render: Render) -> tuple[int, ...]:
-    """What is between every message of the user and every answer."""
+    """What is between every question and every answer."""
     openings = []
     for question in _QUESTIONS:
         chats = [render(question, answer) for answer in (None, *_ANSWERS)]
@@ -85,6 +85,8 @@ def _rendered(renderer: Any, question: str, answer: str | None) -> Sequence[int]
     messages = [{"role": "user", "content": question}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
+        # Templates show thoughts in the last answer, and not in earlier ones.
+        messages.append({"role": "user", "content": question})
     params = ChatParams(chat_template_kwargs={"add_generation_prompt": answer is None})
     _, prompt = renderer.render_messages(messages, params)
     if "prompt_token_ids" in prompt:

@@ -36,9 +36,11 @@ IDEFICS = (
     "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}<end_of_utterance>\n"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-THINKING = CHATML.replace(
-    "assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"
-)  # which is left out of earlier turns
+# Thoughts are left out of earlier turns.
+THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}").replace(
+    "{{ m.content }}",
+    "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
+)
 TEMPLATES = {
     "chatml": (CHATML, "<|im_end|>\n<|im_start|>assistant\n"),
     "thinking": (THINKING, "<|im_end|>\n<|im_start|>assistant\n"),
@@ -67,7 +69,9 @@ def test_what_opens_a_turn(name: str) -> None:
 
     def render(question: str, answer: str | None) -> Sequence[int]:
         user = ("user", question)
-        return ids(user, prompt=True) if answer is None else ids(user, ("assistant", answer))
+        if answer is None:
+            return ids(user, prompt=True)
+        return ids(user, ("assistant", answer), user)
 
     marker = common_opening(render)
     text = tokenizer.decode(marker)
