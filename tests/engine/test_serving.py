@@ -156,8 +156,10 @@ def test_preempted_requests_are_recomputed_to_the_same_answer(world: World, comp
     engine = world.engine(compiled=compiled, num_gpu_blocks_override=least_pool(512))
     cases = [
         Case(QUESTION, PICTURES[i : i + 1], ratios, max_tokens=90)
-        for i, ratios in enumerate([(0.5, 0.75), (0.25, 0.25), (0, 0), (0.9, 0.5), (0.5, 0.5)])
+        for i, ratios in enumerate([(0.5, 0.75), (0.25, 0.25), (0, 0), (0.9, 0.5)])
     ]
+    turns = f"{QUESTION} A shape.</s>USER: And <image> this? ASSISTANT:"
+    cases += [Case(turns, PICTURES[i : i + 2], (0.5, 0.5), max_tokens=90) for i in (4, 5)]
     preempted = set()
 
     def look(_: Any) -> None:
@@ -191,7 +193,10 @@ def test_the_pool_is_full_again_after_a_thousand_requests(world: World) -> None:
         while sent < 1000 and len(live) < 24:
             num_images = rng.choice([0, 1, 1, 1, 2, 3])
             case = Case(
-                "x" * rng.randrange(40) + "<image>" * num_images + "y" * rng.randrange(30) + "?",
+                "x" * rng.randrange(40)
+                + rng.choice(["<image>", "<image>What? ASSISTANT: A shape."]) * num_images
+                + "y" * rng.randrange(30)
+                + "?",
                 tuple(rng.sample(PICTURES, num_images)),
                 rng.choice([None, (0, 0), (0.5, 0.75), (0.9, 0.9), (0.25, 0)]),
                 max_tokens=rng.randrange(1, 6),
