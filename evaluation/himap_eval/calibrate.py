@@ -25,6 +25,7 @@ from himap_vllm.plan.prior import FILE_NAME, PositionPrior, PriorError, describe
 from .errors import CommandError
 from .formats import FORMATS, read
 from .items import Item, check_images, held_out, sample
+from .offline import messages_of, start_engine
 from .options import guarded, natural, positive
 from .sweep import _layers
 
@@ -134,7 +135,7 @@ def _measure(
     params = SamplingParams(max_tokens=1, temperature=0, extra_args=dict(_RATIOS))
     shares: dict[int, list[FloatArray]] = {cut: [] for cut in cuts}
     for begin in range(0, len(items), _BATCH):
-        prompts = [_messages(item) for item in items[begin : begin + _BATCH]]
+        prompts = [messages_of(item) for item in items[begin : begin + _BATCH]]
         for output in llm.chat(prompts, params, use_tqdm=False):
             found = llm.collective_rpc("himap_attention", args=(output.request_id,))[0]
             if found is None:
@@ -156,29 +157,12 @@ def mean_of(shares: Sequence[FloatArray]) -> npt.NDArray[np.float32]:
 
 def _engine(args: Namespace, layers: tuple[int, int] | None) -> tuple[Any, tuple[int, int]]:
     """An engine, and its cuts."""
-    from vllm import LLM, EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
     from himap_vllm.config import engine_settings
 
-    model, flags = args.model, args.flags
-    if model is None:
-        from himap_server.bundled import bundled_model
-
-        model = str(bundled_model().path)
-        flags = flags or ["--enforce-eager", "--kv-cache-memory-bytes", "256M"]
     himap: dict[str, Any] = {"criterion": _VOTERS, "trace_requests": _BATCH}
     if layers is not None:
         himap.update(zip(("shallow_layer", "deep_layer"), layers, strict=True))
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    engine = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *flags]))
-    engine.additional_config = {**(engine.additional_config or {}), "himap": himap}
-    llm = LLM.from_engine_args(engine)
+    llm = start_engine(args.model, args.flags, himap)
     settings = engine_settings(llm.llm_engine.vllm_config.additional_config)
     assert settings is not None
     return llm, (settings.shallow_layer, settings.deep_layer)
-
-
-def _messages(item: Item) -> Any:
-    image = {"type": "image_url", "image_url": {"url": item.image_url()}}
-    return [{"role": "user", "content": [image, {"type": "text", "text": item.question}]}]

@@ -86,18 +86,25 @@ def install_stage(attention: Attention, place: StagePlace, context: PruningConte
     attention.himap_context = context
 
 
+def check_plain_softmax(attention: Attention) -> None:
+    """Raise ValueError unless a layer's attention is a plain softmax of scaled products.
+
+    Scores are computed from such a softmax.
+    """
+    for extra in ("logits_soft_cap", "alibi_slopes", "sinks"):
+        value = getattr(attention.impl, extra, None)
+        if value is not None and not (isinstance(value, int | float) and value == 0):
+            raise ValueError(f"himap: {attention.layer_name} has {extra}, which is not supported")
+
+
 def install_votes(attention: Attention, cut: int, context: PruningContext) -> None:
     """Score the image tokens for `cut` whenever `attention` runs in a step that prunes.
 
     Raises:
-        ValueError: the layer's attention is not a plain softmax of scaled products. Scores are
-            computed from such a softmax.
+        ValueError: as `check_plain_softmax` does.
     """
+    check_plain_softmax(attention)
     impl = attention.impl
-    for extra in ("logits_soft_cap", "alibi_slopes", "sinks"):
-        value = getattr(impl, extra, None)
-        if value is not None and not (isinstance(value, int | float) and value == 0):
-            raise ValueError(f"himap: {attention.layer_name} has {extra}, which is not supported")
     base_forward = impl.forward
     read_keys = key_reader(attention.attn_backend.get_name())
 

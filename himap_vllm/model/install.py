@@ -25,7 +25,7 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> PruningContext:
     assert settings is not None, "installed only with himap settings"
     architecture = vllm_config.model_config.architecture
     decoder: Any = FAMILIES[architecture].decoder(model)
-    attentions = [_attention_of(layer) for layer in decoder.layers]
+    attentions = [attention_of(layer) for layer in decoder.layers]
     first = attentions[0]
     heads = Heads(first.num_heads, first.num_kv_heads, first.head_size)
     shallow, deep = settings.criteria
@@ -47,6 +47,7 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> PruningContext:
     return context
 
 
-def _attention_of(layer: nn.Module) -> Attention:
+def attention_of(layer: nn.Module) -> Attention:
+    """The attention of a decoder layer."""
     (attention,) = (module for module in layer.modules() if isinstance(module, Attention))
     return attention

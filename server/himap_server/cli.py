@@ -13,6 +13,7 @@ usage: himap serve [MODEL] [any vllm serve flag]   serve a model with an OpenAI 
        himap demo                                 ask that model about pictures, pruned and not
        himap eval                                 measure a served model's accuracy, pruned and not
        himap sweep [MODEL]                        find where to prune, and how much
+       himap analyze [MODEL]                      see where it reads its images, and where to cut
        himap calibrate [MODEL]                    measure the positional prior of its attention
        himap key NAME                             make an API key
 Every command takes --help.
@@ -46,6 +47,12 @@ def _sweep(argv: list[str]) -> int:
     return int(main(argv))
 
 
+def _analyze(argv: list[str]) -> int:
+    from himap_eval.analyze import main
+
+    return int(main(argv))
+
+
 def _calibrate(argv: list[str]) -> int:
     from himap_eval.calibrate import main
 
@@ -72,6 +79,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "eval": _eval,
     "sweep": _sweep,
+    "analyze": _analyze,
     "calibrate": _calibrate,
     "key": _key,
 }
