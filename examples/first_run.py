@@ -45,7 +45,8 @@ def serving() -> Iterator[str]:
         "--kv-cache-memory-bytes", "256M", "--enforce-eager",
     ]  # fmt: skip
     print("$ VLLM_PLUGINS=himap,himap_stats", shlex.join(command), flush=True)
-    print("Starting takes about a minute ...\n", flush=True)
+    print("Starting takes about a minute ...", flush=True)
+    print("To see what is kept: himap serve --host 127.0.0.1, then localhost:8000/playground\n")
     environment = {**os.environ, "VLLM_PLUGINS": "himap,himap_stats"}
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -29,6 +29,7 @@ from .errors import GatewayError, Reason, error_body, error_response, param_of
 from .gateway import Gateway
 from .lifecycle import Lifecycle
 from .media import MediaCheck
+from .playground.routes import is_on, playground
 from .routes import openai, operations
 from .schemas import ErrorBody
 from .security.fetch import FetchLimits, ImageFetcher
@@ -61,6 +62,8 @@ def build_app(args: Namespace, settings: GatewaySettings, lifecycle: Lifecycle) 
     )
     app.include_router(openai.router)
     app.include_router(operations.router)
+    if is_on(args.host, settings.playground):
+        app.include_router(playground(args, settings))
     init_exception_handler(app)
     for kind, handler in list(app.exception_handlers.items()):
         if handler.__module__.startswith("vllm."):

@@ -33,6 +33,7 @@ from himap_vllm.frontend.admission import admission_of
 from .gateway import Gateway, ServedModel
 from .lifecycle import GatewayServer, Lifecycle, Phase
 from .metrics import GatewayMetrics
+from .playground.routes import address, is_on
 from .prompts import PromptObserver, placeholder_tokens
 from .pruning import PruningPolicy
 from .record import current
@@ -106,6 +107,10 @@ async def run_engine(
         lifecycle.phase = Phase.READY
         progress.cancel()
         logger.info("ready: %s", args.model)
+        if is_on(args.host, settings.playground):
+            logger.info("playground: %s", address(args.host, args.port, args.root_path or ""))
+        else:
+            logger.info("playground: off (--playground, or --host 127.0.0.1)")
         while not engine.errored:
             await asyncio.sleep(0.5)
         if lifecycle.phase is Phase.DRAINING and not lifecycle.in_flight:

@@ -98,6 +98,11 @@ class GatewaySettings(_Operators):
     allow_traces: bool = Field(
         True, description='requests may ask which image tokens were kept ("himap": {"trace": true})'
     )
+    playground: bool | None = Field(
+        None,
+        description="serve a page at /playground that asks about pictures and shows what was kept "
+        "(default: only if --host is a loopback address)",
+    )
     request_timeout: float = Field(600.0, gt=0, description="seconds for a whole request")
     keep_alive_timeout: int = Field(
         620,
@@ -117,6 +122,11 @@ class GatewaySettings(_Operators):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError("must be two ratios in [0, 1), separated by a comma")
         return tuple(pair)
+
+    @field_validator("playground", mode="before")
+    @classmethod
+    def _unless_empty(cls, value: Any) -> Any:
+        return None if value == "" else value  # compose files hand on what is not set
 
     @field_validator("limits_storage", mode="before")
     @classmethod
@@ -159,7 +169,7 @@ def add_flags(parser: ArgumentParser) -> None:
             text = str(field.description)
             if field.default is not None and field.default != frozenset():
                 text += f" (default: {field.default})"
-            if field.annotation is bool:
+            if field.annotation in (bool, bool | None):
                 group.add_argument(flag, action=BooleanOptionalAction, default=None, help=text)
             else:
                 group.add_argument(flag, default=None, help=text)

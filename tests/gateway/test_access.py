@@ -55,7 +55,7 @@ def guarded(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with gateway(
         world.checkpoint("mha12"),
         *("--config", str(settings), "--max-body-bytes", "200000"),
-        *("--root-path", "/proxy/"),
+        *("--root-path", "/proxy/", "--no-playground"),
         environment={
             "HIMAP_REQUEST_TIMEOUT": "1.5",
             "HIMAP_MAX_BODY_BYTES": "1",
@@ -66,6 +66,11 @@ def guarded(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         guarded.server = server
         server.wait_for("/health/ready")
         yield guarded
+
+
+def test_without_the_operators_word_there_is_no_playground(guarded: Guarded) -> None:
+    for path in ("/playground", "/playground/settings.json", "/proxy/playground/app.js"):
+        assert guarded.server.status(path) == 404
 
 
 def test_without_a_key_there_is_nothing(guarded: Guarded) -> None:

@@ -237,5 +237,6 @@ async def _add_savings(body: dict[str, Any], tracer: Tracer, record: RequestReco
     body["usage"]["himap"] = savings
     if record.trace is not None:
         await tracer.collect(record)
+        savings["cached_tokens"] = record.cached_tokens
         for image, trace in zip(savings["images"], record.trace.images or (), strict=False):
             image["trace"] = trace
