@@ -42,3 +42,11 @@ def bundled_model() -> BundledModel:
     file = path / _SETTINGS
     settings = json.loads(file.read_text()) if file.exists() else {}
     return BundledModel(path, "himap-demo", settings)
+
+
+def is_bundled(model: str) -> bool:
+    """Whether the engine's `model` is the bundled one."""
+    try:
+        return model == str(bundled_model().path)
+    except ImportError:
+        return False

@@ -15,6 +15,7 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import cached_property
 from typing import Any
 
 from fastapi import FastAPI
@@ -30,6 +31,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG, engine_settings
 from himap_vllm.frontend.admission import admission_of
 
+from .bundled import is_bundled
 from .gateway import Gateway, ServedModel
 from .lifecycle import GatewayServer, Lifecycle, Phase
 from .metrics import GatewayMetrics
@@ -40,6 +42,7 @@ from .record import current
 from .reduction import reduction_of
 from .settings import GatewaySettings
 from .shared_memory import SharedMemoryError, check_shared_memory
+from .short_json import shorten
 from .tracing.families import LayoutFinder
 from .tracing.tracer import Tracer
 from .warm_up import warm_up
@@ -58,12 +61,19 @@ class _ObservedLLM(AsyncLLM):
       a request's tokens and times to its caller, and its beam search passes on `vllm_xargs`.
     """
 
+    @cached_property
+    def _writes_short_json(self) -> bool:
+        grammars = self.vllm_config.structured_outputs_config
+        return grammars.backend == "xgrammar" and is_bundled(self.vllm_config.model_config.model)
+
     @override
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
         """As `AsyncLLM.generate`."""
         record = current.get(None)
         if record is not None and record.beam_search:
             args[1].extra_args = {SHALLOW_ARG: 0.0, DEEP_ARG: 0.0}
+        if self._writes_short_json and args[1].structured_outputs is not None:
+            shorten(args[1].structured_outputs)
         outputs = super().generate(*args, **kwargs)
         # Closing it at once when the client goes away aborts the request.
         async with aclosing(outputs):

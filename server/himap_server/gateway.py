@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from starlette.datastructures import State
@@ -36,6 +36,7 @@ class ServedModel:
     @classmethod
     def from_vllm(cls, state: State, pruning: PruningPolicy, tracer: Tracer) -> ServedModel:
         """The handlers that `init_app_state` has put into `state`."""
+        _echo_texts(state.openai_serving_chat)
         return cls(
             engine=state.engine_client,
             pruning=pruning,
@@ -45,6 +46,28 @@ class ServedModel:
             completions=state.openai_serving_completion,
             responses=state.openai_serving_responses,
         )
+
+
+def _echo_texts(chat: OpenAIServingChat) -> None:
+    """Let `echo` repeat the texts of a message that has parts.
+
+    * `vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat.render_chat_request`
+      (wrapped): the handler repeats the last of the messages that it returns, and fails if that has
+      an image, or parts in a stream. The prompt is ready by then. Remove when: vLLM repeats
+      the texts of such messages.
+    """
+    render = chat.render_chat_request
+
+    async def render_chat_request(request: Any) -> Any:
+        rendered = await render(request)
+        if request.echo and isinstance(rendered, tuple) and rendered[0]:
+            last: Any = rendered[0][-1]
+            if isinstance(last.get("content"), list):
+                texts = [part["text"] for part in last["content"] if "text" in part]
+                last["content"] = "\n".join(texts)
+        return rendered
+
+    chat.render_chat_request = render_chat_request
 
 
 @dataclass(slots=True)

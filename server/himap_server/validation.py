@@ -26,6 +26,10 @@ _OTHER_TYPE = re.compile(r"_type$|^(dict|model|list|iterable|mapping)_|^is_insta
 _PLAIN = (
     (re.compile(r" or instance of \w+| or object to extract fields from|, (unable|got) .*"), ""),
     (re.compile("a valid dictionary"), "an object"),
+    (
+        re.compile("Unable to parse input string as an integer, exceeded maximum size"),
+        f"Input should be an integer in [{-(2**63)}, {2**63 - 1}]",
+    ),
     (re.compile("a valid list|iterable"), "an array"),
     (re.compile("a valid integer"), "an integer"),
     (re.compile("a valid "), "a "),

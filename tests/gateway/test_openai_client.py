@@ -16,6 +16,7 @@ from tests.gateway.clients import (
     HIMAP,
     KEPT_DEEP,
     NUM_TOKENS,
+    QUESTION,
     ROOM,
     Expected,
     Paint,
@@ -159,6 +160,17 @@ def test_openai_accepts_these_too(server: Server, expected: Expected) -> None:
         assert answer.usage.himap["kept_deep"] == KEPT_DEEP
     answer = asking.create(**request, extra_body={"himap": HIMAP, "echo": True})
     assert answer.choices[0].message.content.endswith(expected.text)
+
+
+def test_openai_echo_of_a_message_with_an_image(server: Server) -> None:
+    """vLLM's own handler fails at it."""
+    options = {"himap": HIMAP, "echo": True, "add_generation_prompt": False}
+    request: dict[str, Any] = {**GREEDY, "messages": chat_messages(DATA_URL), "extra_body": options}
+    asking: Any = client(server).chat.completions
+    answer = asking.create(**request).choices[0].message.content
+    assert answer.startswith(QUESTION)
+    chunks = [chunk.choices for chunk in asking.create(**request, stream=True)]
+    assert "".join(choice.delta.content or "" for (choice,) in chunks) == answer
 
 
 def test_openai_n_in_a_stream(server: Server) -> None:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from himap_demo import MODEL_PATH
+from pydantic import BaseModel
 
 from tests.gateway.clients import Paint
 from tests.gateway.support import HIMAP, client
@@ -19,6 +21,11 @@ PUBLISHED = Path(__file__).parents[2] / "bench" / "results" / "quality-bundled-m
 LARGEST_DROP = 0.03
 # The first of the published scenes: fewer, hence another retention, but always the same one.
 FIRST_SCENE, NUM_SCENES = 20_000, 150
+
+ASKED: dict[str, Any] = {
+    "model": "himap-demo",
+    "messages": [{"role": "user", "content": "What is the weather like in Paris today?"}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +65,50 @@ def test_json_without_a_limit(bundled: Server) -> None:
     )
     choice = parsed.choices[0]
     assert (choice.finish_reason, type(choice.message.parsed)) == ("stop", Paint)
+
+
+class Report(BaseModel):
+    summary: str
+    labels: list[str]
+    count: int
+    note: str | None
+
+
+@pytest.mark.parametrize("form", [Report, {"type": "json_object"}], ids=["schema", "object"])
+def test_texts_in_json_end(bundled: Server, form: Any) -> None:
+    asking: Any = client(bundled).chat.completions
+    choice = asking.parse(**ASKED, response_format=form).choices[0]
+    assert choice.finish_reason == "stop"
+    assert json.loads(choice.message.content)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=str
+)
+def test_a_newcomers_tool(bundled: Server, choice: Any, stream: bool) -> None:
+    """The example of OpenAI's documentation, without a limit."""
+    location = {"type": "string", "description": "City and country"}
+    schema = {"type": "object", "properties": {"location": location}, "required": ["location"]}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": schema}}
+    request: dict[str, Any] = {**ASKED, "tools": [tool], "tool_choice": choice}
+    asking: Any = client(bundled).chat.completions
+    if stream:
+        chunks = [chunk.choices[0] for chunk in asking.create(**request, stream=True)]
+        calls = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+        name = calls[0].function.name
+        arguments = "".join(call.function.arguments or "" for call in calls if not call.index)
+    else:
+        call = asking.create(**request).choices[0].message.tool_calls[0].function
+        name, arguments = call.name, call.arguments
+    assert name == "get_weather"
+    assert list(json.loads(arguments)) == ["location"]
+
+
+def test_a_tool_that_may_be_called(bundled: Server) -> None:
+    schema = {"type": "object", "properties": {}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    asking: Any = client(bundled).chat.completions
+    for more in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}):
+        answer = asking.create(**ASKED, tools=[tool], max_tokens=20, **more)
+        assert answer.choices[0].message.content or answer.choices[0].message.tool_calls

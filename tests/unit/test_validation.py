@@ -49,6 +49,12 @@ FUNCTION = {"name": "f", "arguments": "{}"}
         (CHAT, {"model": 5}, "model", "model must be a string"),
         (CHAT, {"max_tokens": "many"}, "max_tokens", "max_tokens must be an integer"),
         (CHAT, {"max_tokens": 1.5}, "max_tokens", "max_tokens must be an integer"),
+        (
+            CHAT,
+            {"seed": 1e30},
+            "seed",
+            "seed must be an integer in [-9223372036854775808, 9223372036854775807]",
+        ),
         (CHAT, {"temperature": "hot"}, "temperature", "temperature must be a number"),
         (CHAT, {"stop": 5}, "stop", "stop must be a string or an array"),
         (CHAT, {"stop": [5]}, "stop[0]", "stop[0] must be a string"),
