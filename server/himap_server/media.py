@@ -133,7 +133,7 @@ class MediaCheck:
             )
         else:
             data = await self._fetcher.fetch(url, path, partial(budget.take_bytes, param=path))
-        checked = await asyncio.to_thread(check_image, data, self._limits, path)
+        checked = await off_the_loop(check_image, data, self._limits, path)
         factor = self.reduction.factor(checked.width, checked.height)
         budget.take_pixels(checked.width * checked.height // factor**2, path)
         stored = self._store.add(checked.data, factor)

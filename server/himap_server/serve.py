@@ -61,6 +61,7 @@ logger = init_logger("vllm.himap.server")
 _DEFAULT_CPU_KV_BYTES = 4 << 30
 _CPU_PROCESSES_BYTES = 2 << 30  # gateway, engine core and a worker, before model and KV cache
 _MAX_N_SEQUENCES = "128"
+_SWITCH_SECONDS = 0.001  # for so long a thread that parses may keep the event loop waiting
 _BUNDLED_TOOL_PARSER = "hermes"
 _LAST_SECONDS = 10.0  # from the end of a request's time to the end of its answer
 
@@ -154,6 +155,7 @@ def _serve_bundled(args: Namespace, bundled: BundledModel) -> None:
     if args.tool_call_parser is None:  # so that examples with tools work as they are
         args.tool_call_parser = _BUNDLED_TOOL_PARSER
         args.enable_auto_tool_choice = True
+        args.tool_strict_level = "parameter"  # it keeps to no schema by itself
     args.model = str(bundled.path)
     args.served_model_name = args.served_model_name or [bundled.name]
 
@@ -218,6 +220,8 @@ def _configure_logging(args: Namespace) -> None:
     if logging.getLogger("vllm").level > logging.DEBUG:
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
+        # An answer that ends within a call is no error; vLLM logs a traceback for it.
+        logging.getLogger("vllm.tool_parsers").setLevel(logging.CRITICAL)
     for name in ("uvicorn", "uvicorn.error"):
         log = logging.getLogger(name)
         log.handlers = logging.getLogger("vllm").handlers if name == "uvicorn" else []
@@ -302,6 +306,7 @@ def main(argv: list[str]) -> int:
     """Run `himap serve`; returns the exit status."""
     cli_env_setup()
     args, settings = parse_arguments(argv)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     _import_plugins(args)
     _configure_logging(args)
     _choose_cpu_memory(args)

@@ -101,6 +101,8 @@ def _narrowed_tag(node: Any) -> Any:
         return node
     if node.get("type") != "json_schema" or "json_schema" not in node:
         return {key: _narrowed_tag(value) for key, value in node.items()}
-    schema = json.dumps(narrowed(node["json_schema"]))
+    schema = node["json_schema"]
+    # Arguments of a tool are an object, also where the tool has no schema.
+    schema = json.dumps(narrowed({"type": "object"} if schema in (True, {}) else schema))
     grammar = xgrammar.Grammar.from_json_schema(schema, any_whitespace=False)
     return {"type": "grammar", "grammar": str(grammar)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gateway through LangChain, LiteLLM and the OpenAI SDK for Node."""
+"""The gateway through LangChain, LiteLLM, the OpenAI SDK for Node, and Java's HttpClient."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from tests import programs
 from tests.gateway.clients import (
+    DATA_URL,
     GREEDY,
     HIMAP,
     KEPT_DEEP,
@@ -170,3 +171,32 @@ def test_node(server: Server, url: str, expected: Expected, node_directory: Path
     assert got["error"]["name"] == "BadRequestError"
     assert got["error"]["status"] == 400
     assert "deep_ratio" in got["error"]["message"]
+
+
+# Java
+
+
+def test_java(server: Server, expected: Expected) -> None:
+    body = {**GREEDY, "messages": chat_messages(DATA_URL), "himap": HIMAP}
+    bodies = (body, {**body, "stream": True}, {**body, "himap": {"deep_ratio": 0.95}})
+    ran = subprocess.run(
+        ["java", str(Path(__file__).with_name("JavaClient.java")),
+         f"{server.url}/v1/chat/completions", *map(json.dumps, bodies)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    answers: dict[str, list[tuple[str, str]]] = {}
+    for line in ran.stdout.splitlines():
+        name, status, text = line.split(" ", 2)
+        answers.setdefault(name, []).append((status, text))
+    for name in ("first", "second", "chunked", "expecting", "together"):
+        for status, text in answers[name]:
+            assert (name, status) == (name, "200")
+            assert json.loads(text)["choices"][0]["message"]["content"] == expected.text
+    assert len(answers["together"]) == 4
+    *events, (_, end) = answers["stream"]
+    assert end == "data: [DONE]"
+    deltas = [json.loads(text.removeprefix("data: "))["choices"][0]["delta"] for _, text in events]
+    assert "".join(delta.get("content") or "" for delta in deltas) == expected.text
+    ((status, text),) = answers["refused"]
+    assert (status, "deep_ratio" in text) == ("400", True)

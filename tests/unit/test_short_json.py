@@ -72,6 +72,15 @@ def test_calls_of_tools_have_no_white_space() -> None:
     assert not is_taken('<call>{"a": "' + "b" * (MAX_CHARACTERS + 1))
 
 
+def test_arguments_are_an_object() -> None:
+    tag = {"format": {"type": "json_schema", "json_schema": True}}
+    params = StructuredOutputsParams(structural_tag=json.dumps(tag))
+    shorten(params)
+    assert params.structural_tag is not None
+    grammar = json.loads(params.structural_tag)["format"]["grammar"]
+    assert 'root ::= (("{" "}"))' in grammar
+
+
 def test_json_mode() -> None:
     params = StructuredOutputsParams(json_object=True)
     shorten(params)
