@@ -168,7 +168,7 @@ def test_openai_echo_of_a_message_with_an_image(server: Server) -> None:
     request: dict[str, Any] = {**GREEDY, "messages": chat_messages(DATA_URL), "extra_body": options}
     asking: Any = client(server).chat.completions
     answer = asking.create(**request).choices[0].message.content
-    assert answer.startswith(QUESTION)
+    assert QUESTION in answer
     chunks = [chunk.choices for chunk in asking.create(**request, stream=True)]
     assert "".join(choice.delta.content or "" for (choice,) in chunks) == answer
 
