@@ -126,7 +126,7 @@ def _analyze(args: Namespace, items: Sequence[Item]) -> Analysis:
     return Analysis(
         about={
             "model": args.model or "the bundled model",
-            "data": "the project's held-out set" if args.data is None else args.data.name,
+            "data": _data_name(args),
             "num_questions": len(items),
             "flags": args.flags,
         },
@@ -140,6 +140,12 @@ def _analyze(args: Namespace, items: Sequence[Item]) -> Analysis:
         default=next(one for one in cuts if (one.shallow_layer, one.deep_layer) == default),
         cuts=cuts,
     )
+
+
+def _data_name(args: Namespace) -> str:
+    if args.data is not None:
+        return f"{args.data.name} ({args.format})"
+    return f"the project's held-out set, from scene {args.first_scene} on"
 
 
 def _observe(llm: Any, observer: Observer, items: Sequence[Item], quiet: bool) -> list[Observation]:

@@ -81,9 +81,14 @@ def summary(analysis: Analysis) -> list[str]:
     dropped = analysis.effects["dropped"]
     least = dropped[0].loss
     free = next((one.layers[0] for one in dropped if one.loss < 0.05 * least), num_layers)
+    shift = (
+        f"The shift is at layer {analysis.shift_layer} of {num_layers}: before it, blocking image "
+        "to text costs more, from there on blocking image to image does."
+    )
+    if analysis.shift_layer == num_layers:
+        shift = "There is no shift: blocking image to image costs no more than image to text."
     lines = [
-        f"Blocking image to text costs more than blocking image to image up to layer "
-        f"{analysis.shift_layer} of {num_layers}: the shift.",
+        shift,
         f"Without any image the answer loses {least:.2f} nats. Images dropped from layer {free} on "
         "cost less than a twentieth of that.",
     ]
@@ -121,7 +126,7 @@ def _tables(analysis: Analysis) -> list[tuple[str, Sequence[str], list[list[str]
         [
             f"{one.layers[0]}-{one.layers[1] - 1}",
             *(
-                f"{own.loss:.2f} ± {own.error:.2f}, {percent(own.same, 0)}"
+                f"{own.loss:z.2f} ± {own.error:.2f}, {percent(own.same, 0)}"
                 for own in (one, analysis.effects["image_to_image"][place])
             ),
             f"{analysis.effects['dropped'][place].loss:.2f}, "

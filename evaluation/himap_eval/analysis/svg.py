@@ -14,6 +14,7 @@ import numpy as np
 _WIDTH, _HEIGHT = 640, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40
 _TICKS = 4
+_LITTLE = 0.01  # below zero, as a share of the axis: rounding
 
 STYLE = """\
 svg { width: 100%; max-width: 640px; height: auto; font: 12px sans-serif; fill: currentColor; }
@@ -47,6 +48,7 @@ def line_chart(
     known = [value for line in series.values() for value in line if value is not None]
     low, high = min([0.0, *known]), max([0.0, *known])
     high = high if high > low else low + 1
+    low = 0.0 if low > -_LITTLE * high else low
     parts = [_frame(low, high, xs, y_label)]
     for name, place in (marks or {}).items():
         x = _x(place, xs)
