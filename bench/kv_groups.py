@@ -67,7 +67,7 @@ class Cache:
                 for stage in stages
             ]
             num_blocks, aligned = MEMORY * sum(LAYERS) // grouping.page, grouping.alignment
-        self.manager = KVCacheManager(
+        self.manager: Any = KVCacheManager(
             KVCacheConfig(
                 num_blocks=1 + num_blocks,
                 kv_cache_tensors=[],
@@ -92,8 +92,6 @@ class Cache:
         request._block_hasher = self._hasher
         request.update_block_hashes()
         if plan is not None:
-            del request.block_hashes[plan.first_image_token // BLOCK :]
-            request._block_hasher = None
             self.plans[name] = plan
         blocks, num_computed, *_ = self.manager.get_computed_blocks(request)
         num_new = len(tokens) - num_computed
@@ -101,7 +99,8 @@ class Cache:
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = len(tokens)
         self.manager.free(request)
-        self.plans.pop(name, None)
+        if self.plans.pop(name, None) is not None:
+            self.manager.himap_prefixes.forget(name)
         return num_computed, time.thread_time() - began
 
 

@@ -18,6 +18,7 @@ from himap_vllm.plan.grouping import choose_grouping
 SHALLOW_LAYER, DEEP_LAYER = 2, 8
 BLOCK_SIZE = 32  # the smallest that vLLM's CPU attention takes
 IMAGE_TOKENS = 36
+WARM: dict[str, Any] = {"skip_reading_prefix_cache": False}  # of a `Case`
 # 12 layers cut at (2, 8).
 GROUPINGS = {
     name: choose_grouping(name, (2, 6, 4), BLOCK_SIZE, BLOCK_SIZE) for name in get_args(KVGrouping)
@@ -96,7 +97,10 @@ class Engine:
         return prompt
 
     def params(self, case: Case) -> Any:
-        """vLLM's sampling parameters for a case: greedy, with log-probabilities."""
+        """vLLM's sampling parameters for a case: greedy, with log-probabilities, computed cold.
+
+        `WARM` reads the prefix cache.
+        """
         from vllm import SamplingParams
 
         args = {}
@@ -110,6 +114,7 @@ class Engine:
             "ignore_eos": True,
             "logprobs": 0,
             "extra_args": args,
+            "skip_reading_prefix_cache": True,
             **case.params,
         }
         return SamplingParams(**settings)

@@ -132,7 +132,12 @@ def _measure(
     from vllm import SamplingParams
 
     llm, cuts = _engine(args, layers)
-    params = SamplingParams(max_tokens=1, temperature=0, extra_args=dict(_RATIOS))
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0,
+        extra_args=dict(_RATIOS),
+        skip_reading_prefix_cache=True,  # attention is known of prompts that are computed
+    )
     shares: dict[int, list[FloatArray]] = {cut: [] for cut in cuts}
     for begin in range(0, len(items), _BATCH):
         prompts = [messages_of(item) for item in items[begin : begin + _BATCH]]

@@ -86,10 +86,12 @@ class StageAttentionSpec(FullAttentionSpec):
 class StageKVCacheManager(FullAttentionManager):
     """Allocates, for pruned requests, blocks for the tokens that reach this stage.
 
-    vLLM's managers see request ids only, so each reads the scheduler's `plans`.
+    vLLM's managers see request ids only, so each reads the scheduler's `plans`. All of them note in
+    `fresh` the ids of blocks that they publish in a step.
     """
 
     plans: Mapping[str, PromptPlan] = {}
+    fresh: set[int]
 
     def _stage_tokens(self, request_id: str, num_tokens: int) -> int:
         plan = self.plans.get(request_id)
@@ -115,15 +117,12 @@ class StageKVCacheManager(FullAttentionManager):
             there is a block for the prefix cache.
         """
         slots = len(self.req_to_blocks[request_id]) * self.block_size
-        if plan is not None:
-            slots += plan.removed[self.kv_cache_spec.stage]
+        if plan is not None:  # its answer is published when it ends
+            return slots + plan.removed[self.kv_cache_spec.stage], math.inf
         if not self.enable_caching:
             return slots, math.inf
         cached = self.num_cached_block.get(request_id, 0) * self.block_size
-        next_cacheable = self._aligned(cached) + self.scheduler_block_size
-        if plan is not None and next_cacheable > plan.first_image_token:
-            return slots, math.inf
-        return slots, next_cacheable
+        return slots, self._aligned(cached) + self.scheduler_block_size
 
     @override
     def get_num_blocks_to_allocate(
@@ -161,15 +160,32 @@ class StageKVCacheManager(FullAttentionManager):
         return blocks
 
     @override
-    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Cache only what lies before a pruned prompt's first image.
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        super().add_local_computed_blocks(
+            request_id,
+            new_computed_blocks,
+            self._stage_tokens(request_id, num_local_computed_tokens),
+            num_external_computed_tokens,
+        )
 
-        Later blocks hold other tokens than their position's hash says.
-        """
-        plan = self.plans.get(request.request_id)
-        if plan is not None:
-            num_tokens = min(num_tokens, self._aligned(plan.first_image_token))
+    @override
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Nothing for a pruned request, whose blocks `StagePrefixCache` publishes."""
+        request_id = request.request_id
+        if request_id in self.plans:
+            return
+        before = self.num_cached_block.get(request_id, 0)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
+        after = self.num_cached_block.get(request_id, 0)
+        if after > before:
+            blocks = self.req_to_blocks[request_id][before:after]
+            self.fresh.update(block.block_id for block in blocks)
 
     @override
     def _cache_partial_tail_block(self, request: Request, num_tokens: int) -> None:

@@ -48,12 +48,15 @@ from operator import itemgetter, mul
 from typing import Any
 
 from typing_extensions import override
+from vllm.utils.hashing import sha256
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
 from himap_vllm.core.kv_cache import StageKVCacheManager
+from himap_vllm.core.prefix_cache import StagePrefixCache
+from himap_vllm.core.stage_hashes import HashFunction
 from himap_vllm.plan.prompt import PromptPlan
 from himap_vllm.plan.waiting import PassedOver
 
@@ -90,6 +93,17 @@ class PruningKVCacheManager(KVCacheManager):
     himap_block_sizes: Sequence[int]  # of each stage
     himap_horizons: dict[str, BlockHorizon]
     himap_passed: PassedOver
+    himap_prefixes: StagePrefixCache
+
+    @override
+    def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+        """As `KVCacheManager.get_computed_blocks`."""
+        if request.request_id not in self.himap_plans or not self.prefix_cache_lookup_enabled(
+            request
+        ):
+            return super().get_computed_blocks(request)
+        blocks, num_tokens = self.himap_prefixes.find(request)
+        return self.create_kv_cache_blocks(blocks), num_tokens, 0
 
     @override
     def allocate_slots(
@@ -121,6 +135,14 @@ class PruningKVCacheManager(KVCacheManager):
             return self._grow(request, horizon, slots, cacheable)
         if self.himap_passed.closed and request.status is not RequestStatus.RUNNING:
             return None
+        start = request.num_computed_tokens + num_new_computed_tokens
+        planned = self.enable_caching and request.request_id in self.himap_plans
+        if (
+            planned
+            and new_computed_blocks is not None
+            and self.himap_prefixes.must_wait(request, new_computed_blocks.blocks, start)
+        ):
+            return None
         blocks = super().allocate_slots(
             request,
             num_new_tokens,
@@ -131,7 +153,9 @@ class PruningKVCacheManager(KVCacheManager):
             **kwargs,
         )
         if blocks is not None:
-            self._note_horizon(request, end + num_new_computed_tokens)
+            self._note_horizon(request, start + num_new_tokens)
+            if planned and start < request.num_prompt_tokens:  # the answer when it ends
+                self.himap_prefixes.publish(request, start, start + num_new_tokens)
         return blocks
 
     @override
@@ -158,6 +182,8 @@ class PruningKVCacheManager(KVCacheManager):
         request_id = request.request_id
         self.himap_horizons.pop(request_id, None)
         plan = self.himap_plans.get(request_id)
+        if self.enable_caching:
+            self.himap_prefixes.publish_rest(request)
         rows: list[tuple[int, tuple[KVCacheBlock, ...]]] = []
         for stage, groups in enumerate(self.himap_stages):
             size = self.himap_block_sizes[stage]
@@ -167,6 +193,20 @@ class PruningKVCacheManager(KVCacheManager):
                 rows.append((start if plan is None else plan.position(stage, start), row))
         rows.sort(key=itemgetter(0))
         return list(chain.from_iterable(row for _, row in rows))
+
+    @override
+    def new_step_starts(self) -> None:
+        """As `KVCacheManager.new_step_starts`."""
+        super().new_step_starts()
+        self.himap_prefixes.begin_step()
+
+    @override
+    def reset_prefix_cache(self) -> bool:
+        """As `KVCacheManager.reset_prefix_cache`."""
+        reset = super().reset_prefix_cache()
+        if reset:
+            self.himap_prefixes.clear()
+        return reset
 
     def _grow(
         self, request: Request, horizon: BlockHorizon, slots: int, cacheable: int
@@ -214,7 +254,8 @@ def make_pruning_manager(
     stages: Sequence[int],
     plans: Mapping[str, PromptPlan],
     passed: PassedOver,
-) -> None:
+    hash_function: HashFunction = sha256,
+) -> StagePrefixCache:
     """Make the scheduler's manager a `PruningKVCacheManager`.
 
     Args:
@@ -222,6 +263,10 @@ def make_pruning_manager(
         stages: of each KV cache group.
         plans: of the scheduler's requests.
         passed: those of them that wait.
+        hash_function: of the blocks of pruned requests.
+
+    Returns:
+        Their prefix cache.
     """
     groups = manager.coordinator.single_type_managers
     for group in groups:
@@ -237,4 +282,8 @@ def make_pruning_manager(
         for stage in sorted(set(stages))
     ]
     manager.himap_block_sizes = [groups[0].block_size for groups in manager.himap_stages]
+    manager.himap_prefixes = StagePrefixCache(
+        manager.block_pool, manager.himap_stages, plans, hash_function
+    )
     manager.empty_kv_cache_blocks = NoBlocks(manager.empty_kv_cache_blocks.blocks)
+    return manager.himap_prefixes

@@ -9,8 +9,9 @@ Seams:
 * `vllm.v1.core.sched.scheduler.Scheduler.add_request` (overridden): the only place where the
   scheduler and the KV cache managers can learn of a request before its first allocation. Remove
   when: KV cache managers see the request, not its id alone.
-* `vllm.v1.request.Request.block_hashes`, `vllm.v1.request.Request._block_hasher` (read): cut off
-  at the first image. Remove when: a request can say how far its prefix may be cached.
+* `vllm.v1.core.sched.output.NewRequestData.mm_features` (read): with Model Runner V1, vLLM leaves
+  out images that the prefix cache has, and a preempted request may need them again. Remove when:
+  vLLM sends them with a request that resumes.
 * `vllm.v1.core.sched.scheduler.Scheduler._try_schedule_encoder_inputs` (overridden): may shorten
   or postpone the chunk of any request that has images, for running and waiting requests alike,
   before blocks are allocated. Remove when: a request can declare a range that is not split.
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 from vllm.logger import init_logger
+from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
@@ -77,12 +79,30 @@ class _PruningMixin(_Base):
         )
         self.himap_plans: dict[str, PromptPlan] = {}
         self.himap_passed = PassedOver()
-        make_pruning_manager(manager, groups.stages, self.himap_plans, self.himap_passed)
+        self.himap_prefixes = make_pruning_manager(
+            manager,
+            groups.stages,
+            self.himap_plans,
+            self.himap_passed,
+            get_hash_fn_by_name(self.vllm_config.cache_config.prefix_caching_hash_algo),
+        )
 
     @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self.himap_passed.begin_step()
-        return super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)
+        if not self.use_v2_model_runner:
+            self._keep_images(output)
+        return output
+
+    def _keep_images(self, output: Any) -> None:
+        """Leave new requests their images, also those that the prefix cache has.
+
+        The worker gets them once. A preempted request needs them again if its blocks are evicted.
+        """
+        for new in output.scheduled_new_reqs:
+            if new.num_computed_tokens and new.mm_features:
+                new.mm_features = self.requests[new.req_id].mm_features
 
     @override
     def add_request(self, request: Request) -> None:
@@ -90,11 +110,6 @@ class _PruningMixin(_Base):
         # A known id is the next chunk of a streaming-input session, which is never pruned.
         if plan is not None and request.request_id not in self.requests:
             self.himap_plans[request.request_id] = plan
-            # Read nothing from the first image on (StageKVCacheManager publishes nothing there),
-            # and stop hashing: later blocks hold other tokens than their position's hash says.
-            hash_block_size = self.hash_block_size
-            del request.block_hashes[plan.first_image_token // hash_block_size :]
-            request._block_hasher = None
         super().add_request(request)
 
     @override
@@ -142,7 +157,8 @@ class _PruningMixin(_Base):
     @override
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)  # needs the plan
-        self.himap_plans.pop(request.request_id, None)
+        if self.himap_plans.pop(request.request_id, None) is not None:
+            self.himap_prefixes.forget(request.request_id)
         self.himap_passed.forget(request.request_id)
         return result
 

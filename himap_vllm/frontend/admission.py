@@ -97,6 +97,8 @@ class Admission:
             obstacle = self._obstacle(plan, other, request, params)
             if obstacle is None:
                 decision = Decision("pruned", ratios.images, ends, trace)
+                if trace is not None:  # of images in the prefix cache nothing is known
+                    params.skip_reading_prefix_cache = True
             elif ratios.asked:
                 raise HiMAPError(obstacle.parameter, obstacle.message)
             else:

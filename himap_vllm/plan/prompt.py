@@ -193,15 +193,27 @@ class PromptPlan:
         unit = self.unit_at(num_tokens)
         return num_tokens if unit is None else unit.end
 
+    def resumable(self, num_tokens: int) -> int:
+        """The most of the first `num_tokens` tokens behind which a sequence may be taken up.
+
+        Not among the images of a unit. Behind them it may, if all rows that vote are known.
+        """
+        if not self.first_image_token < num_tokens < self.last_end:
+            return num_tokens
+        images = (unit for unit in self.units if unit.start < num_tokens < unit.seen)
+        return next((unit.start for unit in images), num_tokens)
+
     def units_between(self, start: int, end: int) -> list[int]:
         """Index of each unit in the chunk [start, end).
+
+        A chunk may begin behind a unit's images, if their entries were found in the prefix cache.
 
         Raises:
             ValueError: the chunk splits a unit.
         """
         for bound in (start, end):
             unit = self.unit_at(bound)
-            if unit is not None:
+            if unit is not None and start < unit.seen:
                 raise ValueError(
                     f"a chunk [{start}, {end}) splits the one-step part [{unit.start}, {unit.end}) "
                     "of a pruned prompt"
@@ -214,15 +226,15 @@ class PromptPlan:
         """KV entries that the first `num_tokens` tokens of the sequence have in `stage`.
 
         Raises:
-            ValueError: `num_tokens` lies inside a part that is computed in one step, where the
-                answer would depend on the data.
+            ValueError: `num_tokens` lies among the images of a unit, where the answer would depend
+                on the data.
         """
         if num_tokens <= self.first_image_token:
             return num_tokens
         if num_tokens >= self.last_end:
             return num_tokens - self.removed[stage]
         unit = self.unit_at(num_tokens)
-        if unit is not None:
+        if unit is not None and num_tokens < unit.seen:
             raise ValueError(
                 f"a pruned prompt was split at token {num_tokens}, inside the one-step part "
                 f"[{unit.start}, {unit.end})"
@@ -261,7 +273,8 @@ class PromptPlan:
             it, or 0 to wait for a step with more room.
         """
         end = num_computed + num_new
-        unit = next((unit for unit in self.units if unit.end > end), None)
+        ahead = (unit for unit in self.units if unit.end > end and unit.seen > num_computed)
+        unit = next(ahead, None)
         if unit is None:
             return num_new
         left, text = unit.end - num_computed, unit.start - num_computed

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from himap_vllm.criteria.criterion import Criteria
 from himap_vllm.criteria.random import prompt_seed
+from himap_vllm.plan.prompt import PromptPlan
 from himap_vllm.plan.requests import PROMPT_EMBEDS, plan_of, read_stamp
 from himap_vllm.plan.table import ActivePlans
 
@@ -29,6 +30,7 @@ class LiveRequests:
         self._seeded = any(criterion.seeded for criterion in criteria)
         self._stats = stats
         self._counted: set[str] = set()  # live requests that are in `stats.requests`
+        self._arrived: set[str] = set()  # live requests with a plan
 
     def on_request(self, request: Any) -> None:
         """Note a request that has arrived (vLLM's `NewRequestData`).
@@ -46,9 +48,22 @@ class LiveRequests:
                 plan = replace(plan, seeds=seeds)
             self.plans.discard(request.req_id)
             self.plans.add(request.req_id, plan)
+            if request.req_id not in self._arrived:
+                self._arrived.add(request.req_id)
+                self._on_found(request.req_id, plan, request.num_computed_tokens)
         elif request.req_id not in self._counted:
             self._counted.add(request.req_id)
             self._stats.requests[read_stamp(request.sampling_params).outcome] += 1
+
+    def _on_found(self, request_id: str, plan: PromptPlan, num_computed: int) -> None:
+        """Note what the prefix cache had of a prompt that has arrived."""
+        found = [unit for unit in plan.units if unit.seen <= num_computed]
+        self._stats.image_tokens_reused += sum(
+            image.count for unit in found for image in unit.images
+        )
+        if len(found) == len(plan.units):
+            self._counted.add(request_id)
+            self._stats.requests["reused"] += 1
 
     def on_pruned(
         self, request_id: str, num_tokens: int, blocks: Sequence[int], groups: StageGroups
@@ -72,3 +87,4 @@ class LiveRequests:
         """Note a request that has ended."""
         self.plans.discard(request_id)
         self._counted.discard(request_id)
+        self._arrived.discard(request_id)

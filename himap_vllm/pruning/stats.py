@@ -18,13 +18,16 @@ class PruningStats:
     A preempted prompt still counts once.
 
     Attributes:
-        requests: prompts with images, by outcome: `pruned`, `unpruned` (the request's or the
-            default ratios are 0), or `bypassed_<reason>` (only the server's default asked for
-            pruning, and the prompt could not be pruned).
+        requests: prompts with images, by outcome: `pruned`; `reused` (one to prune, all images of
+            which the prefix cache had); `unpruned` (the request's or the default ratios are 0); or
+            `bypassed_<reason>` (only the server's default asked for pruning, and the prompt could
+            not be pruned).
         recomputed: pruned prompts computed again after a preemption.
         image_tokens: image tokens of pruned prompts.
         image_tokens_kept_shallow: of these, alive after the first cut.
         image_tokens_kept_deep: of these, alive after the second cut.
+        image_tokens_reused: image tokens that were found in the prefix cache as they were pruned
+            before; also those of `reused` prompts.
         kv_blocks: blocks that the scheduler allocated to pruned prompts, all KV cache groups, when
             the last of their units was computed; counted from the block tables.
         kv_blocks_saved: blocks these prompts would have held on top, had no token been dropped.
@@ -40,6 +43,7 @@ class PruningStats:
     image_tokens: int = 0
     image_tokens_kept_shallow: int = 0
     image_tokens_kept_deep: int = 0
+    image_tokens_reused: int = 0
     kv_blocks: int = 0
     kv_blocks_saved: int = 0
     kv_bytes_saved: int = 0

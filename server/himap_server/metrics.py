@@ -128,6 +128,10 @@ _REASONS = {
 
 _PLAIN = {
     "recomputed": ("himap_recomputed", "pruned prompts computed again after a preemption"),
+    "image_tokens_reused": (
+        "himap_image_tokens_reused",
+        "image tokens that the prefix cache had as they were pruned before",
+    ),
     "kv_blocks": ("himap_kv_blocks", "KV blocks allocated to pruned prompts at prefill"),
     "kv_blocks_saved": ("himap_kv_blocks_saved", "KV blocks not allocated, thanks to pruning"),
     "kv_bytes_saved": ("himap_kv_saved_bytes", "the same in bytes"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from himap_vllm.plan.requests import read_stamp
 from tests.checkpoints import sample_images
-from tests.engines import DEEP_LAYER, SHALLOW_LAYER, Case, Engine, least_pool, watched
+from tests.engines import DEEP_LAYER, SHALLOW_LAYER, WARM, Case, Engine, least_pool, watched
 from tests.world import World, assert_equals_oracle, compiled_or_not
 
 PICTURES = tuple(sample_images(8, seed=1))
@@ -263,7 +263,7 @@ def test_generated_text_is_published_as_in_stock(world: World) -> None:
             assert calls >= 100
         again = list(first.prompt_token_ids) + list(first.outputs[0].token_ids)
         (second,) = engine.llm.generate(
-            [{"prompt_token_ids": again}], engine.params(Case("")), use_tqdm=False
+            [{"prompt_token_ids": again}], engine.params(Case("", params=WARM)), use_tqdm=False
         )
         cached.append(second.num_cached_tokens)
     assert cached[0] == cached[1] >= 96

@@ -253,7 +253,8 @@ def test_metrics(server: Server) -> None:
         'himap_images_total{model_name="tiny"}',
     )
     before = {name: metric(server, name) for name in counters}
-    client(server).chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=2)
+    asked_once = [picture_message(PICTURES[0], "A question of this test alone?")]
+    client(server).chat.completions.create(model="tiny", messages=asked_once, max_tokens=2)
     after = {name: metric(server, name) for name in counters}
     gained = {name: after[name] - before[name] for name in counters}
     assert gained == {name: IMAGE_TOKENS if "image_tokens" in name else 1 for name in counters}

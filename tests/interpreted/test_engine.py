@@ -57,7 +57,8 @@ def test_other_criteria_equal_the_oracle(world: World, criterion: str, kv_groupi
     "test",
     [
         test_serving.test_long_prompts_are_chunked_and_pruned_ones_only_before_the_image,
-        test_prefix_cache.test_prefix_cache_serves_what_precedes_the_image,
+        test_prefix_cache.test_prefix_cache_serves_prompts_with_images,
+        test_prefix_cache.test_several_answers_prune_once,
         test_request_options.test_prompt_logprobs_and_pruning_exclude_each_other,
     ],
 )
@@ -72,6 +73,7 @@ def test_as_on_v1_with_graphs(world: World, test: Any) -> None:
         test_request_options.test_traces_by_name,
         test_step_limit.test_a_prompt_that_never_fits_a_step,
         test_step_limit.test_a_conversation_is_computed_turn_by_turn,
+        test_prefix_cache.test_turns_go_on_where_the_last_one_ended,
         test_serving.test_a_request_that_was_not_admitted_runs_unpruned,
         test_lora.test_a_mixed_batch_equals_the_oracle_on_merged_weights,
     ],

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.checkpoints import sample_images
-from tests.engines import Case, Engine
+from tests.engines import WARM, Case, Engine
 from tests.world import World, assert_equals_oracle
 
 PICTURES = tuple(sample_images(8, seed=5))
@@ -195,12 +195,13 @@ def test_operations_do_not_depend_on_cached_prompts(
     engine = world.engine()
     text = "Words enough for several blocks of the KV cache, before a picture. " * 2
     cases = [
-        Case(f"{text}<image> {question}", (picture,), (0.5, 0.5), max_tokens=1)
+        Case(f"{text}<image> {question}", (picture,), (0.5, 0.5), max_tokens=1, params=WARM)
         for question, picture in zip(("Who?", "Where is it?", "Why?"), PICTURES[:3], strict=True)
     ]
     engine.generate([Case(text, (), None, max_tokens=1)])  # into the prefix cache
-    engine.generate(cases[:1])  # learns how this CPU orders keys, once
-    alone, *_ = pruning_step(engine, monkeypatch, cases[:1])
+    # Other ratios, or the prefix cache would have its images.
+    engine.generate([replace(cases[0], ratios=(0.25, 0.5))])  # learns how this CPU orders keys
+    alone, *_ = pruning_step(engine, monkeypatch, [replace(cases[0], ratios=(0.75, 0.5))])
     together, _, outputs = pruning_step(engine, monkeypatch, cases)
     for case, output in zip(cases, outputs, strict=True):
         assert output.num_cached_tokens > 0

@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
 from himap_vllm.core.kv_cache import StageAttentionSpec
-from himap_vllm.core.kv_cache_manager import make_pruning_manager
+from himap_vllm.core.kv_cache_manager import PruningKVCacheManager, make_pruning_manager
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios
 from himap_vllm.plan.waiting import PassedOver
 
@@ -28,12 +28,17 @@ SIZES = {"many": (4, 4, 4), "balanced": (12, 4, 8)}  # tokens to a block, by sta
 NO_ROOM = "no room"
 
 
-class OrderedKVCacheManager(KVCacheManager):
-    """vLLM's, but for the order in which blocks are returned; slow and plain."""
+class OrderedKVCacheManager(PruningKVCacheManager):
+    """Without the shortcut: vLLM's, but for pruned prefixes and the order of returned blocks."""
 
     plans: dict[str, PromptPlan]
 
+    def _note_horizon(self, request: Request, end: int) -> None:
+        """Nothing: no request takes the shortcut."""
+
     def free(self, request: Request) -> None:
+        if self.enable_caching:
+            self.himap_prefixes.publish_rest(request)
         blocks = []
         plan = self.plans.get(request.request_id)
         for group, stage in zip(self.coordinator.single_type_managers, STAGES, strict=True):
@@ -63,7 +68,7 @@ class Side:
             for stage in STAGES
         ]
         groups = [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
-        self.manager = OrderedKVCacheManager(
+        self.manager: Any = KVCacheManager(
             KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
             max_model_len=256,
             scheduler_block_size=lcm(*sizes),
@@ -72,11 +77,11 @@ class Side:
         )
         self.plans: dict[str, PromptPlan] = {}
         self.requests: dict[str, Request] = {}
-        self.manager.plans = self.plans
-        for group in self.manager.coordinator.single_type_managers:
-            group.plans = self.plans
-        if shortcut:
-            make_pruning_manager(self.manager, STAGES, self.plans, PassedOver())
+        make_pruning_manager(self.manager, STAGES, self.plans, PassedOver())
+        if not shortcut:
+            ordered: Any = self.manager
+            ordered.__class__ = OrderedKVCacheManager
+            ordered.plans = self.plans
 
     def add(self, name: str, tokens: list[int], plan: PromptPlan | None) -> None:
         """A request, known to the scheduler."""
@@ -86,13 +91,12 @@ class Side:
         request = Request(name, list(tokens), params, None, block_hasher=hasher)
         if plan is not None:
             self.plans[name] = plan
-            del request.block_hashes[plan.first_image_token // UNIT :]
-            request._block_hasher = None
         self.requests[name] = request
 
     def admit(self, name: str) -> Any:
         """Compute all that the prefix cache has not, of a new request or a preempted one."""
         request = self.requests[name]
+        self.manager.new_step_starts()
         computed, num_computed, *_ = self.manager.get_computed_blocks(request)
         num_new = request.num_tokens - num_computed
         blocks = self.manager.allocate_slots(
@@ -125,6 +129,7 @@ class Side:
             request.num_computed_tokens = 0
         else:
             self.plans.pop(name, None)
+            self.manager.himap_prefixes.forget(name)
             del self.requests[name]
 
     def state(self) -> Any:

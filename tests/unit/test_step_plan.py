@@ -78,10 +78,22 @@ def test_a_plan_table_lays_out_what_its_plans_do() -> None:
     assert table["request 33"] is plans["request 33"]
 
 
-@pytest.mark.parametrize(("num_computed", "num_new"), [(0, 19), (0, 5), (5, 15), (4, 15), (19, 1)])
+@pytest.mark.parametrize(("num_computed", "num_new"), [(0, 19), (0, 5), (5, 15), (4, 15), (13, 7)])
 def test_a_split_prompt_is_an_error(num_computed: int, num_new: int) -> None:
     with pytest.raises(ValueError, match="splits the one-step part"):
         plan_step([num_computed], [num_new], [plan_with(20, ((4, 14),))])
+
+
+def test_a_chunk_may_begin_behind_images_that_were_found() -> None:
+    """The prefix cache had the prompt without its last token, or without its last words."""
+    for num_computed, num_new in ((19, 1), (15, 5), (15, 2), (14, 3)):
+        plan = plan_with(20, ((4, 14),))
+        step = plan_step([num_computed], [num_new], [plan])
+        assert not step.prunes
+        for stage, gone in zip(step.stages, plan.removed, strict=True):
+            assert stage.num_tokens == num_new
+            assert stage.seq_lens.tolist() == [num_computed + num_new - gone]
+        assert plan.chunk(num_computed, num_new, 64, 64) == num_new
 
 
 def votes_of(plan: PromptPlan, num_computed: int, num_new: int) -> list[list[int]]:

@@ -32,6 +32,13 @@ class SingleTypeKVCacheManager(ABC):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int: ...
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None: ...
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]: ...

@@ -17,6 +17,7 @@ class Scheduler:
     scheduler_config: SchedulerConfig
     max_num_scheduled_tokens: int
     num_spec_tokens: int
+    use_v2_model_runner: bool
     hash_block_size: int
     requests: dict[str, Request]
     running: list[Request]

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which part of a pruned prompt the prefix cache has, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import (
+    get_request_block_hasher,
+    init_none_hash,
+    maybe_convert_block_hash,
+)
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+
+from himap_vllm.core.kv_cache import StageAttentionSpec
+from himap_vllm.core.kv_cache_manager import make_pruning_manager
+from himap_vllm.plan.cuts import KVGrouping
+from himap_vllm.plan.grouping import choose_grouping
+from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios
+from himap_vllm.plan.waiting import PassedOver
+
+SIZE = 16
+IMAGE = (70, 134)  # 64 tokens
+PROMPT = list(range(150))
+RATIOS = Ratios(0.5, 0.75)
+
+
+class Cache:
+    """A manager, and requests one after the other."""
+
+    def __init__(self, kv_grouping: KVGrouping = "many", num_blocks: int = 2000) -> None:
+        grouping = choose_grouping(kv_grouping, (2, 6, 24), SIZE, SIZE)
+        stages = [stage for stage, parts in enumerate(grouping.parts) for _ in range(parts)]
+        shape: dict[str, Any] = {"num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
+        groups = [
+            KVCacheGroupSpec(
+                [f"{i}"],
+                StageAttentionSpec(block_size=grouping.block_sizes[stage], stage=stage, **shape),
+            )
+            for i, stage in enumerate(stages)
+        ]
+        self.manager: Any = KVCacheManager(
+            KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
+            max_model_len=2048,
+            scheduler_block_size=grouping.alignment,
+            hash_block_size=SIZE,
+            enable_kv_cache_events=True,
+        )
+        self.plans: dict[str, PromptPlan] = {}
+        make_pruning_manager(self.manager, stages, self.plans, PassedOver())
+
+    def run(
+        self, tokens: list[int], end: int | None = None, ratios: Ratios = RATIOS,
+        salt: str | None = None, answer: int = 0,
+    ) -> tuple[int, Request]:  # fmt: skip
+        """Compute a prompt whose image's unit ends at `end`; how many tokens were cached."""
+        params = SamplingParams(max_tokens=100)
+        params.update_from_generation_config({}, 0)
+        hasher = get_request_block_hasher(SIZE, sha256)
+        request = Request("name", list(tokens), params, None, block_hasher=hasher, cache_salt=salt)
+        ends = (len(tokens) if end is None else end,)
+        plan = PromptPlan(len(tokens), (ImageTokens((IMAGE,)),), (ratios,), ends)
+        self.plans["name"] = plan
+        self.manager.new_step_starts()
+        blocks, found, _ = self.manager.get_computed_blocks(request)
+        assert self.manager.allocate_slots(request, len(tokens) - found, found, blocks) is not None
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = len(tokens)
+        for token in range(answer):
+            request.append_output_token_ids(1000 + token)
+            assert self.manager.allocate_slots(request, 1) is not None
+            request.num_computed_tokens += 1
+        self.manager.block_pool.free_blocks(self.manager.take_kv_cache_block_copies()[1])
+        self.manager.free(request)
+        del self.plans["name"]
+        self.manager.himap_prefixes.forget("name")
+        return found, request
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hashing() -> None:
+    init_none_hash(sha256)
+
+
+@pytest.mark.parametrize("kv_grouping", ["few", "balanced", "many"])
+def test_what_is_found(kv_grouping: KVGrouping) -> None:
+    cache = Cache(kv_grouping)
+    before_image = IMAGE[0] // cache.manager.himap_prefixes._stages[0][0].scheduler_block_size
+    before_image *= cache.manager.himap_prefixes._stages[0][0].scheduler_block_size
+    assert cache.run(PROMPT, answer=20)[0] == 0
+    assert cache.run(PROMPT)[0] == len(PROMPT) - 1
+    # The next turn: the answer without its last token was computed, and the question.
+    answered = [*PROMPT, *range(1000, 1020)]
+    assert cache.run([*answered, 1, 2, 3], end=len(PROMPT))[0] == len(answered)
+    assert cache.run([*PROMPT, 7, 8], end=len(PROMPT))[0] == len(PROMPT)
+    # Another question votes; other ratios and salts are other prompts.
+    assert cache.run([*PROMPT[:-1], 1])[0] == before_image
+    assert cache.run(PROMPT, ratios=Ratios(0.5, 0.5))[0] == before_image
+    assert cache.run(PROMPT, salt="salt")[0] == 0
+    assert cache.run(PROMPT, salt="salt")[0] == len(PROMPT) - 1
+
+
+@pytest.mark.parametrize("kv_grouping", ["few", "balanced", "many"])
+def test_an_image_is_found_where_no_text_votes(kv_grouping: KVGrouping) -> None:
+    cache = Cache(kv_grouping)
+    cache.run(PROMPT, end=IMAGE[1])
+    assert cache.run([*PROMPT[: IMAGE[1]], 1, 2, 3], end=IMAGE[1])[0] == IMAGE[1]
+    # A prompt that ends with the image keeps its last row.
+    assert cache.run(PROMPT[: IMAGE[1]], end=IMAGE[1])[0] < IMAGE[0]
+
+
+def test_a_reset_forgets_all() -> None:
+    cache = Cache()
+    cache.run(PROMPT)
+    assert cache.manager.reset_prefix_cache()
+    assert cache.run(PROMPT)[0] == 0
+
+
+def test_events_tell_of_the_first_stage() -> None:
+    """Of what is stored, and of what is removed, with ordinary hashes."""
+    cache = Cache(num_blocks=400)
+    _, request = cache.run(PROMPT)
+    announced = {maybe_convert_block_hash(block_hash) for block_hash in request.block_hashes}
+    stored = cache.manager.take_events()
+    assert {type(event) for event in stored} == {BlockStored}
+    assert {event.group_idx for event in stored} == {0}
+    assert {block_hash for event in stored for block_hash in event.block_hashes} == announced
+    pool = cache.manager.block_pool
+    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks()))
+    removed = cache.manager.take_events()
+    assert {type(event) for event in removed} == {BlockRemoved}
+    assert announced <= {block_hash for event in removed for block_hash in event.block_hashes}
+    assert not cache.run(PROMPT)[0]
