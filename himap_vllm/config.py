@@ -146,7 +146,7 @@ class EngineSettings:
     trace_requests: int = 0
     criterion: str = "himap"
     position_prior: str | None = None
-    kv_grouping: KVGrouping = "many"
+    kv_grouping: KVGrouping = "balanced"
     votes: Votes = "turn"
     turn_marker: str | tuple[int, ...] | None = None
 

@@ -23,7 +23,7 @@ WARM: dict[str, Any] = {"skip_reading_prefix_cache": False}  # of a `Case`
 GROUPINGS = {
     name: choose_grouping(name, (2, 6, 4), BLOCK_SIZE, BLOCK_SIZE) for name in get_args(KVGrouping)
 }
-GROUPING = GROUPINGS["many"]  # the default
+GROUPING = GROUPINGS["balanced"]  # the default
 
 
 def least_pool(num_tokens: int) -> int:

@@ -53,11 +53,11 @@ def equals_oracle(
     assert compared >= 0.8 * len(mixed)
 
 
-@pytest.mark.parametrize("kv_grouping", ["many"])
+@pytest.mark.parametrize("kv_grouping", ["balanced"])
 @pytest.mark.parametrize("criterion", [*OTHERS, "uniform+debiased"])
 def test_one_mixed_batch_equals_the_oracle(world: World, criterion: str, kv_grouping: str) -> None:
     himap = {"criterion": criterion}
-    if kv_grouping != "many":  # the default, with which other tests share the engine
+    if kv_grouping != "balanced":  # the default, with which other tests share the engine
         himap["kv_grouping"] = kv_grouping
     engine = world.engine("gqa12", himap=himap, max_num_batched_tokens=160, max_model_len=512)
     groups = engine.scheduler.kv_cache_config.kv_cache_groups

@@ -77,17 +77,17 @@ CASES = cases()
 @pytest.mark.parametrize(
     ("shape", "compiled", "kv_grouping"),
     [
-        ("mha12", False, "many"),
-        ("gqa12", False, "balanced"),
+        ("mha12", False, "balanced"),
+        ("gqa12", False, "many"),
         ("mha32", False, "few"),
-        ("mha12", True, "many"),
+        ("mha12", True, "balanced"),
     ],
 )
 def test_one_mixed_batch_equals_the_oracle(
     world: World, shape: str, compiled: bool, kv_grouping: str
 ) -> None:
     """All ratios, unpruned and text-only requests; prefill and decode share steps."""
-    himap = {} if kv_grouping == "many" else {"kv_grouping": kv_grouping}
+    himap = {} if kv_grouping == "balanced" else {"kv_grouping": kv_grouping}
     engine = world.engine(shape, himap=himap, compiled=compiled)
     groups = engine.scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
     assert len(groups) == {"balanced": 4, "many": 6, "few": 3}[kv_grouping]
