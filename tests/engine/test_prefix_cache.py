@@ -125,9 +125,9 @@ def test_several_answers_prune_once(world: World, compiled: bool) -> None:
 def test_turns_go_on_where_the_last_one_ended(world: World) -> None:
     """With the text of the conversation, then with the tokens that were generated."""
     engine = world.engine()
-    turns = f"{QUESTION} A shape.</s>USER: And <image> this? ASSISTANT: Red.</s>USER: Is it? "
+    turns = f"{QUESTION} A shape.</s>USER: And <image> that? ASSISTANT: Red.</s>USER: Is it? "
     engine.llm.reset_prefix_cache()
-    ends = [turns.index(part) + len(part) for part in ("this? ASSISTANT:", "Is it? ")]
+    ends = [turns.index(part) + len(part) for part in ("that? ASSISTANT:", "Is it? ")]
     first_turn, second_turn, third_turn = (
         Case(text, PICTURES[: text.count("<image>")], (0.5, 0.75), params=WARM)
         for text in (QUESTION, turns[: ends[0]], turns)
@@ -136,7 +136,8 @@ def test_turns_go_on_where_the_last_one_ended(world: World) -> None:
     engine.llm.reset_prefix_cache()
     found = ask(world, engine, first_turn, second_turn, third_turn, second_turn)
     assert found[0] == 0
-    assert [found[1], found[2]] >= [whole[0], whole[1]]
+    assert found[1] >= whole[0]
+    assert found[2] >= whole[1]
     assert found[3] == whole[1] - 1
 
     (answer,) = engine.generate([first_turn])
