@@ -54,10 +54,11 @@ def media_check() -> MediaCheck:
 
 def test_large_bodies_take_the_loop_no_time() -> None:
     raw = body_of(PHOTO)
-    _load(raw)
-    begun = time.thread_time()
-    _load(raw)
-    parsing = time.thread_time() - begun
+
+    def parsing() -> float:
+        begun = time.thread_time()
+        _load(raw)
+        return time.thread_time() - begun
 
     async def scenario() -> float:
         media = media_check()
@@ -68,7 +69,9 @@ def test_large_bodies_take_the_loop_no_time() -> None:
             assert image.startswith("himap-image:")
         return time.thread_time() - begun
 
-    assert asyncio.run(scenario()) < 16 * parsing / 3
+    # Other processes take from the processor's caches, so one measurement decides nothing.
+    ratios = [asyncio.run(scenario()) / (16 * parsing()) for _ in range(5)]
+    assert min(ratios) < 1 / 3
 
 
 @pytest.mark.parametrize("size", [10, 5_000_000])
