@@ -98,7 +98,7 @@ _SAVINGS = {
         "himap_prompt_kv_tokens_unpruned", "what they would be without pruning", _BY_MODEL
     ),
     "prefill_flops": Counter(
-        "himap_prefill_flops", "decoder FLOPs of prefilling prompts with images", _BY_MODEL
+        "himap_prefill_flops", "decoder FLOPs of prompts with images, nothing cached", _BY_MODEL
     ),
     "prefill_flops_unpruned": Counter(
         "himap_prefill_flops_unpruned", "what they would be without pruning", _BY_MODEL
