@@ -144,7 +144,8 @@ def _settings(vllm_config: VllmConfig, family: Family) -> EngineSettings:
     settings.check_depth(num_layers, first_cut)
     cuts = settings.shallow_layer, settings.deep_layer
     wasted = wasted_share(*cuts, num_layers)
-    if wasted > TOLERATED_WASTE:
+    # What another grouping wastes is known when it is chosen (himap_vllm/pruning/kv_groups.py).
+    if wasted > TOLERATED_WASTE and settings.kv_grouping == "many":
         logger.warning_once(
             "himap: cuts (%d, %d) of %d layers waste %.1f %% of the KV cache memory, because all "
             "KV cache groups are made as large as the smallest stage. These waste less: %s",

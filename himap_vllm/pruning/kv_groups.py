@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from himap_vllm.config import EngineSettings
-from himap_vllm.plan.cuts import stage_layers
+from himap_vllm.plan.cuts import TOLERATED_WASTE, stage_layers
 from himap_vllm.plan.grouping import Grouping, choose_grouping
 
 logger = init_logger("vllm.himap")
@@ -52,7 +52,19 @@ class KVGroups:
         """
         if self._chosen is None:
             self._chosen = self._choose(backend, spec, cache_config)
+            self._warn(self._chosen)
         return self._chosen
+
+    def _warn(self, chosen: Grouping) -> None:
+        """Of waste that the API process could not know; it warns of "many"."""
+        wanted = self._settings.kv_grouping
+        if wanted != "many" and chosen.wasted_share > TOLERATED_WASTE:
+            logger.warning_once(
+                "himap: the KV cache groups of stages of %s layers waste %.1f %% of the KV cache "
+                "memory; other cuts waste less",
+                ", ".join(map(str, self._stage_layers)),
+                100 * chosen.wasted_share,
+            )
 
     def _choose(
         self, backend: type[AttentionBackend], spec: FullAttentionSpec, cache_config: Any
@@ -64,7 +76,16 @@ class KVGroups:
             if obstacle is None:
                 asked_for = cache_config.user_specified_block_size
                 unit = size if asked_for else _kernel_unit(backend, spec)
-                return choose_grouping(wanted, layers, size, unit)
+                found = choose_grouping(wanted, layers, size, unit)
+                if wanted == "few" and found.num_groups > len(layers):
+                    logger.warning_once(
+                        'himap: kv_grouping is "balanced" instead of "few", because one group for '
+                        "each of the stages, of %s layers, would waste more than %.0f %% of the KV "
+                        "cache memory",
+                        ", ".join(map(str, layers)),
+                        100 * TOLERATED_WASTE,
+                    )
+                return found
             logger.warning_once(
                 'himap: kv_grouping is "many" instead of "%s", because %s', wanted, obstacle
             )

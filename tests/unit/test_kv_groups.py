@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +65,29 @@ def test_block_sizes_on_a_cpu() -> None:
     assert chosen("few") == ((384, 128, 32), (1, 1, 1))
     assert chosen("many") == ((128,) * 3, (1, 3, 12))
     assert chosen("balanced", block_size=64, asked_for=True) == ((192, 64, 64), (1, 1, 4))
+
+
+def warnings_of(kv_grouping: KVGrouping, cuts: tuple[int, int], layers: int) -> list[str]:
+    settings = EngineSettings(kv_grouping=kv_grouping, shallow_layer=cuts[0], deep_layer=cuts[1])
+    groups = KVGroups(settings, layers)
+    records: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm.himap").addHandler(handler)
+    try:
+        spec = FullAttentionSpec(block_size=128, **SHAPE)
+        groups.choose(CPUAttentionBackend, spec, SimpleNamespace(user_specified_block_size=False))
+    finally:
+        logging.getLogger("vllm.himap").removeHandler(handler)
+    return records
+
+
+def test_a_choice_that_cannot_be_is_told() -> None:
+    assert warnings_of("few", (2, 8), 32) == []
+    assert warnings_of("balanced", (2, 8), 32) == []
+    (warning,) = warnings_of("few", (2, 8), 28)
+    assert 'kv_grouping is "balanced" instead of "few"' in warning
+    assert "2, 6, 20 layers" in warning
 
 
 @pytest.mark.parametrize(
