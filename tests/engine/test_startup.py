@@ -287,7 +287,7 @@ def test_refused_models_say_why(world: World, tmp_path: Path) -> None:
         ((2, 6), []),
     ],
 )
-def test_cuts_that_waste_memory_are_named(
+def test_cuts_that_waste_memory_in_many_groups_are_named(
     world: World, cuts: tuple[int, int], warnings: list[str]
 ) -> None:
     configure(world.checkpoint("mha12"), None)  # vLLM configures logging, and drops handlers
@@ -297,7 +297,8 @@ def test_cuts_that_waste_memory_are_named(
     logger = logging.getLogger("vllm.himap")
     logger.addHandler(handler)
     try:
-        configure(world.checkpoint("mha12"), {"shallow_layer": cuts[0], "deep_layer": cuts[1]})
+        himap = {"shallow_layer": cuts[0], "deep_layer": cuts[1], "kv_grouping": "many"}
+        configure(world.checkpoint("mha12"), himap)
     finally:
         logger.removeHandler(handler)
     assert len(records) == len(warnings)
