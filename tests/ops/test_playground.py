@@ -113,7 +113,8 @@ def ask(page: Page, question: str) -> None:
 def answers(page: Page) -> list[str]:
     """The latest answers, pruned and unpruned."""
     return [
-        page.locator(f"#{side}-log .assistant").last.inner_text() for side in ("pruned", "unpruned")
+        page.locator(f"#{side}-log .assistant").last.inner_text().strip()
+        for side in ("pruned", "unpruned")
     ]
 
 
@@ -214,7 +215,7 @@ def test_the_copied_command_works(opened: Open, served: tuple[Server, str], tmp_
             if name == "curl"
             else done.stdout.splitlines()[0]
         )
-        assert text == said
+        assert text.strip() == said
 
 
 def test_a_phone(opened: Open) -> None:
