@@ -139,4 +139,4 @@ def test_groups_of_a_stage_share_their_metadata(
             for metadata in captured.values()
         }
         assert len(captured) == 12
-        assert len(addresses) == 6
+        assert len(addresses) == GROUPING.num_groups
