@@ -142,6 +142,10 @@ class _PruningMixin(_Base):
             request, num_computed_tokens, chunk, encoder_compute_budget, *args, **kwargs
         )
         allowed = plan.chunk(num_computed_tokens, result[1], limit, later)
+        if allowed == 0 and _inside_image(request, num_computed_tokens):
+            # The image keeps its place in the encoder cache until it is computed, so the next step
+            # would have no more room for the unit's.
+            allowed = plan.chunk(num_computed_tokens, result[1], 0, 0)
         if allowed != result[1]:
             # The step has room for the prompt, but not for all its images, so the images wait.
             # Release what they pinned in the encoder cache, or two waiting prompts could block each
@@ -161,6 +165,12 @@ class _PruningMixin(_Base):
             self.himap_prefixes.forget(request.request_id)
         self.himap_passed.forget(request.request_id)
         return result
+
+
+def _inside_image(request: Request, num_tokens: int) -> bool:
+    """Whether the first `num_tokens` tokens end inside an image."""
+    places = (feature.mm_position for feature in request.mm_features)
+    return any(place.offset < num_tokens < place.offset + place.length for place in places)
 
 
 class PruningScheduler(_PruningMixin, Scheduler):

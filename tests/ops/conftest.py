@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -112,11 +113,20 @@ def _requests(image_host: ImageHost) -> list[tuple[str, dict[str, Any], str | No
     ]
 
 
+def _asked_anew(body: dict[str, Any], number: int) -> dict[str, Any]:
+    """With another question, so that nothing is pruned that the prefix cache has."""
+    messages = copy.deepcopy(body.get("messages", []))
+    for message in messages:
+        message["content"][-1]["text"] += f" {number}"
+    return body | {"messages": messages} if messages else body
+
+
 @contextmanager
 def _under_load(server: Server, image_host: ImageHost, prometheus: Prometheus) -> Iterator[None]:
     stop = threading.Event()
     failures: list[str] = []
     kinds = itertools.cycle(_requests(image_host))
+    numbers = itertools.count()
     lock = threading.Lock()
 
     def drive() -> None:
@@ -126,6 +136,8 @@ def _under_load(server: Server, image_host: ImageHost, prometheus: Prometheus) -
                 continue
             with lock:
                 path, body, key = next(kinds)
+                number = next(numbers)
+            body = _asked_anew(body, number)
             headers = {} if key is None else {"Authorization": f"Bearer {key}"}
             if body.get("stream"):
                 status = _stream(server, path, body, headers)

@@ -80,6 +80,8 @@ class Steps:
         image: int | Sequence[int] | None = None,
         answer: int = 200,
         ends: tuple[int, ...] = (),
+        sizes: Sequence[int] = (),
+        ratios: Sequence[Ratios] = (),
     ) -> None:
         """A request; with images of 36 tokens at `image`, a pruned one whose units have `ends`."""
         params = SamplingParams(max_tokens=answer, ignore_eos=True)
@@ -87,10 +89,11 @@ class Steps:
         features = []
         if image is not None:
             places = [image] if isinstance(image, int) else image
-            stamp(params, Decision("pruned", (Ratios(0.5, 0.75),) * len(places), ends))
+            pruned = tuple(ratios) or (Ratios(0.5, 0.75),) * len(places)
+            stamp(params, Decision("pruned", pruned, ends))
             features = [
-                MultiModalFeatureSpec(None, "image", f"{name} {i}", PlaceholderRange(i, 36))
-                for i in places
+                MultiModalFeatureSpec(None, "image", f"{name} {i}", PlaceholderRange(i, size))
+                for i, size in zip(places, sizes or [36] * len(places), strict=True)
             ]
         hasher = get_request_block_hasher(SIZE, sha256)
         tokens = [hash(name) % 1000] * num_tokens
@@ -165,6 +168,14 @@ def test_a_conversation_is_computed_unit_by_unit(busy: Steps) -> None:
     # 236 tokens of each step are free. The second unit begins at 160, the last one at 700.
     assert chunks == [160, 236, 236, 68 + 60 + 108, 32, 1]
     assert "behind" in busy.step()
+
+
+def test_an_image_that_is_not_pruned_is_finished_before_a_unit(busy: Steps) -> None:
+    """Both together do not fit in the encoder cache, and a chunk has ended inside the first."""
+    busy.add("ahead", 100)
+    sizes, ratios = (180, 100), (Ratios(0, 0), Ratios(0.5, 0.75))
+    busy.add("pruned", 310, [10, 200], ends=(195, 310), sizes=sizes, ratios=ratios)
+    assert busy.chunks("pruned", 3) == [136, 64, 110]
 
 
 def test_units_of_waiting_prompts_find_room(checkpoint: Path) -> None:
