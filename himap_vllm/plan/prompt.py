@@ -13,10 +13,11 @@ computed in any number of steps, as in vLLM itself.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 
 NUM_STAGES = 3
 
@@ -248,12 +249,18 @@ class PromptPlan:
         Inside a part that is computed in one step this depends on the data; the answer there is
         the latest possible one.
         """
-        position = num_entries
-        for unit in self.units:
-            if position <= unit.start:
-                break
-            position += unit.removed[stage]
-        return position
+        before, gone = self._units_by_entries[stage]
+        return num_entries + gone[bisect_left(before, num_entries)]
+
+    @cached_property
+    def _units_by_entries(self) -> list[tuple[list[int], list[int]]]:
+        """Per stage: entries before each unit; what is missing behind none, one, two, ... units."""
+        tables = []
+        for stage in range(NUM_STAGES):
+            gone = [0, *accumulate(unit.removed[stage] for unit in self.units)]
+            before = [unit.start - missing for unit, missing in zip(self.units, gone, strict=False)]
+            tables.append((before, gone))
+        return tables
 
     def chunk(self, num_computed: int, num_new: int, step_limit: int, later: int) -> int:
         """The longest chunk of at most `num_new` tokens from `num_computed` that may be run.
