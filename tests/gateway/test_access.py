@@ -26,7 +26,7 @@ from tests.world import World
 
 SECRET = "a sentence that no log may repeat"
 LONG = {"model": "tiny", "prompt": SECRET, "max_tokens": 400, "ignore_eos": True}
-PREFIX = "one two three four " * 4
+PREFIX = "one two three four " * 8
 
 
 @pytest.fixture(scope="module")
