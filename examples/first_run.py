@@ -101,8 +101,10 @@ def show(url: str, image: Path) -> None:
         print(f"{question:36}", *(f"{answer:>14}" for answer in answers))
     counters = stats(url)
     held, saved = counters["kv_blocks"], counters["kv_blocks_saved"]
+    requests = counters["requests"]
     print(
-        f"\n{counters['requests']['pruned']} pruned requests: "
+        f"\nThe image was pruned for {requests['pruned']} of the requests, and "
+        f"{requests.get('reused', 0)} more found it in the prefix cache.\n"
         f"{counters['image_tokens']} image tokens, "
         f"{counters['image_tokens_kept_shallow']} kept after layer {HIMAP['shallow_layer']}, "
         f"{counters['image_tokens_kept_deep']} after layer {HIMAP['deep_layer']};\n"

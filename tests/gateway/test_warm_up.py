@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.engines import IMAGE_TOKENS
+from tests.engines import GROUPING, IMAGE_TOKENS
 from tests.gateway.support import gateway, metric, post
 from tests.gateway.test_api import MESSAGES
 from tests.servers import Server
@@ -79,7 +79,8 @@ def logged(log: Path, request_id: str) -> dict[str, Any]:
 
 def test_tokens_apart_and_those_from_the_prefix_cache(fresh: Server, log: Path) -> None:
     """Answer, log and metrics say of repeated requests what the engine counted."""
-    text = {"type": "text", "text": "Words enough to fill a block before the picture comes."}
+    largest = max(GROUPING.block_sizes)
+    text = {"type": "text", "text": "Words before the picture. " * 2}
     body: dict[str, Any] = {"model": "tiny", "max_tokens": 1}
     body["messages"] = [{"role": "user", "content": [text, *MESSAGES[0]["content"]]}]
     for pruned, turn in ((False, 0), (False, 1), (True, 0), (True, 1)):
@@ -95,8 +96,11 @@ def test_tokens_apart_and_those_from_the_prefix_cache(fresh: Server, log: Path) 
         assert (status, answer.get("error")) == (200, None)
         line, prompt = logged(log, name), answer["usage"]["prompt_tokens"]
         cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-        # In blocks of 32; the last token is always computed. A pruned prompt: before its image.
-        assert cached == (32 if pruned else turn * ((prompt - 1) // 32 * 32))
+        # The last token is always computed. Unpruned prompts are found in blocks, of which the
+        # first stage's are the largest; pruned ones to where they ended.
+        found = prompt - 1 if pruned else (prompt - 1) // largest * largest
+        assert cached == turn * found
+        assert found
         deadline = time.monotonic() + 10  # vLLM counts when the answer is out
         while metric(fresh, "vllm:prefix_cache_hits_total") != hits + cached:
             assert time.monotonic() < deadline
