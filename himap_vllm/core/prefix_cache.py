@@ -11,7 +11,12 @@ Beside points, full blocks alone carry a request to where they end in all stages
 unit that is seldom at the end of a block, so blocks are copied there, too.
 
 Blocks that are published in a step are filled in it. They can be shared at once, because attention
-reads behind what it writes; but they can't be copied before the next step.
+reads behind what it writes; but they can't be copied before the next step. A request waits for that
+step if the copy spares it a unit, and else makes do with what can be copied now: a prompt of many
+steps publishes a block to copy in each of them.
+
+A request that does not read the cache publishes no unit. It would choose for itself, and at a
+near-tie blocks of two choices must not meet in one sequence.
 
 * `vllm.v1.core.block_pool.BlockPool._insert_block_hash` (called): one more key of a block.
   `cache_full_blocks` would drop the others. Remove when: a prefix can end inside a block of every
@@ -32,7 +37,7 @@ reads behind what it writes; but they can't be copied before the next step.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from math import lcm
 
 from vllm.utils.math_utils import cdiv
@@ -134,13 +139,25 @@ class StagePrefixCache:
         Returns:
             [num_groups] blocks of each KV cache group, and the number of tokens.
         """
+        blocks, num_tokens = self._longest(request, frozenset())
+        if self.must_wait(request, blocks, num_tokens):
+            settled, end = self._longest(request, self._fresh)
+            units = self._plans[request.request_id].units
+            if not any(end < unit.end <= num_tokens for unit in units):
+                return settled, end
+        return blocks, num_tokens
+
+    def _longest(
+        self, request: Request, without: Set[int]
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """What `find` returns if blocks with the ids `without` are not there."""
         plan, hashes = self._plans[request.request_id], self._hashes_of(request)
         limit = request.num_tokens - 1
-        rows = self._full_blocks(hashes, request.num_tokens)
+        rows = self._full_blocks(hashes, request.num_tokens, without)
         num_tokens = self._reached(plan, hashes, rows, limit)
         for point in self._candidates(plan, hashes, rows, num_tokens, request.num_tokens):
             if plan.resumable(min(point, limit)) == min(point, limit):
-                with_tails = self._with_tails(plan, hashes, rows, point)
+                with_tails = self._with_tails(plan, hashes, rows, point, without)
                 if with_tails is not None:
                     rows, num_tokens = with_tails, min(point, limit)
                     break
@@ -154,7 +171,7 @@ class StagePrefixCache:
     def must_wait(
         self, request: Request, blocks: Sequence[Sequence[KVCacheBlock]], num_tokens: int
     ) -> bool:
-        """Whether a block that has to be copied is still to be filled, in this step.
+        """Whether a block that has to be copied is still to be filled in this step.
 
         Args:
             request: a pruned one.
@@ -172,7 +189,7 @@ class StagePrefixCache:
     def publish(self, request: Request, start: int, end: int) -> None:
         """Publish what a step computes of a pruned request: the chunk [start, end)."""
         plan = self._plans[request.request_id]
-        end = min(end, request.num_tokens)
+        end = self._publishable(request, plan, min(end, request.num_tokens))
         self._published[request.request_id] = end
         self._publish_blocks(request, end, fresh=True)
         points = {unit.end for unit in plan.units} | {plan.num_prompt_tokens}
@@ -190,9 +207,16 @@ class StagePrefixCache:
         plan = self._plans.get(request.request_id)
         point = min(computed, request.num_computed_tokens - request.num_output_placeholders)
         if plan is not None and point > 0 and plan.resumable(point) == point:
-            self._publish_blocks(request, point, fresh=False)
-            if plan.unit_at(point) is None:
+            end = self._publishable(request, plan, point)
+            self._publish_blocks(request, end, fresh=False)
+            if end == point and plan.unit_at(point) is None:
                 self._publish_point(request, point, fresh=False)
+
+    def _publishable(self, request: Request, plan: PromptPlan, num_tokens: int) -> int:
+        """How many of a request's first `num_tokens` tokens others may share."""
+        if request.skip_reading_prefix_cache:
+            return min(num_tokens, plan.first_image_token)
+        return num_tokens
 
     def _hashes_of(self, request: Request) -> StageHashes:
         request_id = request.request_id
@@ -207,7 +231,16 @@ class StagePrefixCache:
             )
         return hashes
 
-    def _full_blocks(self, hashes: StageHashes, num_tokens: int) -> list[Row]:
+    def _cached(
+        self, block_hash: BlockHash, ids: list[int], without: Set[int]
+    ) -> list[KVCacheBlock] | None:
+        """The blocks of some groups with a hash, or None if one is not cached."""
+        found: list[KVCacheBlock] | None = self._pool.get_cached_block(block_hash, ids)
+        if found is not None and any(block.block_id in without for block in found):
+            return None
+        return found
+
+    def _full_blocks(self, hashes: StageHashes, num_tokens: int, without: Set[int]) -> list[Row]:
         """The full blocks of each stage that are cached, from the first on without a gap."""
         rows: list[Row] = []
         reach = num_tokens
@@ -217,7 +250,7 @@ class StagePrefixCache:
                 # Blocks that a unit fills are full at the same place, its end.
                 if index and hashes.end(stage, index) > hashes.end(stage, index - 1) >= reach:
                     break
-                found = self._pool.get_cached_block(hashes.of_block(stage, index), ids)
+                found = self._cached(hashes.of_block(stage, index), ids, without)
                 if found is None:
                     break
                 row.append(found)
@@ -268,7 +301,12 @@ class StagePrefixCache:
         )
 
     def _with_tails(
-        self, plan: PromptPlan, hashes: StageHashes, rows: Sequence[Row], point: int
+        self,
+        plan: PromptPlan,
+        hashes: StageHashes,
+        rows: Sequence[Row],
+        point: int,
+        without: Set[int],
     ) -> list[Row] | None:
         """The blocks of each stage up to a point, or None if some are not cached."""
         if plan.unit_at(point) is not None:
@@ -282,7 +320,7 @@ class StagePrefixCache:
             if rest and len(row) == count:
                 tail_hash = hashes.tail(stage, point)
                 assert tail_hash is not None
-                tail = self._pool.get_cached_block(tail_hash, self._ids[stage])
+                tail = self._cached(tail_hash, self._ids[stage], without)
                 if tail is None:
                     return None
                 up_to.append(tail)

@@ -74,7 +74,6 @@ class Unit:
 
     Attributes:
         images: in prompt order, not empty.
-        ratios: of each image.
         start: first image token.
         seen: last image token + 1.
         end: last row that votes + 1; not below `seen`.
@@ -83,7 +82,6 @@ class Unit:
     """
 
     images: tuple[ImageTokens, ...]
-    ratios: tuple[Ratios, ...]
     start: int
     seen: int
     end: int
@@ -97,7 +95,6 @@ class Unit:
         all_tokens, shallow, deep = (sum(column) for column in zip(*counts, strict=True))
         return cls(
             images=tuple(images),
-            ratios=tuple(ratios),
             start=images[0].first,
             seen=images[-1].last + 1,
             end=end,
@@ -188,11 +185,6 @@ class PromptPlan:
         if not self.first_image_token < num_tokens < self.last_end:
             return None
         return next((unit for unit in self.units if unit.start < num_tokens < unit.end), None)
-
-    def next_boundary(self, num_tokens: int) -> int:
-        """The least number of tokens, at least `num_tokens`, behind which a chunk may end."""
-        unit = self.unit_at(num_tokens)
-        return num_tokens if unit is None else unit.end
 
     def resumable(self, num_tokens: int) -> int:
         """The most of the first `num_tokens` tokens behind which a sequence may be taken up.

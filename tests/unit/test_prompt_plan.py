@@ -145,15 +145,8 @@ def test_units_have_their_own_images() -> None:
     assert plan.counts == ((4, 2, 1), (4, 4, 4), (10, 10, 10), (8, 4, 1))
     assert plan.removed == (0, 6, 10)
     assert plan.longest_unit == 17
-    assert [plan.next_boundary(n) for n in (2, 3, 14, 15, 31, 34, 50)] == [
-        2,
-        15,
-        15,
-        15,
-        31,
-        50,
-        50,
-    ]
+    inside = {3: first, 14: first, 34: second}
+    assert all(plan.unit_at(n) is inside.get(n) for n in (2, 3, 14, 15, 31, 34, 50))
     assert plan.units_between(0, 15) == [0]
     assert plan.units_between(15, 33) == []
     assert plan.units_between(2, 55) == [0, 1]
@@ -227,7 +220,8 @@ def test_chunks_never_split_a_unit_and_end() -> None:
         plan = random_plan(rng)
         limit = max(plan.longest_unit, 8) + rng.randrange(20)
         num_decoding = rng.randrange(0, limit - plan.longest_unit + 1)
-        computed = plan.next_boundary(rng.randrange(plan.num_prompt_tokens))
+        computed = rng.randrange(plan.num_prompt_tokens)
+        computed = unit.end if (unit := plan.unit_at(computed)) else computed
         later = limit - num_decoding
         waited = 0
         while computed < plan.num_prompt_tokens:

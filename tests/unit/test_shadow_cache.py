@@ -6,6 +6,7 @@ Set `HIMAP_SHADOW_SCHEDULES` to run more than CI does.
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from math import lcm
@@ -153,6 +154,27 @@ def run_schedule(config: Any, mode: str, sizes: tuple[int, ...], seed: int) -> t
     assert not scheduler.himap_plans
     assert not scheduler.himap_prefixes._hashes
     return worker.num_found, worker.num_asked
+
+
+def test_nobody_waits_for_the_text_of_a_prompt_that_it_shares(config: Any) -> None:
+    """A prompt of many steps publishes in each of them a block that the other has to copy."""
+    config = copy.deepcopy(config)
+    config.scheduler_config.long_prefill_token_threshold = 40
+    worker = make_worker(config, "plain", SIZES["many"], 2000)
+    rng = random.Random(0)
+    prompt = Prompt()
+    prompt.add_text(rng, 9, 9)
+    prompt.add_image(rng)
+    prompt.tokens.append(MARKER)
+    prompt.add_text(rng, 500, 500)
+    ratios = Ratios(0.5, 0.75)
+    worker.add(Shadow("first", prompt, None, ratios, "turn"), 0, 1)
+    worker.step()
+    worker.step()
+    worker.add(Shadow("second", prompt, None, ratios, "turn"), 0, 1)
+    worker.step()
+    second = worker.scheduler.requests["second"]
+    assert second.num_computed_tokens > 60
 
 
 @pytest.mark.parametrize("kv_grouping", SIZES)

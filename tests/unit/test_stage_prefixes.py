@@ -58,28 +58,33 @@ class Cache:
 
     def run(
         self, tokens: list[int], end: int | None = None, ratios: Ratios = RATIOS,
-        salt: str | None = None, answer: int = 0,
+        salt: str | None = None, answer: int = 0, reads: bool = True,
+        pruned: bool = True, preempted: bool = False,
     ) -> tuple[int, Request]:  # fmt: skip
-        """Compute a prompt whose image's unit ends at `end`; how many tokens were cached."""
-        params = SamplingParams(max_tokens=100)
+        """Compute a prompt whose image's unit ends at `end`; how many tokens were cached.
+
+        `preempted`: another request takes its blocks in the step that schedules it.
+        """
+        params = SamplingParams(max_tokens=100, skip_reading_prefix_cache=not reads)
         params.update_from_generation_config({}, 0)
         hasher = get_request_block_hasher(SIZE, sha256)
         request = Request("name", list(tokens), params, None, block_hasher=hasher, cache_salt=salt)
         ends = (len(tokens) if end is None else end,)
         plan = PromptPlan(len(tokens), (ImageTokens((IMAGE,)),), (ratios,), ends)
-        self.plans["name"] = plan
+        if pruned:
+            self.plans["name"] = plan
         self.manager.new_step_starts()
         blocks, found, _ = self.manager.get_computed_blocks(request)
         assert self.manager.allocate_slots(request, len(tokens) - found, found, blocks) is not None
         request.status = RequestStatus.RUNNING
-        request.num_computed_tokens = len(tokens)
+        request.num_computed_tokens = 0 if preempted else len(tokens)
         for token in range(answer):
             request.append_output_token_ids(1000 + token)
             assert self.manager.allocate_slots(request, 1) is not None
             request.num_computed_tokens += 1
         self.manager.block_pool.free_blocks(self.manager.take_kv_cache_block_copies()[1])
         self.manager.free(request)
-        del self.plans["name"]
+        self.plans.pop("name", None)
         self.manager.himap_prefixes.forget("name")
         return found, request
 
@@ -112,8 +117,28 @@ def test_an_image_is_found_where_no_text_votes(kv_grouping: KVGrouping) -> None:
     cache = Cache(kv_grouping)
     cache.run(PROMPT, end=IMAGE[1])
     assert cache.run([*PROMPT[: IMAGE[1]], 1, 2, 3], end=IMAGE[1])[0] == IMAGE[1]
-    # A prompt that ends with the image keeps its last row.
+    # A prompt that ends with the image keeps its last row, so it shares nothing with those.
     assert cache.run(PROMPT[: IMAGE[1]], end=IMAGE[1])[0] < IMAGE[0]
+    cache = Cache(kv_grouping)
+    cache.run(PROMPT[: IMAGE[1]], end=IMAGE[1])
+    assert cache.run(PROMPT, end=IMAGE[1])[0] < IMAGE[0]
+
+
+def test_who_does_not_read_the_cache_publishes_no_image() -> None:
+    """Its choice may differ from that of others, at a near-tie."""
+    cache = Cache()
+    assert cache.run(PROMPT, answer=20, reads=False)[0] == 0
+    assert cache.run(PROMPT)[0] == IMAGE[0] // SIZE * SIZE
+    assert cache.run(PROMPT, reads=False)[0] == 0
+    assert cache.run(PROMPT)[0] == len(PROMPT) - 1
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_what_was_scheduled_and_not_computed_is_not_found(pruned: bool) -> None:
+    """As with priorities, where a step may preempt what it has scheduled."""
+    cache = Cache()
+    cache.run(PROMPT, pruned=pruned, preempted=True)
+    assert cache.run(PROMPT, pruned=pruned)[0] == 0
 
 
 def test_a_reset_forgets_all() -> None:
