@@ -15,8 +15,9 @@ reads behind what it writes; but they can't be copied before the next step. A re
 step if the copy spares it a unit, and else makes do with what can be copied now: a prompt of many
 steps publishes a block to copy in each of them.
 
-A request that does not read the cache publishes no unit. It would choose for itself, and at a
-near-tie blocks of two choices must not meet in one sequence.
+A request that has computed a unit replaces the blocks of others that hold the same one. At a
+near-tie two requests may choose different tokens, and blocks of two choices must not meet in one
+sequence.
 
 * `vllm.v1.core.block_pool.BlockPool._insert_block_hash` (called): one more key of a block.
   `cache_full_blocks` would drop the others. Remove when: a prefix can end inside a block of every
@@ -36,7 +37,6 @@ near-tie blocks of two choices must not meet in one sequence.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Set
 from math import lcm
 
@@ -46,46 +46,12 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash
 from vllm.v1.request import Request
 
 from himap_vllm.core.kv_cache import StageKVCacheManager
+from himap_vllm.core.point_index import PointIndex
 from himap_vllm.core.stage_hashes import MARK, HashFunction, StageHashes
 from himap_vllm.plan.prompt import PromptPlan
 
-MAX_PREFIXES = 8192
-"""Full blocks of which the points behind them are remembered."""
-
-MAX_POINTS = 8
-"""Points that are remembered behind one full block."""
-
 Row = list[list[KVCacheBlock]]
 """[num_blocks][groups of a stage] cached blocks."""
-
-
-class PointIndex:
-    """Where sequences were left, by the hash of the last full block of the first stage.
-
-    An entry may be out of date: the blocks decide.
-    """
-
-    def __init__(self) -> None:
-        self._points: OrderedDict[bytes, list[int]] = OrderedDict()
-
-    def add(self, prefix: bytes, num_tokens: int) -> None:
-        """Remember a point behind a prefix."""
-        points = self._points.setdefault(prefix, [])
-        self._points.move_to_end(prefix)
-        if num_tokens in points:
-            points.remove(num_tokens)
-        points.append(num_tokens)
-        del points[:-MAX_POINTS]
-        while len(self._points) > MAX_PREFIXES:
-            self._points.popitem(last=False)
-
-    def behind(self, prefix: bytes) -> Sequence[int]:
-        """Points behind a prefix, none of which may still be cached."""
-        return self._points.get(prefix, ())
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._points.clear()
 
 
 class StagePrefixCache:
@@ -107,6 +73,7 @@ class StagePrefixCache:
         self._num_groups = sum(map(len, stages))
         self._hashes: dict[str, StageHashes] = {}
         self._published: dict[str, int] = {}  # tokens of which blocks are published
+        self._began: dict[str, int] = {}  # tokens that were found in the cache
         self._points = PointIndex()
         self._fresh: set[int] = set()  # ids of blocks that are filled in this step
         for groups in stages:
@@ -132,6 +99,7 @@ class StagePrefixCache:
         """A request has ended."""
         self._hashes.pop(request_id, None)
         self._published.pop(request_id, None)
+        self._began.pop(request_id, None)
 
     def find(self, request: Request) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """The longest prefix of a pruned request that is cached, without its last token.
@@ -189,8 +157,9 @@ class StagePrefixCache:
     def publish(self, request: Request, start: int, end: int) -> None:
         """Publish what a step computes of a pruned request: the chunk [start, end)."""
         plan = self._plans[request.request_id]
-        end = self._publishable(request, plan, min(end, request.num_tokens))
+        end = min(end, request.num_tokens)
         self._published[request.request_id] = end
+        self._began.setdefault(request.request_id, start)
         self._publish_blocks(request, end, fresh=True)
         points = {unit.end for unit in plan.units} | {plan.num_prompt_tokens}
         for point in sorted(points):
@@ -207,16 +176,10 @@ class StagePrefixCache:
         plan = self._plans.get(request.request_id)
         point = min(computed, request.num_computed_tokens - request.num_output_placeholders)
         if plan is not None and point > 0 and plan.resumable(point) == point:
-            end = self._publishable(request, plan, point)
-            self._publish_blocks(request, end, fresh=False)
-            if end == point and plan.unit_at(point) is None:
+            self._publish_blocks(request, point, fresh=False)
+            if plan.unit_at(point) is None:
                 self._publish_point(request, point, fresh=False)
-
-    def _publishable(self, request: Request, plan: PromptPlan, num_tokens: int) -> int:
-        """How many of a request's first `num_tokens` tokens others may share."""
-        if request.skip_reading_prefix_cache:
-            return min(num_tokens, plan.first_image_token)
-        return num_tokens
+        self._began.pop(request.request_id, None)
 
     def _hashes_of(self, request: Request) -> StageHashes:
         request_id = request.request_id
@@ -335,6 +298,8 @@ class StagePrefixCache:
             full = hashes.num_full(stage, num_tokens)
             if full <= cached:
                 continue
+            for index in range(cached, full):
+                self._replace(request, stage, index, hashes.of_block(stage, index))
             for group in groups:
                 blocks = group.req_to_blocks[request_id]
                 for index in range(cached, full):
@@ -356,12 +321,32 @@ class StagePrefixCache:
             if tail_hash is None:
                 continue
             index = plan.stage_tokens(stage, num_tokens) // self._sizes[stage]
+            self._replace(request, stage, index, tail_hash)
             for group in groups:
                 if self._pool.get_cached_block(tail_hash, [group.kv_cache_group_id]) is None:
                     block = group.req_to_blocks[request.request_id][index]
                     self._insert(tail_hash, group, block, num_tokens, fresh)
         count = hashes.num_full(0, num_tokens)
         self._points.add(hashes.of_block(0, count - 1) if count else b"", num_tokens)
+
+    def _replace(self, request: Request, stage: int, index: int, block_hash: BlockHash) -> None:
+        """Withdraw others' blocks with a hash, if they hold a unit that this request computed."""
+        request_id, size = request.request_id, self._sizes[stage]
+        plan, began = self._plans[request_id], self._began.get(request_id, 0)
+        chosen = any(
+            plan.stage_tokens(stage, unit.start) < (index + 1) * size
+            and index * size < plan.stage_tokens(stage, unit.end)
+            for unit in plan.units
+            if stage and unit.start >= began
+        )
+        if not chosen:
+            return
+        for group in self._stages[stage]:
+            own = group.req_to_blocks[request_id][index]
+            found = self._pool.get_cached_block(block_hash, [group.kv_cache_group_id])
+            while found is not None and found[0] is not own:
+                self._pool.evict_blocks({found[0].block_id})
+                found = self._pool.get_cached_block(block_hash, [group.kv_cache_group_id])
 
     def _insert(
         self,
