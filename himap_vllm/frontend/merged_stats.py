@@ -34,12 +34,12 @@ async def reset_engine_stats(engine: Any) -> None:
     await _call_all(engine, "himap_reset_stats")
 
 
-async def take_trace(engine: Any, name: str) -> dict[str, Any] | None:
+async def take_trace(engine: Any, name: str, scores: bool) -> dict[str, Any] | None:
     """The trace of a request by the name that it gave (`RequestTraces.take`), from its engine.
 
     All tensor-parallel workers of an engine keep the same tokens.
     """
-    answers = await _call_all(engine, "himap_take_trace", name)
+    answers = await _call_all(engine, "himap_take_trace", name, scores)
     found: dict[str, Any] | None = next((ranks[0] for ranks in answers if ranks[0]), None)
     return found
 

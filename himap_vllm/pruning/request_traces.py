@@ -2,7 +2,11 @@
 """What survived in the prompts of requests that asked for it (`himap_trace`).
 
 A step in which no such prompt is pruned does nothing here. In another one the rows that survive are
-copied to the host without waiting for the device. They are read when the trace is taken, later.
+copied to the host without waiting for the device. They are read when the trace is taken, between
+two steps.
+
+* `vllm.utils.gpu_sync_debug.gpu_sync_allowed` (called): tells vLLM's check for waits that this wait
+  is wanted. Remove when: vLLM drops that check.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ if TYPE_CHECKING:
     from himap_vllm.plan.prompt import PromptPlan
     from himap_vllm.pruning.step import PruningStep
 
-_MAX_TRACES = 256  # that wait to be taken; each holds a few bytes for each token of a step
+_MAX_TRACES = 256
+"""That wait to be taken. Each holds a few bytes for each token of the steps that pruned it."""
 
 
 class RequestTrace(TypedDict):
@@ -31,10 +36,9 @@ class RequestTrace(TypedDict):
     Attributes:
         kept: [cut][image] ascending indices among the image's tokens.
         scores: [cut][image] of each of the image's tokens, the score by which the cut chose; None
-            for a token that did not come to the cut.
+            for a token that did not come to the cut. Empty if nobody wants them.
 
-    Both have None for an image of which no step of the request chose: nothing was to be dropped, or
-    it came from the prefix cache.
+    Both have None for an image of which nothing was to be dropped.
     """
 
     kept: list[list[list[int] | None]]
@@ -77,23 +81,21 @@ class _Traced:
 
     Attributes:
         plan: of its prompt.
-        steps: its steps that pruned: the copy, its rows [begin, end) in the step, and what makes a
-            position in the prompt of a row.
+        units: by index in the plan, the copy of the latest step that pruned the unit, and what to
+            add to a row of that step for a position in the prompt.
     """
 
     plan: PromptPlan
-    steps: list[tuple[_StepCopy, int, int, int]] = field(default_factory=list)
+    units: dict[int, tuple[_StepCopy, int]] = field(default_factory=dict)
 
-    def trace(self) -> RequestTrace:
-        """Read the copies; a later one of the same rows counts."""
-        # Steps that recompute a prompt have the tokens behind it, too.
-        size = max(end + offset for _, _, end, offset in self.steps)
+    def trace(self, with_scores: bool) -> RequestTrace:
+        """Read the copies."""
+        size = self.plan.num_prompt_tokens
         kept = np.zeros((2, size), dtype=bool)
-        seen = np.zeros(max(size, self.plan.num_prompt_tokens), dtype=bool)
         scores = np.full((2, size), np.nan)
-        for copy, begin, end, offset in self.steps:
-            place = slice(begin + offset, end + offset)
-            kept[:, place], scores[:, place], seen[place] = False, np.nan, True
+        for index, (copy, offset) in self.units.items():
+            unit = self.plan.units[index]
+            begin, end = unit.start - offset, unit.end - offset
             first, deep, *scored = copy.read()
             for cut, rows in enumerate((first, deep)):
                 own = rows[(rows >= begin) & (rows < end)]
@@ -101,14 +103,17 @@ class _Traced:
                 rows, values = scored[cut], scored[cut + 2]
                 own = (rows >= begin) & (rows < end)
                 scores[cut, rows[own] + offset] = values[own]
+        pruned = {image for index in self.units for image in self.plan.units[index].images}
         found: RequestTrace = {"kept": [[], []], "scores": [[], []]}
         for image in self.plan.images:
             tokens = np.concatenate([np.arange(*run) for run in image.runs])
-            chosen = bool(seen[tokens].all())
+            chosen = image in pruned
             for cut in range(2):
                 left = kept[cut, tokens].nonzero()[0].tolist() if chosen else None
                 found["kept"][cut].append(left)
-                found["scores"][cut].append(_numbers(scores[cut, tokens]) if chosen else None)
+                if with_scores:
+                    of_image = _numbers(scores[cut, tokens]) if chosen else None
+                    found["scores"][cut].append(of_image)
         return found
 
 
@@ -135,31 +140,31 @@ class RequestTraces:
         self._names.pop(request_id, None)
         self._latest = None  # it would hold the tensors of its step
 
-    def on_pruned(self, request_id: str, plan: PromptPlan, step: PruningStep, row: int) -> None:
-        """Copy what survived of a prompt in a step that prunes a unit of it, if it is traced.
+    def on_pruned(self, request_id: str, plan: PromptPlan, step: PruningStep, index: int) -> None:
+        """Copy what survived of a pruned unit, if its prompt is traced.
 
         Args:
             request_id: of the prompt.
             plan: of the prompt.
             step: whose forward pass was launched.
-            row: of the prompt in the batch.
+            index: of the unit in `StepPlan.pruned_units`.
         """
         name = self._names.get(request_id)
         if name is None:
             return
         if self._latest is None or self._latest[0] is not step:  # one copy serves all its prompts
             self._latest = step, _StepCopy(step)
-        batch = step.plan.stages[0]
-        begin, end = (int(place) for place in batch.query_start_loc[row : row + 2])
-        traced = self._traced.setdefault(name, _Traced(plan))
-        rows = self._latest[1], begin, end, int(batch.seq_lens[row]) - end
-        if rows not in traced.steps[-1:]:  # a step may prune several units of a prompt
-            traced.steps.append(rows)
+        traced = self._traced.get(name)
+        if traced is None or traced.plan != plan:  # another request has taken the name
+            traced = self._traced[name] = _Traced(plan)
+        unit = step.plan.pruned_units[index]
+        offset = plan.units[unit.index].end - unit.tokens.stop
+        traced.units[unit.index] = self._latest[1], offset
         while len(self._traced) > _MAX_TRACES:
             self._traced.popitem(last=False)
 
-    def take(self, name: str) -> RequestTrace | None:
+    def take(self, name: str, scores: bool = True) -> RequestTrace | None:
         """Return a trace, and forget it; None if nothing was pruned, or many came after it."""
         self._latest = None
         traced = self._traced.pop(name, None)
-        return None if traced is None else traced.trace()
+        return None if traced is None else traced.trace(scores)

@@ -92,4 +92,4 @@ def count_step(context: PruningContext, step: PruningStep, request_ids: Sequence
         request_id = request_ids[unit.request]
         plan = context.requests.plans[request_id]
         context.traces.on_pruned(request_id, plan, step, index)
-        context.request_traces.on_pruned(request_id, plan, step, unit.request)
+        context.request_traces.on_pruned(request_id, plan, step, index)

@@ -61,9 +61,9 @@ class PruningWorkerMixin(_Base):
         found = self._himap.traces.find(request_id)
         return found and found[0]
 
-    def himap_take_trace(self, name: str) -> RequestTrace | None:
+    def himap_take_trace(self, name: str, scores: bool = True) -> RequestTrace | None:
         """Return the trace of a request by the name that it gave; see `RequestTraces.take`."""
-        return self._himap.request_traces.take(name)
+        return self._himap.request_traces.take(name, scores)
 
     def himap_attention(self, request_id: str) -> Attention | None:
         """Return the attention that the same prompt's image tokens got from the rows that vote."""

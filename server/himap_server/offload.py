@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thread for work that holds Python's interpreter lock: JSON and base64 of megabytes."""
+"""A thread for work that holds Python's interpreter lock: JSON, base64 and traces of megabytes."""
 
 from __future__ import annotations
 

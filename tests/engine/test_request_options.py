@@ -162,6 +162,22 @@ def test_traces_by_name(world: World) -> None:
     assert engine.llm.collective_rpc("himap_take_trace", args=("unpruned",)) == [None]
 
 
+def test_traces_of_images_that_keep_all_and_of_a_name_that_comes_again(world: World) -> None:
+    engine = world.engine()
+    again = {"himap_shallow_ratio": 0.5, "himap_deep_ratio": 0.75, "himap_trace": "again"}
+    apart = {"himap_shallow_ratio": [0, 0.5], "himap_deep_ratio": 0, "himap_trace": "again"}
+    turns = "USER: <image>\nOne? ASSISTANT: yes</s>USER: <image>\nTwo? ASSISTANT:"
+    engine.generate(
+        [
+            Case(QUESTION, PICTURES[:1], params={"extra_args": again}),
+            Case(turns, PICTURES[:2], params={"extra_args": apart}),
+        ]
+    )
+    (found,) = engine.llm.collective_rpc("himap_take_trace", args=("again", False))
+    assert [[own and len(own) for own in cut] for cut in found["kept"]] == [[None, 18]] * 2
+    assert found["scores"] == [[], []]
+
+
 @pytest.mark.parametrize("name", ["", "x" * 65, 1, True])
 def test_a_name_of_a_trace_that_is_refused(world: World, name: Any) -> None:
     from vllm.exceptions import VLLMValidationError

@@ -21,6 +21,7 @@ from himap_vllm.config import TRACE_ARG
 from himap_vllm.frontend.merged_stats import take_trace
 
 from ..errors import GatewayError, Reason
+from ..offload import off_the_loop
 from ..record import RequestRecord
 from .families import LayoutFinder
 from .grids import Grid, GridKind, ImageLayout, unknown
@@ -45,8 +46,8 @@ class TraceGrid(BaseModel):
     """Image tokens that form a grid, row by row.
 
     `kept_shallow` and `kept_deep` are run lengths: cells dropped, then cells kept, then dropped,
-    and so on. They are null if this request did not choose, because the image came from the prefix
-    cache. Scores are of each cell, null for one that did not come to the cut.
+    and so on. They are null if the engine did not tell in time, or no longer had them. Scores are
+    of each cell, null for one that did not come to the cut.
     """
 
     kind: GridKind
@@ -126,13 +127,19 @@ class Tracer:
         if record.pruned:
             with contextlib.suppress(TimeoutError, EngineDeadError):
                 async with asyncio.timeout(_SECONDS):
-                    found = await take_trace(self._engine, asked.name) or {}
-        asked.images = [
-            self._image(record, index, found) for index in range(len(record.savings[0].images))
-        ]
+                    found = await take_trace(self._engine, asked.name, asked.scores) or {}
+        asked.images = await off_the_loop(self._images, record, asked, found)
 
-    def _image(self, record: RequestRecord, index: int, found: dict[str, Any]) -> dict[str, Any]:
-        """The trace of an image, in JSON's types."""
+    def _images(
+        self, record: RequestRecord, asked: AskedTrace, found: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The trace of each image, in JSON's types."""
+        numbers = range(len(record.savings[0].images))
+        return [self._image(record, asked, index, found) for index in numbers]
+
+    def _image(
+        self, record: RequestRecord, asked: AskedTrace, index: int, found: dict[str, Any]
+    ) -> dict[str, Any]:
         image = record.savings[0].images[index]
         number = image.image_tokens
         picture = record.picture(index)
@@ -146,12 +153,12 @@ class Tracer:
         scores: list[list[float | None] | None] = [None, None]
         for cut in range(2 if found else 0):
             if found["kept"][cut][index] is not None:
-                kept[cut], scores[cut] = (found[key][cut][index] for key in ("kept", "scores"))
+                kept[cut] = found["kept"][cut][index]
+                scores[cut] = found["scores"][cut][index] if asked.scores else None
         trace = _trace(layout, kept, scores)
         if picture is not None and layout.grids[0].box is not None:
             trace.width, trace.height = picture.width, picture.height
-        assert record.trace is not None
-        without = set() if record.trace.scores else {"scores_shallow", "scores_deep"}
+        without = set() if asked.scores else {"scores_shallow", "scores_deep"}
         return trace.model_dump(exclude={"grids": {"__all__": without}})
 
 
