@@ -11,13 +11,14 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from himap_vllm.criteria.criterion import Candidates, Criterion
 from himap_vllm.kernels.upload import upload
 
 
-def prompt_seed(token_ids: Sequence[int]) -> int:
+def prompt_seed(token_ids: Sequence[int] | npt.NDArray[np.int64]) -> int:
     """CRC-32 of the ids as little-endian 64-bit integers."""
     return zlib.crc32(np.asarray(token_ids, dtype="<i8").tobytes())
 

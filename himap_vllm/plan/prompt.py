@@ -13,7 +13,7 @@ computed in any number of steps, as in vLLM itself.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,7 +184,8 @@ class PromptPlan:
         """The unit that `num_tokens` lies inside; None: a chunk may end there."""
         if not self.first_image_token < num_tokens < self.last_end:
             return None
-        return next((unit for unit in self.units if unit.start < num_tokens < unit.end), None)
+        unit = self.units[bisect_left(self._ends, num_tokens)]
+        return unit if unit.start < num_tokens < unit.end else None
 
     def resumable(self, num_tokens: int) -> int:
         """The most of the first `num_tokens` tokens behind which a sequence may be taken up.
@@ -232,8 +233,8 @@ class PromptPlan:
                 f"a pruned prompt was split at token {num_tokens}, inside the one-step part "
                 f"[{unit.start}, {unit.end})"
             )
-        gone = sum(unit.removed[stage] for unit in self.units if unit.seen <= num_tokens)
-        return num_tokens - gone
+        _, gone = self._units_by_entries[stage]
+        return num_tokens - gone[bisect_right(self._seen, num_tokens)]
 
     def position(self, stage: int, num_entries: int) -> int:
         """Tokens of the sequence by which `stage` has `num_entries` KV entries.
@@ -243,6 +244,16 @@ class PromptPlan:
         """
         before, gone = self._units_by_entries[stage]
         return num_entries + gone[bisect_left(before, num_entries)]
+
+    @cached_property
+    def _seen(self) -> list[int]:
+        """Of each unit."""
+        return [unit.seen for unit in self.units]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Of each unit."""
+        return [unit.end for unit in self.units]
 
     @cached_property
     def _units_by_entries(self) -> list[tuple[list[int], list[int]]]:

@@ -39,7 +39,7 @@ class StageBatch:
 
     @property
     def positions(self) -> IntArray:
-        """[num_tokens] KV position of each new token, in stage s; computed on first use."""
+        """[num_tokens] KV position of each new token, in stage s."""
         lengths = np.diff(self.query_start_loc)
         first = self.seq_lens - self.query_start_loc[1:]
         return np.repeat(first, lengths) + np.arange(self.num_tokens, dtype=np.int64)
@@ -194,8 +194,8 @@ def plan_batch(
     end = start + np.asarray(num_scheduled, dtype=np.int64)
     reached = end > plans.first_start
     past = reached & (start >= plans.last_end)
-    starts = start - plans.removed * past
-    ends = end - plans.removed * past
+    gone = plans.removed * past
+    starts, ends = start - gone, end - gone
     chunks = []
     # Those that prefill: the units before and in a chunk depend on where it lies.
     for row in np.flatnonzero(reached & ~past).tolist():

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from himap_vllm.criteria.criterion import Criteria
 from himap_vllm.criteria.random import prompt_seed
 from himap_vllm.plan.prompt import PromptPlan
@@ -43,7 +45,7 @@ class LiveRequests:
         plan = plan_of(len(request.prompt_token_ids), request.mm_features, request.sampling_params)
         if plan is not None:
             if self._seeded:
-                tokens = request.prompt_token_ids
+                tokens = np.asarray(request.prompt_token_ids, dtype="<i8")
                 seeds = tuple(prompt_seed(tokens[: unit.end]) for unit in plan.units)
                 plan = replace(plan, seeds=seeds)
             self.plans.discard(request.req_id)
