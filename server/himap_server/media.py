@@ -256,8 +256,13 @@ def _is_image(path: str, part: dict[str, Any]) -> bool:
         )
     if _IMAGE.isdisjoint(names):
         return False
+    if part.get("uuid") is not None:
+        # vLLM looks images up by their uuid, whoever sent them.
+        raise GatewayError(
+            400, "uuid is not supported for images", reason=Reason.MEDIA, param=f"{path}.uuid"
+        )
     kind = part.get("type", "message" if "role" in part else None)
-    if isinstance(kind, str) and kind not in _IMAGE and part.get("uuid") is None:
+    if isinstance(kind, str) and kind not in _IMAGE:
         # vLLM would leave the image out, and the details of the others would move up.
         raise GatewayError(
             400,
@@ -265,11 +270,6 @@ def _is_image(path: str, part: dict[str, Any]) -> bool:
             "in the Responses API)",
             reason=Reason.MEDIA,
             param=path,
-        )
-    if part.get("uuid") is not None:
-        # vLLM looks images up by their uuid, whoever sent them.
-        raise GatewayError(
-            400, "uuid is not supported for images", reason=Reason.MEDIA, param=f"{path}.uuid"
         )
     return True
 
