@@ -184,7 +184,8 @@ def test_the_story(opened: Open, theme: Any) -> None:
     assert all(answers(page))  # the model was taught single questions
     assert page.locator("#pruned-log p").count() == 4
     assert costs(page)["Image tokens after the second cut"][0] == "72"
-    assert int(costs(page)["Prompt tokens reused from the cache"][1]) > 0
+    # A traced prompt is computed anew, so its time says nothing beside one from the cache.
+    assert "Time to first token (both at once)" not in costs(page)
 
     page.get_by_text("Reproduce the pruned request").click()
     page.get_by_role("button", name="Copy Python").click()

@@ -23,11 +23,12 @@ PATH = "/playground"
 _FOLDER = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _FILES = {path.name: path for path in _FOLDER.iterdir() if path.suffix in _TYPES}
+_PAGE = _FILES.pop("index.html")
 # Scenes of the bundled model that training never draws, and that show what questions it knows.
 _EXAMPLES = (13, 16, 20)
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -62,7 +63,7 @@ def playground(args: Namespace, settings: GatewaySettings) -> APIRouter:
 
     @router.get("")
     async def page() -> Response:
-        return _file("index.html")
+        return _answer(_PAGE)
 
     @router.get("/settings.json")
     async def read_settings() -> Response:
@@ -123,6 +124,10 @@ def _file(name: str) -> Response:
     path = _FILES.get(name)
     if path is None:
         raise _no_such_file()
+    return _answer(path)
+
+
+def _answer(path: Path) -> Response:
     kind = f"{_TYPES[path.suffix]}; charset=utf-8"
     return Response(path.read_bytes(), media_type=kind, headers=_HEADERS)
 

@@ -51,6 +51,8 @@ async function take(blob, name) {
     showError(`${name} is too large: this server takes pictures of at most ${limit} MiB.`);
     return;
   }
+  markExample(null);
+  suggest([]);
   const url = await asDataUrl(blob);
   const picture = find("picture");
   picture.src = url;
@@ -73,8 +75,6 @@ function setUpPicture() {
   find("file").addEventListener("change", ({ target }) => {
     if (target.files[0]) take(target.files[0], target.files[0].name);
     target.value = "";
-    markExample(null);
-    suggest([]);
   });
   const drop = find("drop");
   const files = (transfer) => [...(transfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));
@@ -139,8 +139,6 @@ function redraw() {
 
 function showTrace(trace) {
   const read = readTrace(trace);
-  // An image from the prefix cache was not chosen from again: what was kept then is still so.
-  if (state.trace !== null && read.grids.some((grid) => grid.shallow === null)) return;
   state.trace = read;
   state.chosen = null;
   const kinds = kindsOf(state.trace);
@@ -167,7 +165,9 @@ function tell(x, y) {
   }
   const { grid, cell } = state.chosen;
   const row = Math.floor(cell / grid.columns) + 1;
-  const fate = !grid.shallow?.[cell]
+  const fate = grid.shallow === null
+    ? "the server did not tell whether it was kept"
+    : !grid.shallow[cell]
     ? "dropped by the first cut"
     : grid.deep[cell]
       ? "kept by both cuts"
@@ -209,7 +209,11 @@ function setUpOverlay() {
 // Asking --------------------------------------------------------------------------------------
 
 function restart() {
-  state.running?.abort();
+  if (state.running) {
+    state.running.abort();
+    state.running = null;
+    setBusy(false);
+  }
   state.trace = state.chosen = null;
   for (const side of SIDES) {
     state.messages[side] = [];
@@ -267,6 +271,7 @@ async function ask() {
   if (!question) return showError("Type a question first.");
   const running = new AbortController();
   state.running = running;
+  const first = state.messages.pruned.length === 0;
   setBusy(true);
   find("answers").hidden = false;
   const done = await Promise.allSettled(SIDES.map((side) => askSide(side, question, running.signal)));
@@ -279,7 +284,7 @@ async function ask() {
   const [pruned, unpruned] = done.map(({ value }) => value);
   const trace = pruned.usage?.himap?.images?.[0]?.trace;
   if (trace) showTrace(trace);
-  showCosts(pruned, unpruned);
+  showCosts(pruned, unpruned, first);
   const { curl, python } = reproductions(pruned.body, state.settings.needs_key);
   find("curl").textContent = curl;
   find("python").textContent = python;
@@ -293,7 +298,7 @@ function setBusy(busy) {
   find("stop").hidden = !busy;
 }
 
-function showCosts(pruned, unpruned) {
+function showCosts(pruned, unpruned, first) {
   const number = (value) => (value === undefined ? "–" : value.toLocaleString("en"));
   const percent = (value) => `${Math.round(100 * value)} %`;
   const ours = pruned.usage?.himap ?? {};
@@ -306,9 +311,10 @@ function showCosts(pruned, unpruned) {
     ["Image tokens after the second cut", number(ours.kept_deep), number(plain.kept_deep), saved(ours.kept_deep, plain.kept_deep)],
     ["KV cache entries, all layers", number(ours.kv_tokens), number(ours.kv_tokens_unpruned), saved(ours.kv_tokens, ours.kv_tokens_unpruned)],
     ["Prefill FLOPs of the decoder", percent(ours.prefill_flops_ratio ?? 1), percent(1), percent(1 - (ours.prefill_flops_ratio ?? 1))],
-    ["Prompt tokens reused from the cache", number(ours.cached_tokens), number(plain.cached_tokens), "–"],
     ["Time to first token (both at once)", ms(pruned.first), ms(unpruned?.first), saved(pruned.first ?? undefined, unpruned?.first)],
   ];
+  // Later, only the unpruned prompt is found in the cache: a traced one is computed anew.
+  if (!first) rows.pop();
   find("costs").replaceChildren(
     ...rows.map(([name, ...values]) => {
       const row = element("tr", "");
