@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+from collections import Counter
 
 import pytest
 from himap_server.security.keys import Key
@@ -47,56 +47,75 @@ def test_a_place_is_given_back_if_the_rate_is_not_counted(error: BaseException) 
     assert not store.places
 
 
-class Hanging:
-    """A store that fails late until it is mended."""
+class Broken:
+    """A store that does not answer, and fails only when it is told to.
+
+    Attributes:
+        calls: of `enter`, by key; probes have no key.
+        counts_places, counts_rates: which of its calls answer.
+    """
 
     def __init__(self) -> None:
-        self.calls = 0
-        self.is_mended = False
+        self.calls: Counter[str] = Counter()
+        self.counts_places = self.counts_rates = False
+        self.fail = asyncio.Event()
+
+    async def _answer(self, is_mended: bool) -> None:
+        if not is_mended:
+            await self.fail.wait()
+            raise StorageDownError("down")
 
     async def enter(self, key: str, limit: int) -> str | None:  # noqa: ARG002
-        self.calls += 1
-        if not self.is_mended:
-            await asyncio.sleep(0.1)
-            raise StorageDownError("down")
+        self.calls[key] += 1
+        await self._answer(self.counts_places)
         return "a place"
 
     async def leave(self, key: str, place: str) -> None:
         pass
 
     async def hit(self, key: str, per_minute: int) -> float | None:  # noqa: ARG002
+        await self._answer(self.counts_rates)
         return None
 
 
 def test_no_request_waits_for_a_store_that_is_known_to_hang(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("himap_server.security.limits._RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("himap_server.security.limits._RETRY_SECONDS", 0.01)
     key = KEY.model_copy(update={"max_concurrent": 100, "requests_per_minute": 10_000})
-    store = Hanging()
 
     async def scenario() -> None:
+        store = Broken()
         limits = KeyLimits(store)
 
-        async def request() -> float:
-            begun = time.monotonic()
-            async with limits.admit(key):
-                return time.monotonic() - begun
+        async def requests(number: int) -> None:
+            for _ in range(number):
+                async with limits.admit(key):
+                    pass
 
-        await request()
-        assert store.calls == 1
-        # Through several probes, one at a time.
-        waits = []
-        for _ in range(60):
-            waits += await asyncio.gather(*[request() for _ in range(5)])
+        async def probes(number: int) -> None:
+            while store.calls[""] < number:
+                await asyncio.sleep(0.01)
+
+        store.fail.set()
+        await requests(1)
+        store.fail.clear()
+        for number in range(1, 4):
+            await probes(number)  # it hangs
+            await requests(50)
+            assert store.calls == {key.name: 1, "": number}
+            store.fail.set()
+            await asyncio.sleep(0)
+            store.fail.clear()
+        # A server that can't write, for example.
+        store.counts_places = True
+        store.fail.set()
+        await probes(store.calls[""] + 3)
+        await requests(1)
+        assert store.calls[key.name] == 1
+        store.counts_rates = True
+        while store.calls[key.name] == 1:
             await asyncio.sleep(0.01)
-        assert sorted(waits)[len(waits) // 2] < 0.02
-        assert 2 <= store.calls <= 12
-        assert max(waits) < 0.09
-        store.is_mended = True
-        await asyncio.sleep(0.4)
-        calls = store.calls
-        await request()
-        assert store.calls == calls + 1
+            await requests(1)
 
-    asyncio.run(scenario())
+    asyncio.run(asyncio.wait_for(scenario(), 60))

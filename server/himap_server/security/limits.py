@@ -133,7 +133,7 @@ class KeyLimits:
         self._recovery = asyncio.create_task(self._recover())
 
     async def _recover(self) -> None:
-        """Ask the store for what requests ask for, until it answers."""
+        """Ask the store for a place and a rate, as requests do, until it answers."""
         assert self._shared is not None
         try:
             while True:
@@ -142,6 +142,7 @@ class KeyLimits:
                     place = await self._shared.enter(_PROBE, 1)
                     if place is not None:
                         await self._shared.leave(_PROBE, place)
+                    await self._shared.hit(_PROBE, 60)
                     break
         finally:
             self._recovery = None
