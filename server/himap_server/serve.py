@@ -155,7 +155,8 @@ def _serve_bundled(args: Namespace, bundled: BundledModel) -> None:
     if args.tool_call_parser is None:  # so that examples with tools work as they are
         args.tool_call_parser = _BUNDLED_TOOL_PARSER
         args.enable_auto_tool_choice = True
-        args.tool_strict_level = "parameter"  # it keeps to no schema by itself
+        if args.tool_strict_level == "auto":
+            args.tool_strict_level = "parameter"  # it keeps to no schema by itself
     args.model = str(bundled.path)
     args.served_model_name = args.served_model_name or [bundled.name]
 
