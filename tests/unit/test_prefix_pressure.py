@@ -73,6 +73,7 @@ class Cache:
 
     def cached_tokens(self, tokens: list[int], plan: PromptPlan | None = None) -> int:
         """Tokens of a prompt that the prefix cache has."""
+        self.manager.new_step_starts()
         found = self.manager.get_computed_blocks(self._request("look", tokens, plan))[1]
         self._end("look")
         return found
@@ -80,7 +81,8 @@ class Cache:
     def run(
         self, name: str, tokens: list[int], plan: PromptPlan | None = None, deferred: bool = False
     ) -> None:
-        """Compute a prompt whole, end the request."""
+        """Compute a prompt whole, in a step of its own, and end the request."""
+        self.manager.new_step_starts()
         request = self._request(name, tokens, plan)
         blocks, num_computed, *_ = self.manager.get_computed_blocks(request)
         num_new = len(tokens) - num_computed
