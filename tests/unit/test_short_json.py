@@ -23,11 +23,32 @@ STRING = {"type": "string", "maxLength": MAX_CHARACTERS}
         ({"type": "string", "format": "date"}, {"type": "string", "format": "date"}),
         ({"type": "string", "enum": ["a"]}, {"type": "string", "enum": ["a"]}),
         ({"type": "integer"}, {"type": "integer", "minimum": 0, "maximum": 999}),
-        ({"type": "integer", "minimum": 5}, {"type": "integer", "minimum": 5}),
+        ({"type": "string", "minLength": 9}, {**STRING, "minLength": 9}),
+        ({"type": "string", "minLength": 99}, {"type": "string", "minLength": 99, "maxLength": 99}),
         (
             {"type": "integer", "minimum": 5, "maximum": 2**64 - 1},
-            {"type": "integer", "minimum": 5},
+            {"type": "integer", "minimum": 5, "maximum": 1004},
         ),
+        (
+            {"type": "integer", "exclusiveMaximum": -5},
+            {"type": "integer", "exclusiveMaximum": -5, "minimum": -1004},
+        ),
+        (
+            {"type": "integer", "multipleOf": 7},
+            {"type": "integer", "multipleOf": 7, "minimum": 0, "maximum": 6993},
+        ),
+        ({"type": "number"}, {"type": "integer", "minimum": 0, "maximum": 999}),
+        (
+            {"type": ["number", "null"]},
+            {"type": ["integer", "null"], "minimum": 0, "maximum": 999},
+        ),
+        (
+            {"type": "number", "minimum": 0.5},
+            {"type": "number", "minimum": 0.5, "maximum": 999.5},
+        ),
+        ({"type": "number", "minimum": 0, "maximum": 1}, ...),
+        ({"description": "anything"}, {"description": "anything", **STRING}),
+        ({"allOf": [{"type": "string"}]}, {"allOf": [STRING]}),
         ({"type": "array"}, {"type": "array", "items": STRING, "maxItems": MAX_ITEMS}),
         (
             {"type": "array", "minItems": 9, "items": {"$ref": "#/$defs/A"}},
@@ -35,8 +56,39 @@ STRING = {"type": "string", "maxLength": MAX_CHARACTERS}
         ),
         (
             {"properties": {"type": {"type": "string"}, "items": {}}},
-            {"properties": {"type": STRING, "items": STRING}, "additionalProperties": False},
+            {
+                "type": "object",
+                "properties": {"type": STRING, "items": STRING},
+                "additionalProperties": False,
+            },
         ),
+        (
+            {"type": "array", "prefixItems": [{"type": "null"}] * 6, "items": False},
+            {"type": "array", "prefixItems": [{"type": "null"}] * 6, "items": False, "maxItems": 6},
+        ),
+        (
+            {"type": "object", "additionalProperties": {"type": "string"}},
+            {"type": "object", "additionalProperties": False},
+        ),
+        (
+            {"type": "object", "additionalProperties": {"type": "null"}, "minProperties": 2},
+            {
+                "type": "object",
+                "properties": {"property1": {"type": "null"}, "property2": {"type": "null"}},
+                "additionalProperties": False,
+                "minProperties": 2,
+            },
+        ),
+        (
+            {"properties": {"a": {"type": "null"}}, "required": ["a", "b"]},
+            {
+                "type": "object",
+                "properties": {"a": {"type": "null"}, "b": STRING},
+                "required": ["a", "b"],
+                "additionalProperties": False,
+            },
+        ),
+        ({"type": "object", "required": ["a"], "additionalProperties": False}, ...),
         ({"anyOf": [{"type": "string"}, {"type": "null"}]}, {"anyOf": [STRING, {"type": "null"}]}),
         ({"type": "boolean"}, {"type": "boolean"}),
         (True, STRING),
@@ -45,6 +97,31 @@ STRING = {"type": "string", "maxLength": MAX_CHARACTERS}
 )
 def test_schemas(schema: Any, expected: Any) -> None:
     assert narrowed(schema) == (schema if expected is ... else expected)
+
+
+@pytest.mark.parametrize(
+    ("schema", "ends", "goes_on"),
+    [
+        ({"type": "string", "minLength": 60}, f'"{"a" * 60}"', '"' + "a" * 61),
+        ({"type": "integer", "minimum": 1}, "1000", "10000"),
+        ({"type": "integer", "maximum": 7}, "-992", "-9920"),
+        ({"type": "number"}, "999", "9.9"),
+        ({"type": "number", "minimum": 1}, "1000.0", "10000"),
+        ({"type": "object", "additionalProperties": {"type": "integer"}}, "{}", '{"'),
+        ({"required": ["a"]}, '{"a": "b"}', '{"a": "b", '),
+        ({"type": "object", "minProperties": 1}, '{"property1": "b"}', '{"property1": "b", '),
+        ({"allOf": [{"type": "integer"}]}, "999", "9999"),
+        ({"title": "anything"}, '"a"', "["),
+    ],
+)
+def test_what_is_written_ends(schema: Any, ends: str, goes_on: str) -> None:
+    grammar = xgrammar.Grammar.from_json_schema(json.dumps(narrowed(schema)), any_whitespace=False)
+    compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo([chr(c) for c in range(128)]))
+    matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(grammar))
+    assert matcher.accept_string(ends)
+    assert matcher.is_completed()
+    matcher.reset()
+    assert not matcher.accept_string(goes_on)
 
 
 def test_calls_of_tools_have_no_white_space() -> None:
@@ -72,8 +149,9 @@ def test_calls_of_tools_have_no_white_space() -> None:
     assert not is_taken('<call>{"a": "' + "b" * (MAX_CHARACTERS + 1))
 
 
-def test_arguments_are_an_object() -> None:
-    tag = {"format": {"type": "json_schema", "json_schema": True}}
+@pytest.mark.parametrize("schema", [True, {}, {"description": "none"}])
+def test_arguments_are_an_object(schema: Any) -> None:
+    tag = {"format": {"type": "json_schema", "json_schema": schema}}
     params = StructuredOutputsParams(structural_tag=json.dumps(tag))
     shorten(params)
     assert params.structural_tag is not None
