@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+import zlib
 from collections.abc import Sequence
 from operator import mul
 from pathlib import Path
@@ -96,7 +97,7 @@ class Steps:
                 for i, size in zip(places, sizes or [36] * len(places), strict=True)
             ]
         hasher = get_request_block_hasher(SIZE, sha256)
-        tokens = [hash(name) % 1000] * num_tokens
+        tokens = [zlib.crc32(name.encode())] * num_tokens
         self.scheduler.add_request(
             Request(name, tokens, params, None, mm_features=features, block_hasher=hasher)
         )
