@@ -41,7 +41,7 @@ from himap_vllm.vllm_versions import (
 )
 
 from .app import build_app
-from .bundled import BundledModel, bundled_model
+from .bundled import BundledModel, bundled_model, is_bundled
 from .checked_images import CONNECTOR
 from .engine import run_engine
 from .http import BoundedHttp
@@ -221,8 +221,9 @@ def _configure_logging(args: Namespace) -> None:
     if logging.getLogger("vllm").level > logging.DEBUG:
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
-        # An answer that ends within a call is no error; vLLM logs a traceback for it.
-        logging.getLogger("vllm.tool_parsers").setLevel(logging.CRITICAL)
+        if is_bundled(args.model):
+            # Its answers often end within a call, for which vLLM logs a traceback.
+            logging.getLogger("vllm.tool_parsers").setLevel(logging.CRITICAL)
     for name in ("uvicorn", "uvicorn.error"):
         log = logging.getLogger(name)
         log.handlers = logging.getLogger("vllm").handlers if name == "uvicorn" else []

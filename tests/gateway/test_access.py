@@ -55,7 +55,7 @@ def guarded(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with gateway(
         world.checkpoint("mha12"),
         *("--config", str(settings), "--max-body-bytes", "200000"),
-        *("--root-path", "/proxy/", "--no-playground"),
+        *("--root-path", "/proxy/", "--no-playground", "--no-allow-traces"),
         environment={
             "HIMAP_REQUEST_TIMEOUT": "1.5",
             "HIMAP_MAX_BODY_BYTES": "1",
@@ -68,9 +68,17 @@ def guarded(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield guarded
 
 
-def test_without_the_operators_word_there_is_no_playground(guarded: Guarded) -> None:
+def test_no_playground_if_the_operator_says_so(guarded: Guarded) -> None:
     for path in ("/playground", "/playground/settings.json", "/proxy/playground/app.js"):
         assert guarded.server.status(path) == 404
+
+
+@pytest.mark.parametrize("trace", [True, "scores"])
+def test_no_trace_if_the_operator_says_so(guarded: Guarded, trace: Any) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, "himap": {"trace": trace}}
+    status, _, answer = guarded.post(body, path="/v1/chat/completions")
+    assert (status, answer["error"]["param"]) == (400, "himap.trace")
+    assert "this server gives no traces" in answer["error"]["message"]
 
 
 def test_without_a_key_there_is_nothing(guarded: Guarded) -> None:
