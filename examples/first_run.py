@@ -46,7 +46,8 @@ def serving() -> Iterator[str]:
     ]  # fmt: skip
     print("$ VLLM_PLUGINS=himap,himap_stats", shlex.join(command), flush=True)
     print("Starting takes about a minute ...", flush=True)
-    print("To see what is kept: himap serve --host 127.0.0.1, then localhost:8000/playground\n")
+    print("To see what is kept: himap serve --enforce-eager --host 127.0.0.1")
+    print("Then open http://localhost:8000/playground\n")
     environment = {**os.environ, "VLLM_PLUGINS": "himap,himap_stats"}
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -4,7 +4,8 @@
 Settings come from the loaded model's configuration and image processor; a processor or a setting
 that is not known here has no layout, and its grids then have no place in the picture.
 
-* `vllm.multimodal.processing.context.BaseProcessingInfo.get_hf_processor` (called): the processor
+* `vllm.renderers.base.BaseRenderer.mm_processor` (read),
+  `vllm.multimodal.processing.context.BaseProcessingInfo.get_hf_processor` (called): the processor
   with the operator's `--mm-processor-kwargs`. Remove when: vLLM tells where image tokens lie.
 """
 
