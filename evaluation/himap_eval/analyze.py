@@ -90,7 +90,11 @@ def _run(args: Namespace) -> int:
 
 @contextmanager
 def _engine_core_here() -> Iterator[None]:
-    """Keep the engine core in this process: every pass is a call to it, and there are thousands."""
+    """Keep the engine core in this process: every pass is a call to it, and there are thousands.
+
+    * `vllm.envs.VLLM_ENABLE_V1_MULTIPROCESSING` (read): set to 0 for that. Remove when: `LLM` has
+      an argument for it.
+    """
     before = os.environ.get(_MULTIPROCESSING)
     os.environ[_MULTIPROCESSING] = "0"
     try:
@@ -117,6 +121,7 @@ def _analyze(args: Namespace, items: Sequence[Item]) -> Analysis:
         )
     first_cut = family.first_cut(config.hf_config)
     observer = Observer(llm, args.answer_tokens)
+    check_depth(observer.num_layers, first_cut)
     seen = _observe(llm, observer, items, args.quiet)
     del llm
     gc.collect()  # ends the engine: --check may need its memory
@@ -140,6 +145,20 @@ def _analyze(args: Namespace, items: Sequence[Item]) -> Analysis:
         default=next(one for one in cuts if (one.shallow_layer, one.deep_layer) == default),
         cuts=cuts,
     )
+
+
+def check_depth(num_layers: int, first_cut: int) -> None:
+    """Raise CommandError unless a decoder has room for two cuts.
+
+    Args:
+        num_layers: of the decoder.
+        first_cut: least K1 of the model.
+    """
+    if first_cut > num_layers - 2:
+        raise CommandError(
+            f"the decoder has {num_layers} layers, which leaves no room for two cuts: the first "
+            f"may not be before layer {first_cut}"
+        )
 
 
 def _data_name(args: Namespace) -> str:

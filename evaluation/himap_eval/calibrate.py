@@ -3,6 +3,9 @@
 
 The criterion `debiased` divides attention by this positional prior. It is the mean over questions
 about many images: images without meaning by default, better a sample of what users ask.
+
+* `vllm.sampling_params.SamplingParams.skip_reading_prefix_cache` (read): set, because attention is
+  known of prompts that are computed only. Remove when: a prompt can ask to be computed in full.
 """
 
 from __future__ import annotations
@@ -136,7 +139,7 @@ def _measure(
         max_tokens=1,
         temperature=0,
         extra_args=dict(_RATIOS),
-        skip_reading_prefix_cache=True,  # attention is known of prompts that are computed
+        skip_reading_prefix_cache=True,
     )
     shares: dict[int, list[FloatArray]] = {cut: [] for cut in cuts}
     for begin in range(0, len(items), _BATCH):

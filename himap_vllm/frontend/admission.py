@@ -5,6 +5,10 @@ Admission resolves the ratios of each image (the request's, or the server's defa
 of the prompt's units, and stamps the request with its decision. If a request asks for pruning and
 cannot be pruned, admission refuses it. A request that did not ask runs unpruned instead, and is
 counted as bypassed.
+
+* `vllm.sampling_params.SamplingParams.skip_reading_prefix_cache` (read): set for a request that
+  asks for its trace, because nothing is known of images that it would find. Remove when: cached
+  blocks can tell which tokens they hold.
 """
 
 from __future__ import annotations
@@ -97,7 +101,7 @@ class Admission:
             obstacle = self._obstacle(plan, other, request, params)
             if obstacle is None:
                 decision = Decision("pruned", ratios.images, ends, trace)
-                if trace is not None:  # of images in the prefix cache nothing is known
+                if trace is not None:
                     params.skip_reading_prefix_cache = True
             elif ratios.asked:
                 raise HiMAPError(obstacle.parameter, obstacle.message)

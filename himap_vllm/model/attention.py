@@ -18,6 +18,9 @@ them every other model of the process, stay as they are.
   `vllm.v1.attention.backend.AttentionMetadataBuilder.update_block_table` (overridden): the metadata
   of a stage, and that of another group of the same stage. Remove when: vLLM lets a layer choose its
   metadata builder.
+* `vllm.model_executor.layers.attention.attention.Attention.sliding_window` (read): scores are of
+  all keys, so layers with a window are refused. Remove when: vLLM offers a hook for attention
+  scores.
 * `vllm.v1.attention.backend.AttentionImpl.forward` (wrapped): q and k of the two layers before the
   cuts are read there, inside the opaque attention op, which torch.compile does not look into.
   Remove when: vLLM offers a hook for attention scores.
@@ -87,12 +90,14 @@ def install_stage(attention: Attention, place: StagePlace, context: PruningConte
 
 
 def check_plain_softmax(attention: Attention) -> None:
-    """Raise ValueError unless a layer's attention is a plain softmax of scaled products.
+    """Raise ValueError unless a layer's attention is a plain softmax of all scaled products.
 
     Scores are computed from such a softmax.
     """
-    for extra in ("logits_soft_cap", "alibi_slopes", "sinks"):
-        value = getattr(attention.impl, extra, None)
+    extras: dict[str, Any] = {"sliding_window": attention.sliding_window}
+    for name in ("logits_soft_cap", "alibi_slopes", "sinks"):
+        extras[name] = getattr(attention.impl, name, None)
+    for extra, value in extras.items():
         if value is not None and not (isinstance(value, int | float) and value == 0):
             raise ValueError(f"himap: {attention.layer_name} has {extra}, which is not supported")
 

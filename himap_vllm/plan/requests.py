@@ -3,6 +3,9 @@
 
 Admission stamps each request with its decision. The stamp is one value in
 `SamplingParams.extra_args` that only this module reads and writes. Clients may not send it.
+
+* `vllm.multimodal.inputs.PlaceholderRange.extract_embeds_range` (called): which of a placeholder's
+  tokens are an image's. Remove when: the positions of image tokens are part of vLLM's public API.
 """
 
 from __future__ import annotations

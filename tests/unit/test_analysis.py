@@ -19,6 +19,8 @@ from himap_eval.analysis.findings import (
 )
 from himap_eval.analysis.measure import Effect, Observation, classes_of, windows_of
 from himap_eval.analysis.svg import heat_map, line_chart
+from himap_eval.analyze import check_depth
+from himap_eval.errors import CommandError
 
 from himap_vllm.plan.prompt import Ratios
 
@@ -220,7 +222,7 @@ def test_each_image_keeps_its_own_share() -> None:
 
 def test_memory_of_the_default_cuts_of_32_layers() -> None:
     cost = memory_cost(2, 8, 32)
-    assert (cost.num_groups, cost.num_groups_few) == (16, 3)
+    assert (cost.num_groups, cost.num_groups_few) == (6, 3)
     assert cost.wasted == 0
 
 
@@ -236,3 +238,10 @@ def test_charts_are_well_formed() -> None:
     flat = line_chart("flat", {"none": [None, None]}, "")
     for text in (chart, flat, heat_map("b", [[0, 1], [2, 3]], "place"), heat_map("0", [[0]], "")):
         assert ElementTree.fromstring(text).tag == "svg"
+
+
+@pytest.mark.parametrize(("num_layers", "first_cut"), [(2, 1), (4, 3)])
+def test_a_decoder_without_room_for_two_cuts_is_refused(num_layers: int, first_cut: int) -> None:
+    check_depth(num_layers + 1, first_cut)
+    with pytest.raises(CommandError, match=f"{num_layers} layers"):
+        check_depth(num_layers, first_cut)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from himap_vllm.plan.cuts import TOLERATED_WASTE, stage_layers, wasted_share
+from himap_vllm.plan.cuts import TOLERATED_WASTE, KVGrouping, stage_layers
 from himap_vllm.plan.grouping import choose_grouping
 from himap_vllm.plan.prompt import Ratios, kept
 
@@ -25,6 +25,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 _BLOCK_SIZE = 16  # tokens; what vLLM takes on a GPU
 _NEARLY = 0.05
+_GROUPINGS: tuple[KVGrouping, KVGrouping] = ("balanced", "few")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,9 @@ class MemoryCost:
     """What cuts cost the KV cache.
 
     Attributes:
-        num_groups: KV cache groups with `kv_grouping` "many", the default.
+        num_groups: KV cache groups with `kv_grouping` "balanced", the default.
         num_groups_few: with "few".
-        wasted: share of the KV cache memory that belongs to no layer.
+        wasted: share of the KV cache memory that belongs to no layer, with "balanced".
     """
 
     num_groups: int
@@ -62,11 +63,10 @@ class MemoryCost:
 def memory_cost(shallow_layer: int, deep_layer: int, num_layers: int) -> MemoryCost:
     """What cuts cost the KV cache, with blocks of 16 tokens."""
     stages = stage_layers(shallow_layer, deep_layer, num_layers)
-    many, few = (
-        choose_grouping(grouping, stages, _BLOCK_SIZE, _BLOCK_SIZE) for grouping in ("many", "few")
+    balanced, few = (
+        choose_grouping(grouping, stages, _BLOCK_SIZE, _BLOCK_SIZE) for grouping in _GROUPINGS
     )
-    wasted = wasted_share(shallow_layer, deep_layer, num_layers)
-    return MemoryCost(many.num_groups, few.num_groups, wasted)
+    return MemoryCost(balanced.num_groups, few.num_groups, balanced.wasted_share)
 
 
 def all_cuts(

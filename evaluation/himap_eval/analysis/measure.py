@@ -7,6 +7,9 @@ is blocked in turn, in a forward pass of its own over the prompt and the unblock
 * `vllm.v1.engine.llm_engine.LLMEngine.add_request`, `vllm.v1.engine.llm_engine.LLMEngine.step`
   (called): run a prompt whose images are processed already, again and again, with more tokens
   behind it. Remove when: `LLM.generate` takes such prompts.
+* `vllm.multimodal.inputs.PlaceholderRange.extract_embeds_range`,
+  `vllm.multimodal.inputs.PlaceholderRange.get_num_embeds` (called): which of a placeholder's tokens
+  are an image's. Remove when: the positions of image tokens are part of vLLM's public API.
 """
 
 from __future__ import annotations
