@@ -207,7 +207,7 @@ def plan_batch(
             starts[stage, row] = plan.stage_tokens(stage, begin)
             ends[stage, row] = plan.stage_tokens(stage, behind)
         if units:
-            chunks.append(_Chunk(row, plan, begin, units))
+            chunks.append(_Chunk(row, plan, begin, units, (begin, int(starts[1, row]))))
     query_start_loc = np.zeros((NUM_STAGES, len(start) + 1), dtype=np.int32)
     np.cumsum(ends - starts, axis=1, out=query_start_loc[:, 1:])
     # In C order, because kernels read a stage's row by its address.
@@ -229,20 +229,21 @@ class _Chunk:
         plan: of the prompt.
         start: tokens computed before.
         units: indices into the plan's.
+        num_cached: KV entries before the chunk, in stages 0 and 1.
     """
 
     row: int
     plan: PromptPlan
     start: int
     units: Sequence[int]
+    num_cached: tuple[int, int]
 
     def rows(self, stage: int, batch: StageBatch, unit: Unit) -> tuple[slice, int]:
         """The request's rows up to a unit's end, and its KV entries before them, in a stage."""
         first = int(batch.query_start_loc[self.row])
-        num_cached = self.plan.stage_tokens(stage, self.start)
-        return slice(
-            first, first + self.plan.stage_tokens(stage, unit.end) - num_cached
-        ), num_cached
+        num_cached = self.num_cached[stage]
+        last = first + self.plan.stage_tokens(stage, unit.end) - num_cached
+        return slice(first, last), num_cached
 
 
 def _first_cut(chunks: Sequence[_Chunk], stages: Sequence[StageBatch]) -> Cut:

@@ -55,10 +55,13 @@ def importance(
         sums over the same number of heads, so the mean's constant factor is left out.
     """
     scores = query.new_empty(cut.num_image_tokens, dtype=torch.float32)
+    request, earlier = -1, key[:0]
     for unit in cut.units:
         keys = key[unit.tokens]
         if unit.num_cached:
-            keys = torch.cat([_earlier_keys(unit, cached_keys), keys])
+            if unit.request != request:  # its units follow one another
+                request, earlier = unit.request, _earlier_keys(unit, cached_keys)
+            keys = torch.cat([earlier, keys])
         columns = image_tokens[unit.image_tokens] - unit.tokens.start
         rows = columns if unit.rows is None else torch.from_numpy(unit.rows)
         scores[unit.image_tokens] = _received(query[unit.tokens], keys, scale, rows, columns, unit)
