@@ -23,14 +23,16 @@ them every other model of the process, stay as they are.
   scores.
 * `vllm.v1.attention.backend.AttentionImpl.forward` (wrapped): q and k of the two layers before the
   cuts are read there, inside the opaque attention op, which torch.compile does not look into.
-  Remove when: vLLM offers a hook for attention scores.
+  `himap analyze` reads all tensors of all layers. Remove when: vLLM offers a hook for attention
+  scores.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from vllm.model_executor.layers.attention import Attention
@@ -89,6 +91,62 @@ def install_stage(attention: Attention, place: StagePlace, context: PruningConte
     attention.himap_context = context
 
 
+class AttentionCall(NamedTuple):
+    """What an attention layer computes with in a step, as vLLM gives it to `AttentionImpl`.
+
+    Attributes:
+        layer: vLLM's.
+        query: [num_tokens, num_heads, head_size], rotary applied.
+        key: [num_tokens, num_kv_heads, head_size], likewise.
+        value: [num_tokens, num_kv_heads, head_size].
+        kv_cache: of the layer.
+        metadata: the backend's.
+        output: of `query`'s shape, or flat; filled by the layer.
+    """
+
+    layer: Any
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    kv_cache: torch.Tensor
+    metadata: Any
+    output: torch.Tensor
+
+
+def wrap_forward(
+    impl: Any,
+    before: Callable[[AttentionCall], None] | None = None,
+    after: Callable[[AttentionCall], None] | None = None,
+) -> None:
+    """Let functions see each call of an `AttentionImpl`, but not those without metadata.
+
+    Metadata is absent in profiling and warm-up runs.
+    """
+    base_forward = impl.forward
+
+    @functools.wraps(base_forward)
+    def forward(
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        call = AttentionCall(layer, query, key, value, kv_cache, attn_metadata, output)
+        if before is not None and attn_metadata is not None:
+            before(call)
+        result = base_forward(*call, *args, **kwargs)
+        if after is not None and attn_metadata is not None:
+            after(call)
+        return result
+
+    impl.forward = forward
+
+
 def check_plain_softmax(attention: Attention) -> None:
     """Raise ValueError unless a layer's attention is a plain softmax of all scaled products.
 
@@ -109,32 +167,20 @@ def install_votes(attention: Attention, cut: int, context: PruningContext) -> No
         ValueError: as `check_plain_softmax` does.
     """
     check_plain_softmax(attention)
-    impl = attention.impl
-    base_forward = impl.forward
+    scale = attention.impl.scale
     read_keys = key_reader(attention.attn_backend.get_name())
 
-    @functools.wraps(base_forward)
-    def forward(
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def score(call: AttentionCall) -> None:
         step = context.step
-        # Metadata is absent in profiling and warm-up runs.
-        if step is not None and attn_metadata is not None:
+        if step is not None:
 
             def cached_keys(requests: slice, longest: int) -> KeyPages:
-                return read_keys(layer, kv_cache, attn_metadata.block_table[requests], longest)
+                blocks = call.metadata.block_table[requests]
+                return read_keys(call.layer, call.kv_cache, blocks, longest)
 
-            step.cuts[cut].score(query, key, impl.scale, cached_keys)
-        return base_forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+            step.cuts[cut].score(call.query, call.key, scale, cached_keys)
 
-    impl.forward = forward
+    wrap_forward(attention.impl, before=score)
 
 
 @functools.cache

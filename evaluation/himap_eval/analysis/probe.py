@@ -9,8 +9,6 @@ to a probe, which sums up attention and, where a flow is blocked, replaces rows 
   plugin add methods to workers.
 * `vllm.v1.worker.worker_base.WorkerBase.get_model` (called): the loaded model, whatever the model
   runner. Remove when: vLLM lets a plugin change a model that it has loaded.
-* `vllm.v1.attention.backend.AttentionImpl.forward` (wrapped): query, key and value of a layer, and
-  its output. Remove when: vLLM offers a hook for attention scores.
 * `vllm.model_executor.models.interfaces_base.VllmModelForTextGeneration.compute_logits` (called):
   logits of all tokens of an answer in one pass, without those of its prompt. Remove when: vLLM
   returns log-probabilities of chosen positions of a prompt.
@@ -24,7 +22,7 @@ from typing import Any
 
 import torch
 
-from himap_vllm.model.attention import check_plain_softmax
+from himap_vllm.model.attention import AttentionCall, check_plain_softmax, wrap_forward
 from himap_vllm.model.families import FAMILIES
 from himap_vllm.model.install import attention_of
 
@@ -91,7 +89,8 @@ class Probe:
         for index, layer in enumerate(decoder.layers):
             attention = attention_of(layer)
             check_plain_softmax(attention)
-            attention.impl.forward = self._watched(attention.impl, index)
+            behind = functools.partial(self._behind_attention, index, attention.impl.scale)
+            wrap_forward(attention.impl, after=behind)
             layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
             layer.register_forward_hook(self._behind_layer)
         # The norm, as a decoder's `__call__` may not run hooks.
@@ -112,32 +111,12 @@ class Probe:
         task = self._task
         return task if task is not None and num_rows >= len(task.classes) else None
 
-    def _watched(self, impl: Any, index: int) -> Any:
-        base_forward = impl.forward
-
-        @functools.wraps(base_forward)
-        def forward(
-            layer: Any,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            kv_cache: torch.Tensor,
-            attn_metadata: Any,
-            output: torch.Tensor,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
-            result = base_forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
-            )
-            task = None if attn_metadata is None else self._runs(attn_metadata.num_actual_tokens)
-            if task is not None:
-                size = len(task.classes)
-                tensors = query[:size], key[:size], value[:size]
-                self._attend(task, index, *tensors, impl.scale, output)
-            return result
-
-        return forward
+    def _behind_attention(self, index: int, scale: float, call: AttentionCall) -> None:
+        task = self._runs(call.metadata.num_actual_tokens)
+        if task is not None:
+            size = len(task.classes)
+            tensors = call.query[:size], call.key[:size], call.value[:size]
+            self._attend(task, index, *tensors, scale, call.output)
 
     def _attend(
         self,
