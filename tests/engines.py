@@ -145,3 +145,17 @@ def watched(engine: Engine, look: Any) -> Iterator[None]:
         yield
     finally:
         del scheduler.schedule
+
+
+@contextmanager
+def chunks_of(engine: Engine) -> Iterator[dict[str, list[int]]]:
+    """By request id, the numbers of tokens in its steps of more than one token."""
+    chunks: dict[str, list[int]] = {}
+
+    def look(output: Any) -> None:
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            if num_tokens > 1:
+                chunks.setdefault(request_id.rpartition("-")[0], []).append(num_tokens)
+
+    with watched(engine, look):
+        yield chunks

@@ -8,7 +8,16 @@ from typing import Any
 
 from himap_vllm.plan.requests import read_stamp
 from tests.checkpoints import sample_images
-from tests.engines import DEEP_LAYER, SHALLOW_LAYER, WARM, Case, Engine, least_pool, watched
+from tests.engines import (
+    DEEP_LAYER,
+    SHALLOW_LAYER,
+    WARM,
+    Case,
+    Engine,
+    chunks_of,
+    least_pool,
+    watched,
+)
 from tests.world import World, assert_equals_oracle, compiled_or_not
 
 PICTURES = tuple(sample_images(8, seed=1))
@@ -54,14 +63,7 @@ def test_long_prompts_are_chunked_and_pruned_ones_only_before_the_image(
         Case("D. " + LONG_TEXT + QUESTION, PICTURES[2:3], (0, 0)),
         Case("E. " + LONG_TEXT[:100] + QUESTION, PICTURES[3:4], (0.75, 0.5)),
     ]
-    chunks: dict[str, list[int]] = {}
-
-    def look(output: Any) -> None:
-        for request_id, num_tokens in output.num_scheduled_tokens.items():
-            if num_tokens > 1:
-                chunks.setdefault(request_id.rpartition("-")[0], []).append(num_tokens)
-
-    with watched(engine, look):
+    with chunks_of(engine) as chunks:
         outputs = engine.generate(cases)
     for case, output in zip(cases, outputs, strict=True):
         assert len(chunks[output.request_id]) > 1

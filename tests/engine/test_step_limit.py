@@ -9,7 +9,7 @@ import pytest
 
 from tests.checkpoints import sample_images
 from tests.engine.test_oracle import TURNS
-from tests.engines import Case, watched
+from tests.engines import Case, chunks_of, watched
 from tests.world import World, assert_equals_oracle
 
 PICTURES = tuple(sample_images(4, seed=4))
@@ -82,14 +82,7 @@ def test_a_conversation_is_computed_turn_by_turn(world: World) -> None:
         prompt = before + TURNS.replace("And <image> or", "And <image>, or")
         cases.append(Case(prompt, (PICTURES * 2)[i : i + 3], ratios))
     cases.append(Case(TURNS.replace(" or <image>", " what"), PICTURES[:2], (0.5, 0.75)))
-    chunks: dict[str, list[int]] = {}
-
-    def look(output: Any) -> None:
-        for request_id, num_tokens in output.num_scheduled_tokens.items():
-            if num_tokens > 1:
-                chunks.setdefault(request_id.rpartition("-")[0], []).append(num_tokens)
-
-    with watched(engine, look):
+    with chunks_of(engine) as chunks:
         outputs = engine.generate(cases)
     for case, output in zip(cases, outputs, strict=True):
         assert_equals_oracle(world, engine, "mha12", case, output)
