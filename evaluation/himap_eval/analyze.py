@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +25,10 @@ from .analysis.measure import Observation, Observer
 from .analysis.probe import BLOCKS
 from .analysis.report import Analysis, write
 from .errors import CommandError
-from .formats import FORMATS, read
+from .formats import read
 from .items import Item, check_images, held_out, sample
 from .offline import messages_of, start_engine
-from .options import guarded, natural, positive, ratio_pair
+from .options import add_files, engine_parser, guarded, natural, parse, positive, ratio_pair
 
 _MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 _EXTENSION = "himap_eval.analysis.probe.ProbeExtension"
@@ -36,16 +36,11 @@ _EXTENSION = "himap_eval.analysis.probe.ProbeExtension"
 
 def main(argv: list[str]) -> int:
     """Command line; returns the exit status."""
-    flags: list[str] = []
-    if "--" in argv:
-        cut = argv.index("--")
-        argv, flags = argv[:cut], argv[cut + 1 :]
-    parser = ArgumentParser(
-        prog="himap analyze",
-        usage="%(prog)s [MODEL] [options] [-- flags of vLLM's engine]",
-        description="Measure where a model reads its images, and recommend K1 and K2.",
+    parser = engine_parser(
+        "analyze",
+        "vLLM's engine",
+        "Measure where a model reads its images, and recommend K1 and K2.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the bundled model")
     parser.add_argument(
         "--output", type=Path, default=Path("himap-analysis"),
         help="folder (default: himap-analysis)",
@@ -63,16 +58,13 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     group = parser.add_argument_group("data (default: the project's own held-out set)")
-    group.add_argument("--data", type=Path, help="file or folder, see --format")
-    group.add_argument("--format", choices=FORMATS, default="jsonl", help="default: jsonl")
-    group.add_argument("--images", type=Path, help="folder of the images, if it is another one")
+    add_files(group)
     group.add_argument("--limit", type=positive, default=50, help="questions (default: 50)")
     group.add_argument(
         "--first-scene", type=natural, default=0, metavar="N",
         help="first scene of the held-out set (default: 0)",
     )  # fmt: skip
-    args = parser.parse_args(argv)
-    args.flags = flags
+    args = parse(parser, argv)
     return guarded("analyze", _run, args)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import gc
 import io
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,11 +26,10 @@ from PIL import Image
 from himap_vllm.plan.prior import FILE_NAME, PositionPrior, PriorError, describe_model, resampled
 
 from .errors import CommandError
-from .formats import FORMATS, read
+from .formats import read
 from .items import Item, check_images, held_out, sample
 from .offline import messages_of, start_engine
-from .options import guarded, natural, positive
-from .sweep import _layers
+from .options import add_files, engine_parser, guarded, layer_pair, natural, parse, positive
 
 _QUESTIONS = (
     "Describe the image.",
@@ -50,18 +49,13 @@ FloatArray = npt.NDArray[np.float64]
 
 def main(argv: list[str]) -> int:
     """Command line; returns the exit status."""
-    flags: list[str] = []
-    if "--" in argv:
-        cut = argv.index("--")
-        argv, flags = argv[:cut], argv[cut + 1 :]
-    parser = ArgumentParser(
-        prog="himap calibrate",
-        usage="%(prog)s [MODEL] [options] [-- flags of vLLM's engine]",
-        description="Measure the positional prior that the criterion `debiased` needs.",
+    parser = engine_parser(
+        "calibrate",
+        "vLLM's engine",
+        "Measure the positional prior that the criterion `debiased` needs.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the bundled model")
     parser.add_argument(
-        "--layers", type=_layers, action="append", metavar="K1,K2",
+        "--layers", type=layer_pair, action="append", metavar="K1,K2",
         help="cuts; repeatable (default: the engine's)",
     )  # fmt: skip
     parser.add_argument(
@@ -69,9 +63,7 @@ def main(argv: list[str]) -> int:
         help=f"file; layers that it has already stay (default: {FILE_NAME})",
     )  # fmt: skip
     group = parser.add_argument_group("data (default: noise and plain colours)")
-    group.add_argument("--data", type=Path, help="file or folder, see --format")
-    group.add_argument("--format", choices=FORMATS, default="jsonl", help="default: jsonl")
-    group.add_argument("--images", type=Path, help="folder of the images, if it is another one")
+    add_files(group)
     group.add_argument("--limit", type=positive, default=200, help="images (default: 200)")
     group.add_argument(
         "--first-scene", type=natural, metavar="N",
@@ -81,8 +73,7 @@ def main(argv: list[str]) -> int:
         "--image-size", type=positive, default=448, metavar="PIXELS",
         help="side of an image without meaning (default: 448)",
     )  # fmt: skip
-    args = parser.parse_args(argv)
-    args.flags = flags
+    args = parse(parser, argv)
     return guarded("calibrate", _run, args)
 
 

@@ -7,6 +7,7 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from himap_vllm.config import check_ratio
 from himap_vllm.plan.prompt import Ratios
@@ -47,12 +48,53 @@ def natural(text: str) -> int:
     return int(text)
 
 
-def add_data_options(parser: ArgumentParser) -> None:
-    """Add the options that choose the questions and how they are asked."""
-    group = parser.add_argument_group("data (default: the project's own held-out set)")
+def layer_pair(text: str) -> tuple[int, int]:
+    """`2,8`, for argparse."""
+    try:
+        shallow, deep = map(int, text.split(","))
+    except ValueError:
+        shallow = deep = 0
+    if not 0 < shallow < deep:
+        raise ArgumentTypeError(f"must be K1,K2 with 0 < K1 < K2, such as 2,8, got {text!r}")
+    return shallow, deep
+
+
+def engine_parser(name: str, flags_of: str, description: str) -> ArgumentParser:
+    """The parser of a command that starts engines. `parse` parses its command line.
+
+    Args:
+        name: of the command.
+        flags_of: whose flags follow `--`.
+        description: of the command.
+    """
+    parser = ArgumentParser(
+        prog=f"himap {name}",
+        usage=f"%(prog)s [MODEL] [options] [-- flags of {flags_of}]",
+        description=description,
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the bundled model")
+    return parser
+
+
+def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    """Parse a command line. `flags` are what follows `--`."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:cut])
+    args.flags = argv[cut + 1 :]
+    return args
+
+
+def add_files(group: Any) -> None:
+    """Add the options that name files with questions to a group of a parser."""
     group.add_argument("--data", type=Path, help="file or folder, see --format")
     group.add_argument("--format", choices=FORMATS, default="jsonl", help="default: jsonl")
     group.add_argument("--images", type=Path, help="folder of the images, if it is another one")
+
+
+def add_data_options(parser: ArgumentParser) -> None:
+    """Add the options that choose the questions and how they are asked."""
+    group = parser.add_argument_group("data (default: the project's own held-out set)")
+    add_files(group)
     group.add_argument(
         "--num-scenes", type=positive, default=250, help="scenes of the held-out set (default: 250)"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,8 +27,11 @@ from .local_server import engine_flags, serving
 from .options import (
     add_data_options,
     data_name,
+    engine_parser,
     guarded,
+    layer_pair,
     load_items,
+    parse,
     ratio,
     ratio_pair,
 )
@@ -47,16 +50,9 @@ Planned = tuple[Ratios, float | None]
 
 def main(argv: list[str]) -> int:
     """Command line; returns the exit status."""
-    flags: list[str] = []
-    if "--" in argv:
-        cut = argv.index("--")
-        argv, flags = argv[:cut], argv[cut + 1 :]
-    parser = ArgumentParser(
-        prog="himap sweep",
-        usage="%(prog)s [MODEL] [options] [-- flags of himap serve]",
-        description="Retention against cost over K1, K2, R1, R2 and criteria.",
+    parser = engine_parser(
+        "sweep", "himap serve", "Retention against cost over K1, K2, R1, R2 and criteria."
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the bundled model")
     parser.add_argument(
         "--report", action="store_true",
         help="instead of a grid: all criteria at each of --reductions",
@@ -67,7 +63,7 @@ def main(argv: list[str]) -> int:
         "that need no file of himap calibrate)",
     )  # fmt: skip
     parser.add_argument(
-        "--layers", type=_layers, action="append", metavar="K1,K2",
+        "--layers", type=layer_pair, action="append", metavar="K1,K2",
         help="repeatable (default: by the depth of the decoder)",
     )  # fmt: skip
     parser.add_argument(
@@ -87,21 +83,10 @@ def main(argv: list[str]) -> int:
         "--output", type=Path, default=Path("himap-sweep"), help="folder (default: himap-sweep)"
     )
     add_data_options(parser)
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     if args.report and args.ratios:
         parser.error("--report chooses the ratios by --reductions")
-    args.flags = flags
     return guarded("sweep", _run, args)
-
-
-def _layers(text: str) -> tuple[int, int]:
-    try:
-        shallow, deep = map(int, text.split(","))
-    except ValueError:
-        shallow = deep = 0
-    if not 0 < shallow < deep:
-        raise ArgumentTypeError(f"must be K1,K2 with 0 < K1 < K2, such as 2,8, got {text!r}")
-    return shallow, deep
 
 
 def _run(args: Namespace) -> int:
