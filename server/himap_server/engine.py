@@ -14,7 +14,7 @@ import asyncio
 import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from functools import cached_property
 from typing import Any
 
@@ -73,8 +73,7 @@ class _ObservedLLM(AsyncLLM):
         if record is not None and record.beam_search:
             args[1].extra_args = {SHALLOW_ARG: 0.0, DEEP_ARG: 0.0}
         if self._writes_short_json and args[1].structured_outputs is not None:
-            with suppress(TypeError, ValueError, RuntimeError, RecursionError):  # vLLM refuses it
-                shorten(args[1].structured_outputs)
+            shorten(args[1].structured_outputs)
         outputs = super().generate(*args, **kwargs)
         # Closing it at once when the client goes away aborts the request.
         async with aclosing(outputs):

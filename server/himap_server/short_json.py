@@ -13,6 +13,7 @@ Structural tags, which calls of tools have, allow white space around JSON whatev
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from itertools import count, islice
 from typing import Any
 
@@ -49,7 +50,16 @@ _NAMED = ("patternProperties", "propertyNames")
 
 
 def shorten(params: StructuredOutputsParams) -> None:
-    """Narrow the JSON of a request's grammar. Regular expressions and choices stay as they are."""
+    """Narrow the JSON of a request's grammar.
+
+    Regular expressions and choices stay as they are. So do schemas that break the rules of JSON
+    Schema: vLLM refuses them.
+    """
+    with suppress(TypeError, ValueError, RuntimeError, RecursionError):
+        _shorten(params)
+
+
+def _shorten(params: StructuredOutputsParams) -> None:
     if params.json_object:
         params.json_object, params.json = None, json.dumps(_JSON_MODE)
     elif params.json is not None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,3 +169,25 @@ def test_json_mode() -> None:
     choice = StructuredOutputsParams(choice=["a"])
     shorten(choice)
     assert choice == StructuredOutputsParams(choice=["a"])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": "x"},
+        {"type": "array", "minItems": "a"},
+        {"type": "array", "prefixItems": 3},
+        {"type": "object", "required": 5},
+        {"type": "object", "properties": 5},
+        {"type": "string", "minLength": []},
+    ],
+)
+@pytest.mark.parametrize("in_tag", [False, True])
+def test_a_schema_that_breaks_the_rules_stays_as_it_is(schema: Any, in_tag: bool) -> None:
+    tag = {"format": {"type": "json_schema", "json_schema": schema}}
+    params = StructuredOutputsParams(
+        json=None if in_tag else schema, structural_tag=json.dumps(tag) if in_tag else None
+    )
+    before = replace(params)
+    shorten(params)
+    assert params == before
