@@ -112,7 +112,10 @@ def _analyze(args: Namespace, items: Sequence[Item]) -> Analysis:
             f"parallelism; got {config.architecture}"
         )
     first_cut = family.first_cut(config.hf_config)
-    observer = Observer(llm, args.answer_tokens)
+    try:
+        observer = Observer(llm, args.answer_tokens)
+    except ValueError as error:  # attention that the probe does not know
+        raise CommandError(str(error)) from error
     check_depth(observer.num_layers, first_cut)
     seen = _observe(llm, observer, items, args.quiet)
     del llm

@@ -16,6 +16,7 @@ from himap_eval import analyze
 from himap_eval.analysis import probe
 from himap_eval.analysis.measure import Observer
 
+from tests.checkpoints import build_llava
 from tests.engine.test_families import PICTURES, PROMPTS
 from tests.engines import Case, Engine
 from tests.families import TINY, every_family
@@ -179,3 +180,15 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     assert "<script" not in page
     assert "http" not in page
     assert "K1" in (output / "analysis.md").read_text()
+
+
+def test_a_decoder_with_a_sliding_window_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = build_llava(tmp_path / "model", num_layers=3)
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"] |= {"sliding_window": 64, "layer_types": ["sliding_attention"] * 3}
+    (path / "config.json").write_text(json.dumps(config))
+    options = "--dtype float32 --max-model-len 512 --kv-cache-memory-bytes 64M"
+    assert analyze.main([str(path), "--limit", "1", "--quiet", "--", *options.split()]) == 2
+    assert "sliding_window, which is not supported" in capsys.readouterr().err
