@@ -80,8 +80,11 @@ class Peaks:
     bandwidth: float
 
 
-# NVIDIA H200 SXM data sheet: 989 TFLOP/s dense bfloat16, 4.8 TB/s.
-NOMINAL = {"NVIDIA H200": Peaks(flops=989e12, bandwidth=4.8e12)}
+# NVIDIA's data sheets of the SXM cards, dense bfloat16.
+NOMINAL = {
+    "NVIDIA H100 80GB HBM3": Peaks(flops=989e12, bandwidth=3.35e12),
+    "NVIDIA H200": Peaks(flops=989e12, bandwidth=4.8e12),
+}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 from bench.capacity import Setting, measure
 from bench.gpu import counting
 from bench.gpu.engine import Engine
-from bench.gpu.plan import ENGINES, PLUGIN, PREFILL, TTFT, Load, Plan, System, tiny
+from bench.gpu.plan import ENGINES, PLUGIN, PREFILL, TTFT, Load, Plan, System, kv_bytes_for, tiny
 from bench.gpu.probe import Probe
 from bench.gpu.report import markdown
 from bench.gpu.results import Results
@@ -253,6 +253,13 @@ class Run:
         (self._output / "logs.txt").write_bytes(b"\n".join(ends))
 
 
+def _plan(budget: float) -> Plan:
+    from vllm.platforms import current_platform
+
+    total = current_platform.get_device_total_memory()
+    return Plan(budget, kv_bytes=kv_bytes_for(total))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code, which is 1 if anything failed."""
     parser = run_parser("bench.gpu", __doc__)
@@ -268,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cache = (args.cache or args.work_dir / "cache").absolute()
     caches = {"VLLM_CACHE_ROOT": str(cache / "vllm"), "TRITON_CACHE_DIR": str(cache / "triton")}
     os.environ |= ENVIRONMENT | caches
-    plan = tiny(args.device, args.budget) if args.tiny else Plan(args.budget)
+    plan = tiny(args.device, args.budget) if args.tiny else _plan(args.budget)
     for folder in (args.output, args.work_dir):
         folder.mkdir(parents=True, exist_ok=True)
     for log in args.work_dir.glob("*.log"):

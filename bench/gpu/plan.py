@@ -53,8 +53,8 @@ class Plan:
 
     Attributes:
         kv_shape: for the KV cache part.
-        kv_bytes: KV cache of each engine. The largest load has room: 128 requests of 777 tokens,
-            8 MiB for a block of 16.
+        kv_bytes: KV cache of each engine; see `kv_bytes_for`. The default has room for the largest
+            load: 128 requests of 777 tokens, 8 MiB for a block of 16.
         capacity_kv_bytes: the budget that is filled in the KV cache part.
         tokens: output tokens of the decode and of the load part.
         scoring_prompts: pruned prompts in a step, for the scoring part.
@@ -127,6 +127,12 @@ class Plan:
         for text in self.text_tokens:
             for concurrency in self.concurrencies:
                 yield LOAD, Load(concurrency, max(8, 3 * concurrency), text, self.tokens[1])
+
+
+def kv_bytes_for(device_bytes: int) -> int:
+    """The default, or what a smaller card leaves each of two engines beside their weights."""
+    weights = 17 << 30  # and activations and graphs
+    return min(Plan.kv_bytes, (device_bytes - (4 << 30)) // 2 - weights)
 
 
 def tiny(device: str, budget_seconds: float) -> Plan:

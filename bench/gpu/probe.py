@@ -58,8 +58,10 @@ class Probe:
         bandwidth = max(2 * elements / copy, elements / read)
         return name, Peaks(flops=2 * size**3 / product, bandwidth=bandwidth)
 
-    def scoring(self, shape: Model, cuts: Cuts, text_tokens: int, prompts: int) -> dict[str, float]:
-        """Milliseconds, for a step of `prompts` pruned prompts.
+    def scoring(
+        self, shape: Model, cuts: Cuts, text_tokens: int, prompts: int, times: int = 20
+    ) -> dict[str, float]:
+        """Milliseconds, for a step of `prompts` pruned prompts; medians of `times` steps.
 
         Returns:
             `device_ms`: both cuts, back to back on an idle device: scores, selection, gathers;
@@ -68,6 +70,7 @@ class Probe:
         import torch
 
         from himap_vllm.kernels.gather import gather_rows
+        from himap_vllm.kernels.importance import KeyPages
         from himap_vllm.plan.prompt import ImageTokens, make_plan
         from himap_vllm.plan.step import plan_step
         from himap_vllm.pruning.step import PruningStep
@@ -88,15 +91,20 @@ class Probe:
             )
             inputs.append((query, key, hidden))
         positions = torch.arange(length, device=self._device).repeat(prompts)
+        nothing_cached = KeyPages(
+            inputs[0][1].new_empty(1, heads, 16, size),
+            torch.zeros(prompts, 1, dtype=torch.int32, device=self._device),
+        )
 
         def cut_twice(step: PruningStep) -> None:
             moved = positions
             for index, (query, key, hidden) in enumerate(inputs):
-                step.cuts[index].score(query, key, size**-0.5, lambda *_, none=key[:0]: none)
+                step.cuts[index].score(query, key, size**-0.5, lambda *_: nothing_cached)
                 moved, _, _ = gather_rows(step.cut(index), moved, hidden, hidden)
 
         device, launch = [], []
-        for _ in range(25):
+        warm_up = min(5, times)
+        for _ in range(warm_up + times):
             began = time.perf_counter()
             step = PruningStep(step_plan, self._device)
             built = time.perf_counter() - began
@@ -110,8 +118,8 @@ class Probe:
             device.append(self._seconds(timed))
             self._wait()
         return {
-            "device_ms": 1000 * statistics.median(device[5:]),
-            "launch_ms": 1000 * statistics.median(launch[5:]),
+            "device_ms": 1000 * statistics.median(device[warm_up:]),
+            "launch_ms": 1000 * statistics.median(launch[warm_up:]),
         }
 
     def _median_seconds(self, function: Callable[[], Any], times: int) -> float:

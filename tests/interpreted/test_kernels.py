@@ -291,3 +291,17 @@ def test_stage_slots(random: torch.Generator) -> None:
             *expected.tolist(),
             *[PAD_SLOT] * (padded - batch.num_tokens),
         ]
+
+
+def test_the_benchmark_of_scoring_runs() -> None:
+    """What it hands to the kernels is made there; nothing else on a CPU runs it with Triton."""
+    from bench.gpu.plan import tiny
+    from bench.gpu.probe import Probe
+
+    plan, probe = tiny("cpu", 60), Probe("cpu")
+    try:
+        for prompts in (1, 2):
+            found = probe.scoring(plan.shape, plan.systems[-1].cuts(plan), 35, prompts, times=1)
+            assert found["device_ms"] > 0
+    finally:
+        probe.close()
