@@ -110,8 +110,8 @@ class StagePrefixCache:
         blocks, num_tokens = self._longest(request, frozenset())
         if self.must_wait(request, blocks, num_tokens):
             settled, end = self._longest(request, self._fresh)
-            units = self._plans[request.request_id].units
-            if not any(end < unit.end <= num_tokens for unit in units):
+            units, limit = self._plans[request.request_id].units, request.num_tokens - 1
+            if not any(end < unit.end and min(unit.end, limit) <= num_tokens for unit in units):
                 return settled, end
         return blocks, num_tokens
 

@@ -58,6 +58,20 @@ class Cache:
         self.blocks: list[list[int]] = []  # of each group, of the latest request
         make_pruning_manager(self.manager, stages, self.plans, PassedOver())
 
+    def add(
+        self, name: str, tokens: list[int], end: int | None = None, ratios: Ratios = RATIOS,
+        salt: str | None = None, reads: bool = True, pruned: bool = True,
+    ) -> Request:  # fmt: skip
+        """A request whose image's unit ends at `end`; None: at the end of its prompt."""
+        params = SamplingParams(max_tokens=100, skip_reading_prefix_cache=not reads)
+        params.update_from_generation_config({}, 0)
+        hasher = get_request_block_hasher(SIZE, sha256)
+        request = Request(name, list(tokens), params, None, block_hasher=hasher, cache_salt=salt)
+        ends = (len(tokens) if end is None else end,)
+        if pruned:
+            self.plans[name] = PromptPlan(len(tokens), (ImageTokens((IMAGE,)),), (ratios,), ends)
+        return request
+
     def run(
         self, tokens: list[int], end: int | None = None, ratios: Ratios = RATIOS,
         salt: str | None = None, answer: int = 0, reads: bool = True,
@@ -67,14 +81,7 @@ class Cache:
 
         `preempted`: another request takes its blocks in the step that schedules it.
         """
-        params = SamplingParams(max_tokens=100, skip_reading_prefix_cache=not reads)
-        params.update_from_generation_config({}, 0)
-        hasher = get_request_block_hasher(SIZE, sha256)
-        request = Request("name", list(tokens), params, None, block_hasher=hasher, cache_salt=salt)
-        ends = (len(tokens) if end is None else end,)
-        plan = PromptPlan(len(tokens), (ImageTokens((IMAGE,)),), (ratios,), ends)
-        if pruned:
-            self.plans["name"] = plan
+        request = self.add("name", tokens, end, ratios, salt, reads, pruned)
         self.manager.new_step_starts()
         blocks, found, _ = self.manager.get_computed_blocks(request)
         assert self.manager.allocate_slots(request, len(tokens) - found, found, blocks) is not None
@@ -125,6 +132,24 @@ def test_an_image_is_found_where_no_text_votes(kv_grouping: KVGrouping) -> None:
     cache = Cache(kv_grouping)
     cache.run(PROMPT[: IMAGE[1]], end=IMAGE[1])
     assert cache.run(PROMPT, end=IMAGE[1])[0] < IMAGE[0]
+
+
+@pytest.mark.parametrize(("end", "text"), [(len(PROMPT), 0), (IMAGE[1], 0), (len(PROMPT), 8)])
+def test_a_prompt_waits_for_one_that_computes_its_image(end: int, text: int) -> None:
+    """In the step that schedules the first. `text` comes behind the unit."""
+    cache = Cache("balanced")
+    waiting = []
+    cache.manager.new_step_starts()
+    for name in ("first", "second"):
+        request = cache.add(name, [*PROMPT, *range(text)], end)
+        blocks, found, _ = cache.manager.get_computed_blocks(request)
+        new = request.num_tokens - found
+        waiting.append(cache.manager.allocate_slots(request, new, found, blocks) is None)
+    assert waiting == [False, True]
+    cache.manager.new_step_starts()
+    blocks, found, _ = cache.manager.get_computed_blocks(request)
+    assert found == request.num_tokens - 1
+    assert cache.manager.allocate_slots(request, 1, found, blocks) is not None
 
 
 @pytest.mark.parametrize("kv_grouping", ["few", "balanced", "many"])
