@@ -20,7 +20,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from typing_extensions import override
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
@@ -43,6 +42,7 @@ from .reduction import reduction_of
 from .settings import GatewaySettings
 from .shared_memory import SharedMemoryError, check_shared_memory
 from .short_json import shorten
+from .step_size import EngineArgs
 from .tracing.families import LayoutFinder
 from .tracing.tracer import Tracer
 from .warm_up import warm_up
@@ -149,9 +149,7 @@ async def _tell_progress(model: str) -> None:
 
 
 def _start(args: Namespace) -> AsyncLLM:
-    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
-        UsageContext.OPENAI_API_SERVER
-    )
+    config = EngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
     check_shared_memory(config)
     return _ObservedLLM.from_vllm_config(
         config,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from transformers import Gemma3Config
 
+from tests.engines import IMAGE_TOKENS
 from tests.quantised import FORMATS
 from tests.world import World
 
@@ -316,3 +317,37 @@ def test_cuts_follow_the_model(world: World) -> None:
     assert cuts("qwen3-vl", {}) == (2, 3)  # behind two levels of deepstack
     with pytest.raises(ValueError, match="shallow_layer must be at least 2 for this model, got 1"):
         cuts("qwen3-vl", {"shallow_layer": 1})
+
+
+@pytest.mark.parametrize("shape", ["mha12", "qwen2.5-vl"])  # each tells its largest image otherwise
+def test_a_step_holds_the_largest_image(
+    world: World, shape: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By default, and if the operator chose fewer tokens, a warning says so."""
+    from himap_server.step_size import TEXT_TOKENS, EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    server = UsageContext.OPENAI_API_SERVER
+    caplog.set_level(logging.INFO, "himap_server")
+
+    def size(default: int, **options: Any) -> int:
+        # Those of a GPU with little memory, for instance.
+        defaults = {server: default}, {server: 4}
+        monkeypatch.setattr(EngineArgs, "get_batch_defaults", lambda *_: defaults)
+        caplog.clear()
+        args = EngineArgs(model=str(world.checkpoint(shape)), max_model_len=4096, **options)
+        found: int = args.create_engine_config(server).scheduler_config.max_num_batched_tokens
+        return found
+
+    def said() -> list[str]:
+        own = [record for record in caplog.records if record.name == "himap_server.step_size"]
+        return [record.getMessage() for record in own]
+
+    assert size(2048) == 2048
+    assert not said()
+    assert size(256) == IMAGE_TOKENS + TEXT_TOKENS + 4
+    assert f"largest image has {IMAGE_TOKENS}" in said()[0]
+    assert size(256, max_num_batched_tokens=64) == 64
+    assert not said()
+    assert size(256, max_num_batched_tokens=32) == 32
+    assert f"largest image has {IMAGE_TOKENS} tokens, and a step 32" in said()[0]
