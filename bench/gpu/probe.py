@@ -7,9 +7,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.model import Cuts, Model, Peaks
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Probe:
@@ -75,24 +78,14 @@ class Probe:
         from himap_vllm.plan.step import plan_step
         from himap_vllm.pruning.step import PruningStep
 
-        length = shape.image_tokens + text_tokens
+        length, size = shape.image_tokens + text_tokens, shape.hidden_size // shape.num_heads
         images = [ImageTokens(((1, 1 + shape.image_tokens),))]
         plan = make_plan(length, images, cuts.ratios)
         step_plan = plan_step([0] * prompts, [length] * prompts, [plan] * prompts)
-        heads, size = shape.num_heads, shape.hidden_size // shape.num_heads
-        inputs = []
-        for stage in step_plan.stages[:2]:
-            fused = torch.randn(
-                stage.num_tokens, 3 * shape.hidden_size, device=self._device, dtype=self._dtype
-            )
-            query, key, _ = (part.view(-1, heads, size) for part in fused.chunk(3, dim=1))
-            hidden = torch.randn(
-                stage.num_tokens, shape.hidden_size, device=self._device, dtype=self._dtype
-            )
-            inputs.append((query, key, hidden))
+        inputs = [self._random(shape, stage.num_tokens) for stage in step_plan.stages[:2]]
         positions = torch.arange(length, device=self._device).repeat(prompts)
         nothing_cached = KeyPages(
-            inputs[0][1].new_empty(1, heads, 16, size),
+            inputs[0][1].new_empty(1, shape.num_heads, 16, size),
             torch.zeros(prompts, 1, dtype=torch.int32, device=self._device),
         )
 
@@ -121,6 +114,20 @@ class Probe:
             "device_ms": 1000 * statistics.median(device[warm_up:]),
             "launch_ms": 1000 * statistics.median(launch[warm_up:]),
         }
+
+    def _random(
+        self, shape: Model, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and hidden states of a step."""
+        import torch
+
+        device, dtype = self._device, self._dtype
+        fused = torch.randn(num_tokens, 3 * shape.hidden_size, device=device, dtype=dtype)
+        query, key, _ = (
+            part.view(num_tokens, shape.num_heads, -1) for part in fused.chunk(3, dim=1)
+        )
+        hidden = torch.randn(num_tokens, shape.hidden_size, device=device, dtype=dtype)
+        return query, key, hidden
 
     def _median_seconds(self, function: Callable[[], Any], times: int) -> float:
         for _ in range(3):
