@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .panels import (
+    CRITERION,
     TARGETS,
     Dashboard,
     Panel,
@@ -25,10 +26,10 @@ from .panels import (
     value,
 )
 
-_PRUNED_SHARE = ratio(
-    plugin("himap_requests_total", 'outcome="pruned"'), plugin("himap_requests_total")
-)
+_PRUNED = 'outcome=~"pruned|reused"'
+_PRUNED_SHARE = ratio(plugin("himap_requests_total", _PRUNED), plugin("himap_requests_total"))
 _ERRORS = rate("himap_http_requests_total", 'status=~"5.."')
+_BROUGHT = "himap_image_tokens_by_outcome_total"
 _HELD = plugin("himap_kv_blocks_total")
 _SAVED = plugin("himap_kv_blocks_saved_total")
 _BLOCKS_SAVED = ratio(_SAVED, f"({_SAVED} + {_HELD})")
@@ -44,6 +45,12 @@ def _kept(stage: int, by: tuple[str, ...] = ()) -> str:
     )
 
 
+_BY_TOKEN_OUTCOME = (
+    f"{plugin(_BROUGHT, by=('outcome',))} / ignoring (outcome) group_left () "
+    f"({plugin(_BROUGHT)} > 0)"
+)
+
+
 def _blocks(by: tuple[str, ...]) -> tuple[str, str]:
     """KV blocks that pruned prompts held, and would have held."""
     held, saved = (plugin(f"himap_kv_blocks{end}_total", by=by) for end in ("", "_saved"))
@@ -52,8 +59,8 @@ def _blocks(by: tuple[str, ...]) -> tuple[str, str]:
 
 _PRUNED_STAT = Panel(
     "Prompts pruned",
-    "Share of the prompts with images that were pruned. At 0 %, pruning is off, or clients turn it "
-    "off. The savings dashboard shows bypassed prompts.",
+    "Share of the prompts with images that were pruned, now or before (`reused`). At 0 %, pruning "
+    "is off, or clients turn it off. The savings dashboard shows bypassed prompts.",
     (Query(_PRUNED_SHARE),),
     "percentunit",
     "stat",
@@ -115,8 +122,9 @@ _REFUSED = Panel(
 )
 _BY_OUTCOME = Panel(
     "Prompts with images, by outcome",
-    "`pruned`; `unpruned`: the request's ratios, or the default ones, are 0; `bypassed_*`: the "
-    "server's default asks for pruning, but the request cannot be pruned, for the named reason.",
+    "`pruned`; `reused`: the prefix cache had all images as they were pruned before; `unpruned`: "
+    "the request's ratios, or the default ones, are 0; `bypassed_*`: the server's default asks for "
+    "pruning, but the request cannot be pruned, for the named reason.",
     (Query(plugin("himap_requests_total", by=["outcome"]), "{{outcome}}"),),
     "reqps",
     stacked=True,
@@ -295,7 +303,8 @@ SAVINGS = Dashboard(
     "himap-savings",
     "HiMAP savings",
     "What pruning drops, saves and costs. Image tokens and KV blocks count **pruned** prompts, in "
-    "the engine, from the block tables. KV entries and FLOPs count **all** prompts with images. "
+    "the engine, from the block tables. KV entries, FLOPs, and image tokens by outcome count "
+    "**all** prompts with images. "
     "Requests choose their own ratios; the *share kept* is the result. If prompts are pruned but "
     "nothing is saved, see `HimapPruningSavesNothing` in the repository's `docs/runbooks.md`.",
     (
@@ -389,6 +398,26 @@ SAVINGS = Dashboard(
                     ),
                     "percentunit",
                 ),
+                Panel(
+                    "Share kept, by criterion",
+                    "The same for the engines of each criterion; two names are those of the first "
+                    "and of the second cut. Ratios decide how much is kept, not the criterion: "
+                    "engines that differ here get other requests, or have other default ratios.",
+                    tuple(
+                        Query(_kept(cut, (CRITERION,)), f"{{{{criterion}}}}, after {name} cut")
+                        for cut, name in ((1, "first"), (2, "second"))
+                    ),
+                    "percentunit",
+                ),
+                Panel(
+                    "Image tokens brought, by outcome",
+                    "Of the image tokens in prompts, the share of each outcome. `pruned`: of "
+                    "images that were scored and pruned; `reused`: found in the prefix cache as "
+                    "they were pruned before; `unpruned`: of images that stay whole.",
+                    (Query(_BY_TOKEN_OUTCOME, "{{outcome}}"),),
+                    "percentunit",
+                    stacked=True,
+                ),
             ),
         ),
         Row(
@@ -457,11 +486,12 @@ SAVINGS = Dashboard(
             (
                 Panel(
                     "Settings",
-                    "The layers of the cuts, and the ratios for requests that do not choose.",
+                    "The layers of the cuts, the ratios for requests that do not choose, and the "
+                    "criteria.",
                     (
                         Query(
                             "max by (instance, model_name, shallow_layer, deep_layer, "
-                            f"shallow_ratio, deep_ratio) ({value('himap_info')})"
+                            f"shallow_ratio, deep_ratio, criterion) ({value('himap_info')})"
                         ),
                     ),
                     kind="table",
@@ -469,13 +499,11 @@ SAVINGS = Dashboard(
                 ),
                 Panel(
                     "Prompts pruned",
-                    "Share of the prompts with images.",
+                    "Share of the prompts with images, `reused` ones included.",
                     (
                         Query(
                             ratio(
-                                plugin(
-                                    "himap_requests_total", 'outcome="pruned"', by=["model_name"]
-                                ),
+                                plugin("himap_requests_total", _PRUNED, by=["model_name"]),
                                 plugin("himap_requests_total", by=["model_name"]),
                             ),
                             "{{model_name}}",
@@ -648,8 +676,8 @@ ENGINE = Dashboard(
             (
                 Panel(
                     "Prefix cache hits",
-                    "Share of the tokens looked up. From its first image on, a pruned prompt "
-                    "neither reads nor fills this cache.",
+                    "Share of the tokens looked up, those of pruned prompts included. Images that "
+                    "are pruned in one way serve no prompt that is pruned in another.",
                     (
                         Query(
                             ratio(

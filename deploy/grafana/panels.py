@@ -12,6 +12,8 @@ _QUANTILES = (0.5, 0.95, 0.99)
 
 TARGETS = 'job=~"$job", instance=~"$instance"'
 SERIES = f'{TARGETS}, model_name=~"$model"'
+CRITERION = "criterion"
+"""A label that only `himap_info` has."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,17 @@ def value(metric: str, labels: str = "") -> str:
 def plugin(metric: str, labels: str = "", by: Sequence[str] = (), function: str = "rate") -> str:
     """The same for a counter of the plugin, which gets the model's name from the gateway's gauge.
 
-    The gauge is 1 under `>= bool 0` whatever its value, so the product is the counter's rate.
+    The gauge is 1 under `>= bool 0` whatever its value, so the product is the counter's rate. Where
+    a label of `himap_info` is asked for, this metric takes the gauge's place; it is always 1.
     """
     matchers = f"{TARGETS}, {labels}" if labels else TARGETS
     window = "$__range" if function == "increase" else "$__rate_interval"
+    gauge, brought = f"(himap_requests_in_flight{{{SERIES}}} >= bool 0)", "model_name"
+    if CRITERION in by:
+        gauge, brought = f"himap_info{{{SERIES}}}", CRITERION
     return (
         f"sum{_by(by)}({function}({metric}{{{matchers}}}[{window}]) * on (job, instance) "
-        f"group_left (model_name) (himap_requests_in_flight{{{SERIES}}} >= bool 0))"
+        f"group_left ({brought}) {gauge})"
     )
 
 

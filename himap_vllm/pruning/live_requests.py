@@ -11,8 +11,7 @@ import numpy as np
 
 from himap_vllm.criteria.criterion import Criteria
 from himap_vllm.criteria.random import prompt_seed
-from himap_vllm.plan.prompt import PromptPlan
-from himap_vllm.plan.requests import PROMPT_EMBEDS, plan_of, read_stamp
+from himap_vllm.plan.requests import PROMPT_EMBEDS, image_tokens, plan_of, read_stamp
 from himap_vllm.plan.table import ActivePlans
 
 if TYPE_CHECKING:
@@ -52,20 +51,15 @@ class LiveRequests:
             self.plans.add(request.req_id, plan)
             if request.req_id not in self._arrived:
                 self._arrived.add(request.req_id)
-                self._on_found(request.req_id, plan, request.num_computed_tokens)
+                if self._stats.count_images(plan, request.num_computed_tokens):
+                    self._counted.add(request.req_id)
+                    self._stats.requests["reused"] += 1
         elif request.req_id not in self._counted:
             self._counted.add(request.req_id)
             self._stats.requests[read_stamp(request.sampling_params).outcome] += 1
-
-    def _on_found(self, request_id: str, plan: PromptPlan, num_computed: int) -> None:
-        """Note what the prefix cache had of a prompt that has arrived."""
-        found = [unit for unit in plan.units if unit.seen <= num_computed]
-        self._stats.image_tokens_reused += sum(
-            image.count for unit in found for image in unit.images
-        )
-        if len(found) == len(plan.units):
-            self._counted.add(request_id)
-            self._stats.requests["reused"] += 1
+            self._stats.image_tokens_unpruned += sum(
+                image.count for image in image_tokens(request.mm_features)
+            )
 
     def on_pruned(
         self, request_id: str, num_tokens: int, blocks: Sequence[int], groups: StageGroups

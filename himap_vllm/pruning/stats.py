@@ -28,6 +28,9 @@ class PruningStats:
         image_tokens_kept_deep: of these, alive after the second cut.
         image_tokens_reused: image tokens that were found in the prefix cache as they were pruned
             before; also those of `reused` prompts.
+        image_tokens_pruned: image tokens of all other images of which a cut drops something.
+        image_tokens_unpruned: image tokens of images that stay whole, whether the prefix cache had
+            them or not. These three add up to the image tokens of all prompts that arrived.
         kv_blocks: blocks that the scheduler allocated to pruned prompts, all KV cache groups, when
             the last of their units was computed; counted from the block tables.
         kv_blocks_saved: blocks these prompts would have held on top, had no token been dropped.
@@ -44,12 +47,34 @@ class PruningStats:
     image_tokens_kept_shallow: int = 0
     image_tokens_kept_deep: int = 0
     image_tokens_reused: int = 0
+    image_tokens_pruned: int = 0
+    image_tokens_unpruned: int = 0
     kv_blocks: int = 0
     kv_blocks_saved: int = 0
     kv_bytes_saved: int = 0
     steps: int = 0
     pruning_seconds: float = 0.0
     last_step_pruning_seconds: float = 0.0
+
+    def count_images(self, plan: PromptPlan, num_found: int) -> bool:
+        """Account for the images of a prompt to prune that has arrived.
+
+        Args:
+            plan: of the prompt.
+            num_found: tokens at its beginning that the prefix cache had.
+
+        Returns:
+            Whether all that would be pruned was found.
+        """
+        to_prune = [unit for unit in plan.units if unit.seen > num_found]
+        reused = sum(
+            image.count for unit in plan.units if unit.seen <= num_found for image in unit.images
+        )
+        pruned = sum(seen for unit in to_prune for seen, _, kept in unit.counts if kept < seen)
+        self.image_tokens_reused += reused
+        self.image_tokens_pruned += pruned
+        self.image_tokens_unpruned += sum(image.count for image in plan.images) - reused - pruned
+        return not to_prune
 
     def count_prompt(self, plan: PromptPlan) -> None:
         """Account for one pruned prompt."""

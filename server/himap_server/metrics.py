@@ -112,9 +112,11 @@ _KEPT = Histogram(
     ["model_name", "stage"],
     buckets=_SHARES,
 )
-_SETTINGS = ("shallow_layer", "deep_layer", "shallow_ratio", "deep_ratio")
+_SETTINGS = ("shallow_layer", "deep_layer", "shallow_ratio", "deep_ratio", "criterion")
 _INFO = Gauge(
-    "himap_info", "always 1; the engine's cuts and default ratios", [*_BY_MODEL, *_SETTINGS]
+    "himap_info",
+    "always 1; the engine's cuts, default ratios and criteria",
+    [*_BY_MODEL, *_SETTINGS],
 )
 
 # Reasons for answers that come from vLLM or the router.
@@ -143,6 +145,7 @@ _TOKENS = {
     "image_tokens_kept_shallow": "1",
     "image_tokens_kept_deep": "2",
 }
+_BY_OUTCOME = ("pruned", "reused", "unpruned")
 
 
 class GatewayMetrics:
@@ -153,7 +156,7 @@ class GatewayMetrics:
         _IN_FLIGHT.labels(model_name).set_function(lambda: lifecycle.in_flight)
 
     def describe(self, settings: EngineSettings) -> None:
-        """Set `himap_info` to the engine's cuts and default ratios."""
+        """Set `himap_info` to the engine's cuts, default ratios and criteria."""
         _INFO.labels(self._model, *(getattr(settings, name) for name in _SETTINGS)).set(1)
 
     def observe(self, record: RequestRecord) -> None:
@@ -214,6 +217,15 @@ class _Snapshot(Collector):
         for key, stage in _TOKENS.items():
             tokens.add_metric([stage], self._stats[key])
         yield tokens
+        by_outcome = CounterMetricFamily(
+            "himap_image_tokens_by_outcome",
+            "image tokens that prompts brought: pruned, found in the prefix cache as they were "
+            "pruned before, or of images that stay whole",
+            labels=["outcome"],
+        )
+        for outcome in _BY_OUTCOME:
+            by_outcome.add_metric([outcome], self._stats[f"image_tokens_{outcome}"])
+        yield by_outcome
         for key, (name, text) in _PLAIN.items():
             yield CounterMetricFamily(name, text, value=self._stats[key])
 

@@ -245,6 +245,7 @@ def test_metrics(server: Server) -> None:
     counters = (
         'himap_requests_total{outcome="pruned"}',
         'himap_image_tokens_total{stage="0"}',
+        'himap_image_tokens_by_outcome_total{outcome="pruned"}',
         'himap_time_to_first_token_seconds_count{model_name="tiny",pruned="true"}',
         'himap_time_per_output_token_seconds_count{model_name="tiny",pruned="true"}',
         'himap_e2e_request_latency_seconds_count{model_name="tiny",pruned="true"}',

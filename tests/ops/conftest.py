@@ -53,6 +53,15 @@ def program(name: str) -> str:
     return path
 
 
+def promtool(*arguments: str) -> str:
+    """What promtool says; it must be content."""
+    done = subprocess.run(
+        [program("promtool"), *arguments], cwd=PROMETHEUS, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @dataclass
 class Prometheus:
     """A running Prometheus, and the one target that matters."""
@@ -93,8 +102,9 @@ def eventually(look: Callable[..., Any], *arguments: str) -> Any:
 def _requests(image_host: ImageHost) -> list[tuple[str, dict[str, Any], str | None]]:
     """Path, body and key: one of each kind of request that a dashboard tells apart."""
     chat, text = "/v1/chat/completions", "/v1/completions"
-    pictured = [picture_message(PICTURES[0], "What is this?")]
-    fetched = [picture_message(PICTURES[1], "And this?")]
+    pictured = [picture_message(PICTURES[0], "What is this, NUMBER?")]
+    repeated = [picture_message(PICTURES[0], "Which shape is it?")]
+    fetched = [picture_message(PICTURES[1], "And this, NUMBER?")]
     fetched[0]["content"][0]["image_url"]["url"] = image_host.url("1.png")
     private = [picture_message(PICTURES[1], "And this?")]
     private[0]["content"][0]["image_url"]["url"] = "http://127.0.0.1/0.png"
@@ -104,6 +114,7 @@ def _requests(image_host: ImageHost) -> list[tuple[str, dict[str, Any], str | No
         (chat, {**common, "messages": pictured, "himap": {"enabled": False}}, "load"),
         (chat, {**common, "messages": pictured, "stream": True}, "load"),
         (chat, {**common, "messages": fetched}, "load"),
+        (chat, {**common, "messages": repeated}, "load"),
         (text, {**common, "prompt": "one two three"}, "load"),
         # Refused: a ratio out of range, a private host, no key, too many for this key.
         (chat, {**common, "messages": pictured, "himap": {"deep_ratio": 2}}, "load"),
@@ -114,10 +125,11 @@ def _requests(image_host: ImageHost) -> list[tuple[str, dict[str, Any], str | No
 
 
 def _asked_anew(body: dict[str, Any], number: int) -> dict[str, Any]:
-    """With another question, so that nothing is pruned that the prefix cache has."""
+    """With a number in its question, so that the prefix cache does not have what is pruned."""
     messages = copy.deepcopy(body.get("messages", []))
     for message in messages:
-        message["content"][-1]["text"] += f" {number}"
+        question = message["content"][-1]
+        question["text"] = question["text"].replace("NUMBER", str(number))
     return body | {"messages": messages} if messages else body
 
 

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.ops.conftest import PROMETHEUS, ROOT, Prometheus, eventually, program
+from tests.ops.conftest import PROMETHEUS, ROOT, Prometheus, eventually, promtool
 
 RULES = {
     file: yaml.safe_load((PROMETHEUS / "rules" / f"{file}.yml").read_text())["groups"][0]["rules"]
@@ -20,15 +19,6 @@ ALERTS = {rule["alert"]: rule for rule in RULES["alerts"]}
 TESTS: list[dict[str, Any]] = yaml.safe_load((PROMETHEUS / "tests" / "alerts.yml").read_text())[
     "tests"
 ]
-
-
-def promtool(*arguments: str) -> str:
-    """What promtool says; it must be content."""
-    done = subprocess.run(
-        [program("promtool"), *arguments], cwd=PROMETHEUS, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_configuration_and_rules() -> None:

@@ -16,7 +16,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard as Model
 from deploy.grafana import generate
 from deploy.grafana.dashboards import DASHBOARDS
 from deploy.grafana.panels import Dashboard, Panel
-from tests.ops.conftest import ROOT, Prometheus, eventually
+from tests.ops.conftest import ROOT, Prometheus, eventually, promtool
 
 FILES = sorted((ROOT / "deploy" / "grafana" / "json").glob("*.json"))
 PANELS = [
@@ -146,7 +146,60 @@ def test_pruned_and_not_pruned_are_both_there(prometheus: Prometheus) -> None:
     for reason in ("invalid", "image_host", "key", "rate"):
         expr = f'himap_refused_requests_total{{reason="{reason}"}} > 0'
         assert eventually(prometheus.values, expr), reason
+    for outcome in ("pruned", "reused", "unpruned"):
+        expr = f'himap_image_tokens_by_outcome_total{{outcome="{outcome}"}} > 0'
+        assert eventually(prometheus.values, expr), outcome
     assert eventually(prometheus.values, "himap_kv_blocks_saved_total > 0")
+
+
+_ENGINES = {
+    "a": ("himap", 100, 50, 20),
+    "b": ("himap", 300, 150, 20),
+    "c": ("uniform+himap", 100, 90, 45),
+}
+"""By instance: its criteria, and image tokens per second in each stage."""
+_OUTCOMES = {"pruned": (30, 20), "reused": (40, 0), "unpruned": (0, 10)}
+"""Image tokens per second that the instances a and b are asked with."""
+
+
+def test_shares_by_criterion_and_by_outcome(tmp_path: Path) -> None:
+    """By Prometheus' own arithmetic: instances are summed before they are divided."""
+    (savings,) = (dashboard for dashboard in DASHBOARDS if dashboard.uid == "himap-savings")
+    of = {panel.title: panel.queries for panel in savings.panels}
+    series = {}
+    for name, (criterion, *tokens) in _ENGINES.items():
+        target = f'job="himap", instance="{name}"'
+        series[f'himap_info{{{target}, model_name="tiny", criterion="{criterion}"}}'] = "1x20"
+        series[f'himap_requests_in_flight{{{target}, model_name="tiny"}}'] = "0x20"
+        for stage, count in enumerate(tokens):
+            series[f'himap_image_tokens_total{{{target}, stage="{stage}"}}'] = f"0+{count}x20"
+    for outcome, counts in _OUTCOMES.items():
+        for name, count in zip(_ENGINES, counts, strict=False):
+            labels = f'job="himap", instance="{name}", outcome="{outcome}"'
+            series[f"himap_image_tokens_by_outcome_total{{{labels}}}"] = f"0+{count}x20"
+    first_cut, second_cut = of["Share kept, by criterion"]
+    (by_outcome,) = of["Image tokens brought, by outcome"]
+    expected = {
+        first_cut: {'{criterion="himap"}': 0.5, '{criterion="uniform+himap"}': 0.9},
+        second_cut: {'{criterion="himap"}': 0.1, '{criterion="uniform+himap"}': 0.45},
+        by_outcome: {
+            '{outcome="pruned"}': 0.5, '{outcome="reused"}': 0.4, '{outcome="unpruned"}': 0.1,
+        },
+    }  # fmt: skip
+    checks = [
+        {
+            # promtool compares to the last bit.
+            "expr": f"round({substituted(query.expr, '.*', chosen=False)}, 0.0001)",
+            "eval_time": "15s",
+            "exp_samples": [{"labels": labels, "value": value} for labels, value in one.items()],
+        }
+        for query, one in expected.items()
+    ]
+    inputs = [{"series": name, "values": values} for name, values in series.items()]
+    tests = [{"interval": "1s", "input_series": inputs, "promql_expr_test": checks}]
+    file = tmp_path / "panels.yml"
+    file.write_text(yaml.safe_dump({"evaluation_interval": "1s", "tests": tests}))
+    promtool("test", "rules", str(file))
 
 
 def test_grafana_is_told_of_prometheus_and_of_the_dashboards() -> None:
