@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -186,6 +187,7 @@ def test_the_story(opened: Open, theme: Any) -> None:
     assert costs(page)["Image tokens after the second cut"][0] == "72"
     # A traced prompt is computed anew, so its time says nothing beside one from the cache.
     assert "Time to first token (both at once)" not in costs(page)
+    expect(page.get_by_text("A pruned prompt with a trace is computed in full.")).to_be_visible()
 
     page.get_by_text("Reproduce the pruned request").click()
     page.get_by_role("button", name="Copy Python").click()
@@ -269,6 +271,41 @@ def test_errors_are_told(opened: Open) -> None:
     shot(page, "grey")
 
 
+def test_a_picture_is_pasted(opened: Open) -> None:
+    page = opened()
+    script = """async bytes => {
+      const blob = new Blob([new Uint8Array(bytes)], { type: "image/png" });
+      await navigator.clipboard.write([new ClipboardItem({ "image/png": blob })]);
+    }"""
+    page.evaluate(script, list(png((168, 126))))
+    page.get_by_label("Question about the picture").press("Control+V")
+    expect(page.locator("#caption")).to_contain_text("168 \u00d7 126 pixels")
+    ask(page, "Which color is it?")
+    assert all(answers(page))
+
+
+def test_a_picture_is_dropped(opened: Open, tmp_path: Path) -> None:
+    """Dragged from a folder, as the browser gets it. What is no picture changes nothing."""
+    page = opened()
+    session = page.context.new_cdp_session(page)
+    files = tmp_path / "mine.png", tmp_path / "notes.txt"
+    files[0].write_bytes(png((126, 168)))
+    files[1].write_text("no picture")
+    place = page.locator("#question").bounding_box()
+    assert place is not None
+    for file in files:
+        data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+        for step, marked in (("dragEnter", False), ("dragOver", True), ("drop", False)):
+            at = {"x": place["x"] + 5, "y": place["y"] + 5}
+            session.send("Input.dispatchDragEvent", {"type": step, "data": data, **at})
+            over = expect(page.locator("#drop.over"))
+            over.to_have_count(int(marked))
+    expect(page.locator("#caption")).to_have_text("mine.png, 126 \u00d7 168 pixels")
+    assert page.url.endswith("/playground")  # the browser did not open the file
+    ask(page, "Which color is it?")
+    assert all(answers(page))
+
+
 def test_nothing_is_taken_for_html(opened: Open) -> None:
     """Answers, file names and errors, all from the real server."""
     page = opened()
@@ -308,3 +345,35 @@ def test_the_page_has_no_inline_code_and_a_strict_policy(served: tuple[Server, s
         request = f"{served[0].url}/playground/{path}"
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(request)
+
+
+def test_a_server_that_shuts_down(opened: Open, served: tuple[Server, str]) -> None:
+    """The last test: it ends the server. The answer in flight ends as usual, and no other begins.
+
+    Then nothing answers at all.
+    """
+    server, _ = served
+    page, other = opened(), opened()
+    for one in (page, other):
+        one.get_by_role("button", name="an orange cross").click()
+        expect(one.locator("#stage")).to_be_visible()
+
+    def with_long_answer(route: Route) -> None:
+        body = {**json.loads(route.request.post_data or ""), "ignore_eos": True}
+        route.continue_(post_data=json.dumps(body))
+
+    page.route("**/v1/chat/completions", with_long_answer)
+    page.get_by_role("button", name=re.compile("^Ask")).click()
+    expect(page.locator("#pruned-log .assistant")).not_to_be_empty()
+    server.process.send_signal(signal.SIGTERM)
+    error = other.get_by_role("alert")
+    ask(other, "What shape is the yellow object?")
+    expect(error).to_have_text("the server is shutting down")
+    expect(other.get_by_role("button", name="Ask")).to_be_enabled()
+    shot(other, "draining")
+    expect(page.locator("#stop")).to_be_hidden(timeout=60_000)
+    expect(page.get_by_role("alert")).to_be_empty()
+    assert all(answers(page))
+    assert server.process.wait(60) == 0
+    ask(other, "Is anybody there?")
+    expect(error).to_have_text("The server does not answer.")

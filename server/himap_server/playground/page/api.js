@@ -18,13 +18,21 @@ async function failure(response) {
   return new Error(text);
 }
 
+async function request(path, options) {
+  try {
+    return await fetch(addressOf(path), options);
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Error("The server does not answer.");
+  }
+}
+
 function headersOf(key) {
   return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
 }
 
 /** JSON of a path. */
 export async function read(path, key = "") {
-  const response = await fetch(addressOf(path), { headers: headersOf(key) });
+  const response = await request(path, { headers: headersOf(key) });
   if (!response.ok) throw await failure(response);
   return response.json();
 }
@@ -35,7 +43,7 @@ export async function read(path, key = "") {
  */
 export async function chat(body, key, signal, onText) {
   const started = performance.now();
-  const response = await fetch(addressOf("v1/chat/completions"), {
+  const response = await request("v1/chat/completions", {
     method: "POST",
     headers: headersOf(key),
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),

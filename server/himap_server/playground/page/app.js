@@ -336,6 +336,7 @@ function setUpQuestions() {
   }
   const [first, second] = state.settings.criteria;
   const names = first === second ? first : `${first}, then ${second}`;
+  find("traced").hidden = !state.settings.traces;
   find("criterion").textContent = `This server chooses by the criterion “${names}”.`;
   find("ask").addEventListener("submit", (event) => {
     event.preventDefault();
