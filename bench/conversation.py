@@ -224,7 +224,7 @@ def main() -> None:
     parser = run_parser("bench.conversation", __doc__)
     parser.add_argument("model", nargs="?", help="path or name on the hub (default: made here)")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
-    parser.add_argument("--kv-mib", type=int, default=1536, help="size of the KV cache (1536)")
+    parser.add_argument("--kv-mib", type=int, help="size of the KV cache (1536; on a GPU 6144)")
     parser.add_argument("--traffic", action="append", help="only this; may be repeated")
     parser.add_argument("--system", action="append", choices=SYSTEMS, help="stock and these only")
     parser.add_argument("--layers", type=int, default=12, help=argparse.SUPPRESS)
@@ -288,7 +288,10 @@ def _samples(
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Of the engines, all alike."""
-    options: dict[str, Any] = {"kv_cache_memory_bytes": args.kv_mib << 20, "max_model_len": 4096}
+    options: dict[str, Any] = {
+        "kv_cache_memory_bytes": (args.kv_mib or (6144 if args.gpu else 1536)) << 20,
+        "max_model_len": 4096,
+    }
     if args.gpu:
         path = LLAVA_7B.checkpoint(args.work_dir, weights=False)
         options |= {"load_format": "dummy", "dtype": "bfloat16", "gpu_memory_utilization": 0.05}

@@ -256,8 +256,10 @@ class Run:
 def _plan(budget: float) -> Plan:
     from vllm.platforms import current_platform
 
-    total = current_platform.get_device_total_memory()
-    return Plan(budget, kv_bytes=kv_bytes_for(total))
+    kv_bytes = kv_bytes_for(current_platform.get_device_total_memory())
+    if kv_bytes < 4 << 30:
+        raise SystemExit("two engines with a 7B model need a card with 46 GiB or more; try --tiny")
+    return Plan(budget, kv_bytes=kv_bytes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

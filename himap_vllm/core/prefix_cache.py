@@ -12,8 +12,8 @@ unit that is seldom at the end of a block, so blocks are copied there, too.
 
 Blocks that are published in a step are filled in it. They can be shared at once, because attention
 reads behind what it writes; but they can't be copied before the next step. A request waits for that
-step if the copy spares it a unit, and else makes do with what can be copied now: a prompt of many
-steps publishes a block to copy in each of them.
+step if the copy spares it a unit, or all that it would compute. Else it makes do with what can be
+copied now: a prompt of many steps publishes a block to copy in each of them.
 
 A request that has computed a unit replaces the blocks of others that hold the same one. At a
 near-tie two requests may choose different tokens, and blocks of two choices must not meet in one
@@ -110,8 +110,9 @@ class StagePrefixCache:
         blocks, num_tokens = self._longest(request, frozenset())
         if self.must_wait(request, blocks, num_tokens):
             settled, end = self._longest(request, self._fresh)
-            units, limit = self._plans[request.request_id].units, request.num_tokens - 1
-            if not any(end < unit.end and min(unit.end, limit) <= num_tokens for unit in units):
+            units = self._plans[request.request_id].units
+            whole = num_tokens == request.num_tokens - 1
+            if not (whole or any(end < unit.end <= num_tokens for unit in units)):
                 return settled, end
         return blocks, num_tokens
 

@@ -138,7 +138,7 @@ def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
     # A signal to the process group reaches the engine core, too, which must not drop requests.
     args.shutdown_timeout = args.shutdown_timeout or math.ceil(settings.grace_seconds)
     if bundled is not None:
-        _serve_bundled(args, bundled)
+        _serve_bundled(args, bundled, parser.get_default("tool_strict_level"))
     elif args.model_tag is not None:
         args.model = args.model_tag
     validate_parsed_serve_args(args)
@@ -146,7 +146,7 @@ def parse_arguments(argv: list[str]) -> tuple[Namespace, GatewaySettings]:
     return args, settings
 
 
-def _serve_bundled(args: Namespace, bundled: BundledModel) -> None:
+def _serve_bundled(args: Namespace, bundled: BundledModel, default_strict_level: Any) -> None:
     if args.structured_outputs_config == StructuredOutputsConfig():
         # It was trained on no JSON, and writes nothing but white space where JSON may have any.
         args.structured_outputs_config = StructuredOutputsConfig(
@@ -155,7 +155,7 @@ def _serve_bundled(args: Namespace, bundled: BundledModel) -> None:
     if args.tool_call_parser is None:  # so that examples with tools work as they are
         args.tool_call_parser = _BUNDLED_TOOL_PARSER
         args.enable_auto_tool_choice = True
-        if args.tool_strict_level == "auto":
+        if args.tool_strict_level == default_strict_level:
             args.tool_strict_level = "parameter"  # it keeps to no schema by itself
     args.model = str(bundled.path)
     args.served_model_name = args.served_model_name or [bundled.name]

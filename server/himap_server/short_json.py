@@ -23,6 +23,7 @@ from vllm.sampling_params import StructuredOutputsParams
 MAX_CHARACTERS = 48
 MAX_ITEMS = 4
 MAX_INTEGER = 999
+MAX_PROPERTIES = 64  # that a schema wants, without naming them
 
 _LARGE_INTEGER = 2**62
 
@@ -121,7 +122,7 @@ def _bound_number(schema: dict[str, Any]) -> None:
             del schema[name]
     lower = [schema[name] for name in _LOWER if name in schema]
     upper = [schema[name] for name in _UPPER if name in schema]
-    span = MAX_INTEGER * max(1, schema.get("multipleOf", 1))
+    span = min(MAX_INTEGER * max(1, schema.get("multipleOf", 1)), _LARGE_INTEGER)
     if not lower:
         schema["minimum"] = min(upper) - span if upper else 0
     if not upper:
@@ -134,6 +135,8 @@ def _close_object(schema: dict[str, Any]) -> None:
     if more is False:
         return
     properties = dict(schema.get("properties", {}))
+    if schema.get("minProperties", 0) > MAX_PROPERTIES:
+        return  # their names would be long
     if not any(name in schema for name in _NAMED):
         value = narrowed(more)
         for name in schema.get("required", ()):

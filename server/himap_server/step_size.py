@@ -15,11 +15,12 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import get_mm_max_toks_per_item
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_num_threads
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.himap.server")
 
 TEXT_TOKENS = 1024
 """Of a turn, beside its largest image."""
@@ -28,16 +29,16 @@ _MOST = 20_480  # tokens; activations of a 7B model take some 2 GB then
 _MOST_ELSEWHERE = 8_192  # on a CPU, and on smaller cards
 
 
-def step_tokens(default: int, image: int, sequences: int, most: int) -> int:
+def step_tokens(default: int, turn: int, sequences: int, most: int) -> int:
     """Tokens of a step.
 
     Args:
         default: vLLM's.
-        image: tokens of the model's largest image.
+        turn: tokens of the largest image and its text.
         sequences: that may decode in the same step, a token each.
         most: that memory allows.
     """
-    return max(default, min(image + TEXT_TOKENS + sequences, most))
+    return max(default, min(turn + sequences, most))
 
 
 class EngineArgs(AsyncEngineArgs):
@@ -57,14 +58,13 @@ class EngineArgs(AsyncEngineArgs):
         super()._set_default_max_num_seqs_and_batched_tokens_args(
             usage_context, model_config, *args, **kwargs
         )
-        image = _largest_image(model_config)
-        default: int | None = own.max_num_batched_tokens
-        if image is None or default is None:
+        image, longest = _largest_image(model_config), model_config.max_model_len
+        if image is None:
             return
         if not chosen:
-            sequences = own.max_num_seqs
-            most = min(_most(), sequences * model_config.max_model_len)  # the last: as in vLLM
-            size = step_tokens(default, image, sequences, most)
+            default, sequences = own.max_num_batched_tokens, own.max_num_seqs
+            most = min(_most(), sequences * longest)  # the latter as in vLLM
+            size = step_tokens(default, min(image + TEXT_TOKENS, longest), sequences, most)
             if size > default:
                 logger.info(
                     "a step holds %d tokens (--max-num-batched-tokens) instead of %d: the model's "
@@ -73,14 +73,20 @@ class EngineArgs(AsyncEngineArgs):
                     default,
                     image,
                 )
-            own.max_num_batched_tokens = default = size
-        if image >= default:
+            own.max_num_batched_tokens = size
+        limits = (
+            own.max_num_batched_tokens,
+            own.max_num_scheduled_tokens,
+            own.long_prefill_token_threshold,
+        )
+        limit = min(filter(None, limits))
+        if min(image, longest) >= limit:
             logger.warning(
-                "the model's largest image has %d tokens, and a step %d "
+                "the model's largest image has %d tokens, and a prompt %d in a step "
                 "(--max-num-batched-tokens): a turn that has more tokens from its first image on "
                 "is not pruned",
                 image,
-                default,
+                limit,
             )
 
 
@@ -93,11 +99,17 @@ def _largest_image(model_config: ModelConfig) -> int | None:
     """
     if not model_config.is_multimodal_model:
         return None
-    processor = MULTIMODAL_REGISTRY.create_processor(model_config)
-    if not processor.info.allowed_mm_limits.get("image"):
+    try:
+        with set_default_torch_num_threads():  # as vLLM does there
+            processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+            if not processor.info.allowed_mm_limits.get("image"):
+                return None
+            found = get_mm_max_toks_per_item(processor, {"image": 1}, cache=None)
+    except Exception as error:  # the engine fails in words of its own, if it does
+        logger.debug("the model's largest image is not known: %r", error)
         return None
-    found: int | None = get_mm_max_toks_per_item(processor, {"image": 1}, cache=None).get("image")
-    return found
+    image: int | None = found.get("image")
+    return image
 
 
 def _most() -> int:

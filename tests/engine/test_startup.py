@@ -328,26 +328,30 @@ def test_a_step_holds_the_largest_image(
     from vllm.usage.usage_lib import UsageContext
 
     server = UsageContext.OPENAI_API_SERVER
-    caplog.set_level(logging.INFO, "himap_server")
+    caplog.set_level(logging.INFO, "vllm.himap.server")
 
     def size(default: int, **options: Any) -> int:
         # Those of a GPU with little memory, for instance.
         defaults = {server: default}, {server: 4}
         monkeypatch.setattr(EngineArgs, "get_batch_defaults", lambda *_: defaults)
         caplog.clear()
-        args = EngineArgs(model=str(world.checkpoint(shape)), max_model_len=4096, **options)
+        options = {"max_model_len": 4096, **options}
+        args = EngineArgs(model=str(world.checkpoint(shape)), **options)
         found: int = args.create_engine_config(server).scheduler_config.max_num_batched_tokens
         return found
 
     def said() -> list[str]:
-        own = [record for record in caplog.records if record.name == "himap_server.step_size"]
+        own = [record for record in caplog.records if record.name == "vllm.himap.server"]
         return [record.getMessage() for record in own]
 
     assert size(2048) == 2048
     assert not said()
     assert size(256) == IMAGE_TOKENS + TEXT_TOKENS + 4
     assert f"largest image has {IMAGE_TOKENS}" in said()[0]
+    assert size(32, max_model_len=40) == 40 + 4
     assert size(256, max_num_batched_tokens=64) == 64
     assert not said()
+    size(2048, long_prefill_token_threshold=32)
+    assert "and a prompt 32 in a step" in said()[0]
     assert size(256, max_num_batched_tokens=32) == 32
-    assert f"largest image has {IMAGE_TOKENS} tokens, and a step 32" in said()[0]
+    assert f"largest image has {IMAGE_TOKENS} tokens, and a prompt 32 " in said()[0]

@@ -117,6 +117,8 @@ def main() -> int:
         serve(args.only, args.serve)
         return 0
     chosen = [setup for setup in setups() if not args.only or setup.name in args.only]
+    if not chosen:
+        parser.error("--only: no setup has such a name")
     answers, logs = args.folder / "answers.jsonl", args.folder / "logs.txt"
     for file in (answers, logs):
         file.write_bytes(b"")

@@ -152,6 +152,20 @@ def test_a_prompt_waits_for_one_that_computes_its_image(end: int, text: int) -> 
     assert cache.manager.allocate_slots(request, 1, found, blocks) is not None
 
 
+def test_a_prompt_waits_for_its_copy_behind_a_cached_image() -> None:
+    cache = Cache("balanced")
+    cache.run(PROMPT)
+    waiting = []
+    cache.manager.new_step_starts()
+    for name in ("first", "second", "other"):
+        text = [*PROMPT, *range(500, 600), name == "other"]
+        request = cache.add(name, text, len(PROMPT))
+        blocks, found, _ = cache.manager.get_computed_blocks(request)
+        new = request.num_tokens - found
+        waiting.append(cache.manager.allocate_slots(request, new, found, blocks) is None)
+    assert waiting == [False, True, False]
+
+
 @pytest.mark.parametrize("kv_grouping", ["few", "balanced", "many"])
 def test_tokens_of_two_choices_do_not_meet(kv_grouping: KVGrouping) -> None:
     """Two requests compute an image, which they may prune differently at a near-tie."""
