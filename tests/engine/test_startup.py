@@ -328,7 +328,10 @@ def test_a_step_holds_the_largest_image(
     from vllm.usage.usage_lib import UsageContext
 
     server = UsageContext.OPENAI_API_SERVER
-    caplog.set_level(logging.INFO, "vllm.himap.server")
+    configure(world.checkpoint(shape), None)  # vLLM configures logging, and drops handlers
+    logger = logging.getLogger("vllm.himap.server")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    caplog.set_level(logging.INFO, logger.name)
 
     def size(default: int, **options: Any) -> int:
         # Those of a GPU with little memory, for instance.
@@ -341,8 +344,7 @@ def test_a_step_holds_the_largest_image(
         return found
 
     def said() -> list[str]:
-        own = [record for record in caplog.records if record.name == "vllm.himap.server"]
-        return [record.getMessage() for record in own]
+        return [r.getMessage() for r in caplog.records if r.name == logger.name]
 
     assert size(2048) == 2048
     assert not said()
