@@ -331,16 +331,16 @@ class StagePrefixCache:
         self._points.add(hashes.of_block(0, count - 1) if count else b"", num_tokens)
 
     def _replace(self, request: Request, stage: int, index: int, block_hash: BlockHash) -> None:
-        """Withdraw others' blocks with a hash, if they hold a unit that this request computed."""
-        request_id, size = request.request_id, self._sizes[stage]
+        """Withdraw others' blocks with a hash, if what they hold depends on this request's choice.
+
+        That is all from the first unit on that it computed, in the later stages.
+        """
+        request_id = request.request_id
         plan, began = self._plans[request_id], self._began.get(request_id, 0)
-        chosen = any(
-            plan.stage_tokens(stage, unit.start) < (index + 1) * size
-            and index * size < plan.stage_tokens(stage, unit.end)
-            for unit in plan.units
-            if stage and unit.start >= began
-        )
-        if not chosen:
+        first = next((unit.start for unit in plan.units if unit.start >= began), None)
+        if first is None or not stage:
+            return
+        if (index + 1) * self._sizes[stage] <= plan.stage_tokens(stage, first):
             return
         for group in self._stages[stage]:
             own = group.req_to_blocks[request_id][index]

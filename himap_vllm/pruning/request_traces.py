@@ -80,11 +80,13 @@ class _Traced:
     """A request whose trace is wanted.
 
     Attributes:
+        request_id: whose it is.
         plan: of its prompt.
         units: by index in the plan, the copy of the latest step that pruned the unit, and what to
             add to a row of that step for a position in the prompt.
     """
 
+    request_id: str
     plan: PromptPlan
     units: dict[int, tuple[_StepCopy, int]] = field(default_factory=dict)
 
@@ -155,8 +157,9 @@ class RequestTraces:
         if self._latest is None or self._latest[0] is not step:  # one copy serves all its prompts
             self._latest = step, _StepCopy(step)
         traced = self._traced.get(name)
-        if traced is None or traced.plan != plan:  # another request has taken the name
-            traced = self._traced[name] = _Traced(plan)
+        if traced is None or traced.request_id != request_id:  # another one had the name
+            self._traced.pop(name, None)  # and its place in the queue
+            traced = self._traced[name] = _Traced(request_id, plan)
         unit = step.plan.pruned_units[index]
         offset = plan.units[unit.index].end - unit.tokens.stop
         traced.units[unit.index] = self._latest[1], offset
