@@ -6,7 +6,8 @@ the register (docs/seams.md) and prints a line for each that
 
 * does not exist;
 * has another signature, body or set of callers than the one that somebody has read and recorded
-  in `scripts/known_vllm.json`.
+  in `scripts/known_vllm.json`;
+* is a method that the product overrides by one that does not take the same arguments.
 
 It exits with 1 if there is such a line. `--accept` records the release as read: use it when every
 line has been looked at in vLLM's source, and the project mended where it had to be
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from himap_vllm.vllm_versions import MOVED
+from scripts.overrides import misfits
 from scripts.seams import ROOT, Seam, read_seams
 from scripts.vllm_sources import Sources, fetch
 
@@ -116,7 +118,11 @@ def check(sources: Sources, known: dict[str, Record], root: Path = ROOT) -> list
         for file, name in imports(root)
         if sources.resolve(name) is None
     ]
-    return sorted(set(missing)) + differences(seams, record(sources, seams), known)
+    return [
+        *sorted(set(missing)),
+        *misfits(sources, root, PRODUCT),
+        *differences(seams, record(sources, seams), known),
+    ]
 
 
 def register(root: Path = ROOT) -> dict[str, Seam]:

@@ -96,12 +96,17 @@ class PruningKVCacheManager(KVCacheManager):
     himap_prefixes: StagePrefixCache
 
     @override
-    def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
-        """As `KVCacheManager.get_computed_blocks`."""
+    def get_computed_blocks(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[KVCacheBlocks, int, int]:
+        """As `KVCacheManager.get_computed_blocks`.
+
+        From 0.33 on, the caller may give an upper bound: for routed experts only, so never here.
+        """
         if request.request_id not in self.himap_plans or not self.prefix_cache_lookup_enabled(
             request
         ):
-            return super().get_computed_blocks(request)
+            return super().get_computed_blocks(request, *args, **kwargs)
         blocks, num_tokens = self.himap_prefixes.find(request)
         return self.create_kv_cache_blocks(blocks), num_tokens, 0
 

@@ -80,6 +80,34 @@ def test_a_seam_broken_on_purpose_is_found(
     assert sorted(f"{kind} {name.rpartition('.')[2]}" for kind, name, *_ in said) == found
 
 
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [
+        ("schedule(self, step)", None),
+        ("schedule(self, *args, **kwargs)", None),
+        ("schedule(self, step, more=None)", None),
+        ("schedule(self, step, more)", "ours needs 'more'"),
+        ("schedule(self, step, *, more)", "ours needs 'more'"),
+        ("schedule(self)", "ours does not take 'step' as argument 1"),
+        ("schedule(self, *args)", "ours does not take 'step' as argument 1"),
+        ("schedule(self, more, step)", "ours does not take 'step' as argument 1"),
+        ("plan(self, step)", "is not there"),
+        ("run(self)", "ours does not take the keyword 'twice'"),
+        ("run(self, **kwargs)", None),
+    ],
+)
+def test_an_override_that_vllm_cannot_call_is_found(
+    product: Path, tmp_path: Path, ours: str, said: str | None
+) -> None:
+    (product / "himap_vllm" / "core.py").write_text(
+        "if TYPE_CHECKING:\n    from vllm.v1 import Scheduler as Base\n"
+        f"class Mine(Base):\n    @override\n    def {ours}: ...\n"
+    )
+    sources = release(tmp_path / "next", SCHEDULER.replace("run(self)", "run(self, *, twice)"))
+    lines = check(sources, {}, product)
+    assert [line.split("\n    ")[1] for line in lines] == ([] if said is None else [said])
+
+
 def test_a_symbol_that_nobody_has_read_is_found(product: Path, tmp_path: Path) -> None:
     (line, _) = check(release(tmp_path / "known"), {}, product)
     assert line.startswith("UNREAD")

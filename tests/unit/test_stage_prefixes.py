@@ -83,7 +83,8 @@ class Cache:
         """
         request = self.add("name", tokens, end, ratios, salt, reads, pruned)
         self.manager.new_step_starts()
-        blocks, found, _ = self.manager.get_computed_blocks(request)
+        bound = (None,) if pruned and reads else ()  # as vLLM does from 0.33 on
+        blocks, found, _ = self.manager.get_computed_blocks(request, *bound)
         assert self.manager.allocate_slots(request, len(tokens) - found, found, blocks) is not None
         self.blocks = [[*ids] for ids in self.manager.get_block_ids("name")]
         request.status = RequestStatus.RUNNING
