@@ -24,6 +24,11 @@ Seams, all on the scheduler's one instance:
 * `vllm.v1.core.kv_cache_manager.KVCacheManager.allocate_slots` (overridden): None, no blocks, ends
   the admission of a step behind a prompt that others have passed long enough. Remove when: a
   request can declare a range of its prompt that is computed in one step.
+* `vllm.v1.core.kv_cache_manager.KVCacheManager.get_computed_blocks`,
+  `vllm.v1.core.kv_cache_manager.KVCacheManager.new_step_starts`,
+  `vllm.v1.core.kv_cache_manager.KVCacheManager.reset_prefix_cache` (overridden): pruned requests
+  have a prefix cache of their own (`StagePrefixCache`). Remove when: a block's tokens may be any
+  positions of a sequence.
 * `vllm.v1.core.kv_cache_manager.KVCacheManager.free`,
   `vllm.v1.core.kv_cache_manager.KVCacheManager.pop_blocks_for_free` (overridden): blocks of all
   groups in the order of their places. Remove when: `KVCacheCoordinator.free` returns the blocks of
