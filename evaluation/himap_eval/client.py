@@ -15,12 +15,13 @@ from tqdm import tqdm
 from himap_vllm.plan.prompt import Ratios
 
 from .errors import CommandError
-from .items import Item
+from .items import Item, conversations
 
 _RETRIES = 8  # by the client, with growing pauses, after 429, 5xx and connection errors
 
 
 UNPRUNED = Ratios(0.0, 0.0)
+HISTORIES = ("own", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class Endpoint:
         api_key: any text if the server needs no key.
         xargs: send the ratios as `vllm_xargs`, as a plain `vllm serve` takes them.
         max_tokens: longest answer.
+        history: whose answers later questions of a conversation see: the model's `own` at the same
+            ratios, or the `reference`, the first accepted one.
     """
 
     url: str
@@ -61,6 +64,7 @@ class Endpoint:
     api_key: str
     xargs: bool = False
     max_tokens: int = 64
+    history: str = HISTORIES[0]
 
     def extra_body(self, ratios: Ratios) -> dict[str, Any]:
         """The fields of a request that name the ratios."""
@@ -110,8 +114,8 @@ async def _ask_all(
     }
     # The first request for an image pays for encoding it: settings take turns at being first.
     jobs = iter([
-        (index, settings[(index + turn) % len(settings)])
-        for index in range(len(items))
+        (chain, settings[(number + turn) % len(settings)])
+        for number, chain in enumerate(conversations(items))
         for turn in range(len(settings))
     ])  # fmt: skip
     client = openai.AsyncOpenAI(
@@ -119,32 +123,55 @@ async def _ask_all(
     )
     async with client:
         for ratios in settings:  # the first requests may wait for a compilation
-            await _ask(client, endpoint, items[0], ratios)
+            await _ask(client, endpoint, [_user_turn(items[0], True)], ratios)
         total = len(items) * len(settings)
         with tqdm(total=total, unit="answer", disable=quiet) as progress:
 
             async def work() -> None:
-                for index, ratios in jobs:
-                    answers[ratios][index] = await _ask(client, endpoint, items[index], ratios)
-                    progress.update()
+                for chain, ratios in jobs:
+                    asked = [items[index] for index in chain]
+                    found = await _converse(client, endpoint, asked, ratios)
+                    for index, answer in zip(chain, found, strict=True):
+                        answers[ratios][index] = answer
+                    progress.update(len(chain))
 
             await asyncio.gather(*(work() for _ in range(concurrency)))
     return answers
 
 
+def _user_turn(item: Item, with_image: bool) -> dict[str, Any]:
+    content: list[Any] = [{"type": "text", "text": item.question}]
+    if with_image:
+        content.insert(0, {"type": "image_url", "image_url": {"url": item.image_url()}})
+    return {"role": "user", "content": content}
+
+
+async def _converse(
+    client: openai.AsyncOpenAI, endpoint: Endpoint, items: Sequence[Item], ratios: Ratios
+) -> list[Answer]:
+    """Ask the questions of one conversation, each with those before it and their answers."""
+    messages: list[Any] = []
+    answers: list[Answer] = []
+    for item in items:
+        messages.append(_user_turn(item, with_image=not messages))
+        answers.append(await _ask(client, endpoint, messages, ratios))
+        if answers[-1].error:  # later questions have no history
+            return answers + [answers[-1]] * (len(items) - len(answers))
+        own = endpoint.history == HISTORIES[0]
+        said = answers[-1].text if own else item.answers[0]
+        messages.append({"role": "assistant", "content": said})
+    return answers
+
+
 async def _ask(
-    client: openai.AsyncOpenAI, endpoint: Endpoint, item: Item, ratios: Ratios
+    client: openai.AsyncOpenAI, endpoint: Endpoint, messages: list[Any], ratios: Ratios
 ) -> Answer:
-    content: Any = [
-        {"type": "image_url", "image_url": {"url": item.image_url()}},
-        {"type": "text", "text": item.question},
-    ]
     began = time.perf_counter()
     text, ttft, usage = "", 0.0, None
     try:
         stream = await client.chat.completions.create(
             model=endpoint.model,
-            messages=[{"role": "user", "content": content}],
+            messages=messages,
             temperature=0,
             max_tokens=endpoint.max_tokens,
             stream=True,

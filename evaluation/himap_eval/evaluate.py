@@ -8,6 +8,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,7 @@ def main(argv: list[str]) -> int:
         epilog="Exit status: 1 if a request failed or a retention is below --min-retention.",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--url",
-        default=os.environ.get("OPENAI_BASE_URL", "http://localhost:8000/v1"),
-        help="URL of the API, up to /v1 (default: OPENAI_BASE_URL, or http://localhost:8000/v1); "
-        "the key is OPENAI_API_KEY",
-    )
-    parser.add_argument("--model", help="name at the server (default: the server's first model)")
+    add_endpoint_options(parser)
     parser.add_argument(
         "--ratios", type=ratio_pair, action="append", metavar="SHALLOW,DEEP",
         help="repeatable (default: 0.5,0.75)",
@@ -64,12 +59,62 @@ def main(argv: list[str]) -> int:
     return guarded("eval", _run, parser.parse_args(argv))
 
 
-def _run(args: Namespace) -> int:
-    items = load_items(args)
+def add_endpoint_options(parser: ArgumentParser) -> None:
+    """Add the options that name a served model."""
+    parser.add_argument(
+        "--url",
+        default=os.environ.get("OPENAI_BASE_URL", "http://localhost:8000/v1"),
+        help="URL of the API, up to /v1 (default: OPENAI_BASE_URL, or http://localhost:8000/v1); "
+        "the key is OPENAI_API_KEY",
+    )
+    parser.add_argument("--model", help="name at the server (default: the server's first model)")
+
+
+def endpoint_of(args: Namespace) -> Endpoint:
+    """The served model that the options name.
+
+    Raises:
+        CommandError: there is no model, or the server does not answer.
+    """
     key = os.environ.get("OPENAI_API_KEY", "none")
     model = args.model or first_model(args.url, key)
-    endpoint = Endpoint(args.url, model, key, args.xargs, args.max_tokens)
+    return Endpoint(args.url, model, key, max_tokens=args.max_tokens, history=args.history)
+
+
+def _run(args: Namespace) -> int:
+    items = load_items(args)
+    endpoint = replace(endpoint_of(args), xargs=args.xargs)
     settings = list(dict.fromkeys([UNPRUNED, *(args.ratios or _DEFAULT_RATIOS)]))
+    results, failed = measure(args, endpoint, items, settings, args.output, data_name(args))
+    print(f"\n{settings_table(results)}\n\n{kinds_table(results)}\n\nin {args.output}/")
+    low = _too_low(args, results)
+    return int(failed > 0 or low)
+
+
+def measure(
+    args: Namespace,
+    endpoint: Endpoint,
+    items: Sequence[Item],
+    settings: Sequence[Ratios],
+    folder: Path,
+    data: str,
+) -> tuple[list[Result], int]:
+    """Ask all questions at all settings, and write results and answers.
+
+    Args:
+        args: options of `add_asking_options`.
+        endpoint: the served model.
+        items: the questions.
+        settings: ratios; the first are `UNPRUNED`.
+        folder: where results are written.
+        data: name of the data, for the report.
+
+    Returns:
+        The results of the settings, and how many requests failed.
+
+    Raises:
+        CommandError: no question has an answer at every setting.
+    """
     answers = ask_all(endpoint, items, settings, args.concurrency, args.quiet)
     usable = answered(items, answers)
     if not usable:
@@ -77,31 +122,25 @@ def _run(args: Namespace) -> int:
     kept_items = [items[i] for i in usable]
     kept = {ratios: [row[i] for i in usable] for ratios, row in answers.items()}
     results = [summarize(kept_items, ratios, kept[ratios], kept[UNPRUNED]) for ratios in settings]
-    args.output.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     about = {
-        "model": model,
-        "data": data_name(args),
+        "model": endpoint.model,
+        "data": data,
         "num_questions": len(kept_items),
         "num_groups": len({item.group for item in kept_items}),
         "num_failed": len(items) - len(usable),
         "concurrency": args.concurrency,
     }
-    _write(args, about, results)
-    _write_answers(args.output / "answers.jsonl", items, answers)
-    print(f"\n{settings_table(results)}\n\n{kinds_table(results)}\n\nin {args.output}/")
-    return _status(args, items, answers, results)
-
-
-def _status(
-    args: Namespace,
-    items: Sequence[Item],
-    answers: dict[Ratios, list[Answer]],
-    results: Sequence[Result],
-) -> int:
+    _write(folder, about, results, draw=not args.no_plot)
+    _write_answers(folder / "answers.jsonl", items, answers)
     errors = [answer.error for row in answers.values() for answer in row if answer.error]
     if errors:
         text = f"{len(errors)} of {len(items) * len(answers)} requests failed: {errors[0]}"
-        print(f"himap eval: {text}", file=sys.stderr)
+        print(f"{data}: {text}", file=sys.stderr)
+    return results, len(errors)
+
+
+def _too_low(args: Namespace, results: Sequence[Result]) -> bool:
     low = [
         result
         for result in results
@@ -113,12 +152,12 @@ def _status(
             f"{args.min_retention}",
             file=sys.stderr,
         )
-    return int(bool(errors or low))
+    return bool(low)
 
 
-def _write(args: Namespace, about: dict[str, Any], results: Sequence[Result]) -> None:
+def _write(folder: Path, about: dict[str, Any], results: Sequence[Result], draw: bool) -> None:
     summary = {**about, "settings": [result.as_dict() for result in results]}
-    (args.output / "results.json").write_text(to_json(summary))
+    (folder / "results.json").write_text(to_json(summary))
     lines = [
         "# Accuracy under pruning",
         f"{about['model']}, {about['data']}: {about['num_questions']} questions in "
@@ -131,16 +170,16 @@ def _write(args: Namespace, about: dict[str, Any], results: Sequence[Result]) ->
         kinds_table(results),
     ]
     pruned = [result for result in results if result.savings and result.ratios != UNPRUNED]
-    if pruned and not args.no_plot:
+    if pruned and draw:
         points = [
             Point(result.savings.prefill_flops, result.retention, str(result.ratios))
             for result in pruned
             if result.savings
         ]
         cost = "prefill FLOPs (% of unpruned)"
-        scatter(args.output / "retention.png", {str(about["model"]): {"pruned": points}}, cost)
+        scatter(folder / "retention.png", {str(about["model"]): {"pruned": points}}, cost)
         lines.append("![Retention against prefill FLOPs](retention.png)")
-    (args.output / "results.md").write_text("\n\n".join(lines) + "\n")
+    (folder / "results.md").write_text("\n\n".join(lines) + "\n")
 
 
 def _write_answers(path: Path, items: Sequence[Item], answers: dict[Ratios, list[Answer]]) -> None:

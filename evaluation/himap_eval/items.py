@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions about images, from a JSONL file or from the project's held-out set."""
+"""Questions about images, and the project's held-out set."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import mimetypes
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from PIL.Image import Image
-
-from .scoring import METRICS
 
 
 class DataError(ValueError):
@@ -33,6 +29,9 @@ class Item:
         kind: accuracy is reported per kind.
         group: the bootstrap draws whole groups, for example the items that share an image.
         metric: a name in `scoring.METRICS`.
+        turn: 0, or the number of questions before it in a conversation about the image. They are
+            the items right before this one.
+        together: items with the same value, other than "", are right only if all of them are.
     """
 
     image: str | Path
@@ -41,6 +40,8 @@ class Item:
     kind: str
     group: str
     metric: str = "exact"
+    turn: int = 0
+    together: str = ""
 
     def image_url(self) -> str:
         """The image as a data URL, read only now: a data set may be larger than memory."""
@@ -48,52 +49,6 @@ class Item:
             return self.image
         mime = mimetypes.guess_type(self.image.name)[0] or "image/jpeg"
         return f"data:{mime};base64,{base64.b64encode(self.image.read_bytes()).decode()}"
-
-
-def read_jsonl(path: Path, images: Path | None) -> Iterator[Item]:
-    """Items of a JSONL file.
-
-    A line has `image` (data URL, or a path relative to `images` or to the file), `question`,
-    `answers` (a list, or one string), and may have `kind`, `group` (default: the image) and
-    `metric`.
-
-    Raises:
-        DataError: a line is wrong.
-    """
-    folder = images or path.parent
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            try:
-                yield _item(json.loads(line), folder)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-                raise DataError(f"{path}:{number}: {what}") from error
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read: {error}") from error
-
-
-def _item(raw: dict[str, Any], folder: Path) -> Item:
-    answers = raw["answers"]
-    answers = (answers,) if isinstance(answers, str) else tuple(answers)
-    if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError("answers must be a string, or a list of at least one string")
-    metric = raw.get("metric", "exact")
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    name = raw["image"]
-    return Item(
-        image=name if name.startswith("data:") else folder / name,
-        question=str(raw["question"]),
-        answers=answers,
-        kind=str(raw.get("kind", "all")),
-        group=str(raw.get("group", name)),
-        metric=metric,
-    )
 
 
 def held_out(num_scenes: int, first: int = 0) -> tuple[list[Item], dict[str, Image]]:
@@ -123,6 +78,40 @@ def held_out(num_scenes: int, first: int = 0) -> tuple[list[Item], dict[str, Ima
             url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         items.append(Item(url, item.question, tuple(item.answers), item.kind, scene))
     return items, pictures
+
+
+def in_conversations(items: Sequence[Item], turns: int) -> list[Item]:
+    """The questions about each image (group) as conversations of `turns` questions, in their order.
+
+    Questions that are left over are left out. A question's kind is then its number.
+
+    Raises:
+        DataError: no image has as many questions, or the data has conversations of its own.
+    """
+    if any(item.turn for item in items):
+        raise DataError("the data has conversations of its own; --turns is for single questions")
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.group, []).append(item)
+    found = [
+        replace(item, turn=index % turns, kind=f"question {index % turns + 1}")
+        for own in groups.values()
+        for index, item in enumerate(own[: len(own) // turns * turns])
+    ]
+    if not found:
+        raise DataError(f"no image has {turns} questions; use less --turns")
+    return found
+
+
+def conversations(items: Sequence[Item]) -> list[list[int]]:
+    """The indices of the items of each conversation."""
+    found: list[list[int]] = []
+    for index, item in enumerate(items):
+        if item.turn and found:
+            found[-1].append(index)
+        else:
+            found.append([index])
+    return found
 
 
 def sample(items: Sequence[Item], limit: int | None, seed: int = 0) -> list[Item]:

@@ -12,9 +12,10 @@ from typing import Any
 from himap_vllm.config import check_ratio
 from himap_vllm.plan.prompt import Ratios
 
+from .client import HISTORIES
 from .errors import CommandError
 from .formats import FORMATS, read
-from .items import DataError, Item, check_images, held_out, sample
+from .items import DataError, Item, check_images, held_out, in_conversations, sample
 from .plot import PlotError, check_matplotlib
 
 
@@ -102,7 +103,20 @@ def add_data_options(parser: ArgumentParser) -> None:
         "--first-scene", type=natural, default=0, metavar="N",
         help="first scene of the held-out set (default: 0)",
     )  # fmt: skip
+    add_asking_options(group)
+
+
+def add_asking_options(group: Any) -> None:
+    """Add the options that say how questions are asked to a group of a parser."""
     group.add_argument("--limit", type=positive, help="ask a sample of at most this many questions")
+    group.add_argument(
+        "--turns", type=positive, default=1, metavar="N",
+        help="ask the questions about an image in conversations of N (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--history", choices=HISTORIES, default=HISTORIES[0],
+        help="answers in a conversation: the model's own, or the first accepted one (default: own)",
+    )  # fmt: skip
     group.add_argument(
         "--concurrency", type=positive, default=8, help="requests at once (default: 8)"
     )
@@ -123,6 +137,17 @@ def load_items(args: Namespace) -> list[Item]:
         items, _ = held_out(args.num_scenes, args.first_scene)
     else:
         items = read(args.format, args.data, args.images)
+    return prepared(items, args)
+
+
+def prepared(items: list[Item], args: Namespace) -> list[Item]:
+    """The questions that are asked: conversations if wanted, a sample, with images that exist.
+
+    Raises:
+        DataError: an image is missing, or there are no such conversations.
+    """
+    if args.turns > 1:
+        items = in_conversations(items, args.turns)
     items = sample(items, args.limit)
     check_images(items)
     return items

@@ -88,10 +88,17 @@ class Result:
 
 
 def scores_of(items: Sequence[Item], answers: Sequence[Answer]) -> list[float]:
-    """[num_items] in [0, 1]."""
-    return [
+    """[num_items] in [0, 1]. Items that count together have the lowest of their scores."""
+    scores = [
         METRICS[item.metric](answer.text, item.answers)
         for item, answer in zip(items, answers, strict=True)
+    ]
+    lowest: dict[str, float] = {}
+    for item, score in zip(items, scores, strict=True):
+        lowest[item.together] = min(score, lowest.get(item.together, score))
+    return [
+        lowest[item.together] if item.together else score
+        for item, score in zip(items, scores, strict=True)
     ]
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from .boxes import overlap, parse_box
+
 _SPACE = re.compile(r"\s+")
 _PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`?!:]|[.,](?!\d)")
 _ARTICLES = {"a", "an", "the"}
@@ -61,9 +63,56 @@ def _vqa_normalized(text: str) -> str:
     return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
 
 
+def anls(answer: str, accepted: Sequence[str]) -> float:
+    """DocVQA: 1 - edit distance / length of the longer text, of the most similar answer.
+
+    Below 0.5 it is 0 (average normalised Levenshtein similarity,
+    https://arxiv.org/abs/1905.13648).
+    """
+    texts = [" ".join(text.lower().split()) for text in (answer, *accepted)]
+    best = max(
+        1 - _edit_distance(texts[0], right) / max(len(texts[0]), len(right), 1)
+        for right in texts[1:]
+    )
+    return best if best >= 0.5 else 0.0
+
+
+def _edit_distance(one: str, other: str) -> int:
+    row = list(range(len(other) + 1))
+    for done, letter in enumerate(one, start=1):
+        above, row[0] = row[0], done
+        for index, wanted in enumerate(other, start=1):
+            cost = min(row[index] + 1, row[index - 1] + 1, above + (letter != wanted))
+            above, row[index] = row[index], cost
+    return row[-1]
+
+
+def contains(answer: str, accepted: Sequence[str]) -> float:
+    """OCRBench: 1 if an accepted answer is part of the answer, ignoring case."""
+    text = answer.lower().replace("\n", " ")
+    return float(any(right.lower().strip().replace("\n", " ") in text for right in accepted))
+
+
+def contains_formula(answer: str, accepted: Sequence[str]) -> float:
+    """OCRBench's HME100k: the same with case, and without spaces."""
+    text = "".join(answer.split())
+    return float(any("".join(right.split()) in text for right in accepted))
+
+
+def iou(answer: str, accepted: Sequence[str]) -> float:
+    """RefCOCO: 1 if the first box of the answer covers the right one with an IoU of 0.5 or more."""
+    box = parse_box(answer)
+    boxes = [right for right in map(parse_box, accepted) if right is not None]
+    return float(box is not None and any(overlap(box, right) >= 0.5 for right in boxes))
+
+
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": exact,
     "yes_no": yes_no,
     "choice": choice,
     "vqa": vqa,
+    "anls": anls,
+    "contains": contains,
+    "contains_formula": contains_formula,
+    "iou": iou,
 }

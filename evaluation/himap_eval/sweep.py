@@ -191,7 +191,8 @@ def _measure(
         *(["--enforce-eager"] if args.model is None and not args.flags else args.flags),
     ]
     with serving(args.model, flags, args.output / "server.log") as url:
-        endpoint = Endpoint(url, first_model(url, _KEY), _KEY, max_tokens=args.max_tokens)
+        model = first_model(url, _KEY)
+        endpoint = Endpoint(url, model, _KEY, max_tokens=args.max_tokens, history=args.history)
         settings = list(planned)
         if cells.unpruned is None:
             settings.insert(0, UNPRUNED)
@@ -214,7 +215,9 @@ def _about(args: Namespace, items: Sequence[Item]) -> dict[str, Any]:
     questions = hashlib.sha256()
     for item in items:
         image = str(item.image)
-        questions.update(json.dumps([item.question, item.answers, image]).encode())
+        turn = [item.turn] if item.turn else []
+        questions.update(json.dumps([item.question, item.answers, image, *turn]).encode())
+    history = {"history": args.history} if any(item.turn for item in items) else {}
     return {
         "model": args.model or "the bundled model",
         "data": data_name(args),
@@ -223,6 +226,7 @@ def _about(args: Namespace, items: Sequence[Item]) -> dict[str, Any]:
         "questions": questions.hexdigest(),
         "max_tokens": args.max_tokens,
         "flags": args.flags,
+        **history,
     }
 
 

@@ -67,10 +67,14 @@ def settings_table(results: Sequence[Result]) -> str:
 
 
 def kinds_table(results: Sequence[Result]) -> str:
-    """A table of accuracy per kind of question; results[0] is unpruned."""
-    names = ["unpruned", *(str(result.ratios) for result in results[1:])]
-    rows = [
-        [kind, str(own.num_items), *(percent(result.kinds[kind].accuracy) for result in results)]
-        for kind, own in results[0].kinds.items()
-    ]
-    return markdown_table(["kind", "questions", *names], rows)
+    """A table of accuracy and retention per kind of question; results[0] is unpruned."""
+    head = ["kind", "questions", "unpruned"]
+    for result in results[1:]:
+        head += [str(result.ratios), "retention (95 %)"]
+    rows = []
+    for kind, own in results[0].kinds.items():
+        row = [kind, str(own.num_items), percent(own.accuracy)]
+        for result in results[1:]:
+            row += [percent(result.kinds[kind].accuracy), interval(result.kinds[kind].retention)]
+        rows.append(row)
+    return markdown_table(head, rows)

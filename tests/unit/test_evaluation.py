@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics, scores, data formats and reports of `himap eval` and `himap sweep`: no model."""
+"""Statistics, scores and reports of `himap eval` and `himap sweep`: no model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 from himap_eval.client import UNPRUNED, Answer
-from himap_eval.formats import read
-from himap_eval.items import DataError, Item, sample
+from himap_eval.items import DataError, Item, conversations, in_conversations, sample
 from himap_eval.pareto import (
     Cell,
     EngineChoice,
@@ -21,13 +20,12 @@ from himap_eval.pareto import (
     recommended,
     reduction,
 )
-from himap_eval.results import Result, summarize
+from himap_eval.results import Result, scores_of, summarize
 from himap_eval.scoring import METRICS
 from himap_eval.stats import retention
 from himap_eval.sweep_report import Findings, write_grid, write_report
 
 from himap_vllm.plan.prompt import Ratios
-from tests.checkpoints import sample_images
 
 
 def test_retention_by_hand() -> None:
@@ -85,119 +83,27 @@ def test_nothing_right_unpruned() -> None:
         ("vqa", "two", ["2"] * 10, 1),
         ("vqa", "3.5", ["3.5"] * 10, 1),
         ("vqa", "", ["dakota"] * 10, 0),
+        ("anls", "0.28", ["0.28", ".28"], 1),
+        ("anls", "  Ja\nMES ", ["ja mes"], 1),
+        ("anls", "kitten", ["sitting"], 1 - 3 / 7),
+        ("anls", "kitten", ["mitten", "sitting"], 1 - 1 / 6),
+        ("anls", "abcd", ["ab"], 0.5),
+        ("anls", "abcde", ["ab"], 0),
+        ("anls", "", ["", "x"], 1),
+        ("contains", "It says\nCentre.", ["CENTRE"], 1),
+        ("contains", "It says cent re", ["CENTRE"], 0),
+        ("contains_formula", "$ x ^ {2} $", ["x ^ { 2 }"], 1),
+        ("contains_formula", "X^{2}", ["x ^ { 2 }"], 0),
+        ("iou", '[{"bbox_2d": [10, 20, 30, 50], "label": "5"}]', ["10.0, 20.0, 30.0, 50.0"], 1),
+        ("iou", "<box>(10,20),(30,50)</box>", ["10, 20, 30, 50"], 1),
+        ("iou", "[0.1, 0.2, 0.3, 0.6]", ["0.1, 0.2, 0.3, 0.4"], 1),
+        ("iou", "[0.1, 0.2, 0.3, 0.61]", ["0.1, 0.2, 0.3, 0.4"], 0),
+        ("iou", "[5, 5, 1, 1]", ["1, 1, 5, 5"], 0),
+        ("iou", "nowhere", ["1, 1, 5, 5"], 0),
     ],
 )
 def test_scores(metric: str, answer: str, accepted: list[str], score: float) -> None:
     assert METRICS[metric](answer, accepted) == pytest.approx(score)
-
-
-def picture(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sample_images(1)[0].save(path)
-
-
-def test_jsonl(tmp_path: Path) -> None:
-    lines = [
-        {"image": "a.png", "question": "What?", "answers": "this"},
-        {"image": "data:image/png;base64,AA==", "question": "How many?", "answers": ["2", "two"],
-         "kind": "count", "group": "g", "metric": "vqa"},
-    ]  # fmt: skip
-    file = tmp_path / "questions.jsonl"
-    file.write_text("\n\n".join(map(json.dumps, lines)))
-    picture(tmp_path / "a.png")
-    first, second = read("jsonl", file, None)
-    assert first == Item(tmp_path / "a.png", "What?", ("this",), "all", "a.png")
-    assert first.image_url().startswith("data:image/png;base64,iVBOR")
-    assert second == Item(
-        "data:image/png;base64,AA==", "How many?", ("2", "two"), "count", "g", "vqa"
-    )
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("{", "Expecting"),
-        ("[]", "indices"),
-        ('{"image": "a.png", "answers": "x"}', "'question' is missing"),
-        ('{"image": "a.png", "question": "?", "answers": []}', "at least one"),
-        ('{"image": "a.png", "question": "?", "answers": [1]}', "at least one"),
-        ('{"image": "a.png", "question": "?", "answers": "x", "metric": "best"}', "one of exact"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
-    file = tmp_path / "questions.jsonl"
-    file.write_text(f'{{"image": "a.png", "question": "?", "answers": "x"}}\n{line}\n')
-    with pytest.raises(DataError, match=f"questions.jsonl:2: .*{reason}"):
-        read("jsonl", file, None)
-
-
-def test_pope(tmp_path: Path) -> None:
-    line = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
-            "text": "Is there a snowboard in the image?", "label": "yes"}  # fmt: skip
-    for name in ("random", "adversarial"):
-        (tmp_path / f"coco_pope_{name}.json").write_text(json.dumps(line) + "\n")
-    first, second = read("pope", tmp_path, tmp_path / "val2014")
-    assert (first.kind, second.kind) == ("adversarial", "random")
-    assert second.image == tmp_path / "val2014" / "COCO_val2014_000000310196.jpg"
-    assert second.question.startswith("Is there a snowboard in the image?\nAnswer")
-    assert (second.answers, second.metric) == (("yes",), "yes_no")
-    assert first.group == second.group
-
-
-def test_scienceqa(tmp_path: Path) -> None:
-    problem = {"question": "Which is north?", "choices": ["Maine", "Ohio"], "answer": 1,
-               "hint": "Look at the map.", "image": "image.png", "subject": "social science",
-               "split": "test"}  # fmt: skip
-    problems = {"1": problem, "2": {**problem, "image": None}, "3": {**problem, "split": "train"}}
-    (tmp_path / "problems.json").write_text(json.dumps(problems))
-    (tmp_path / "pid_splits.json").write_text(json.dumps({"test": ["1", "2"], "train": ["3"]}))
-    picture(tmp_path / "images" / "test" / "1" / "image.png")
-    (item,) = read("scienceqa", tmp_path / "problems.json", tmp_path / "images")
-    assert item.question == (
-        "Look at the map.\nWhich is north?\nA. Maine\nB. Ohio\n"
-        "Answer with the option's letter from the given choices directly."
-    )
-    assert (item.answers, item.kind, item.metric) == (("B",), "social science", "choice")
-    assert item.image == tmp_path / "images" / "test" / "1" / "image.png"
-
-
-def test_textvqa(tmp_path: Path) -> None:
-    question = {"question_id": 34602, "question": "what is the brand of this camera?",
-                "image_id": "003a8ae2ef43b901", "answers": ["dakota"] * 10}  # fmt: skip
-    file = tmp_path / "TextVQA_0.5.1_val.json"
-    file.write_text(json.dumps({"dataset_type": "val", "data": [question]}))
-    (item,) = read("textvqa", file, tmp_path / "train_images")
-    assert item.image == tmp_path / "train_images" / "003a8ae2ef43b901.jpg"
-    assert (len(item.answers), item.metric, item.group) == (10, "vqa", "003a8ae2ef43b901")
-
-
-def test_mme(tmp_path: Path) -> None:
-    text = (
-        "Is there a dog? Please answer yes or no.\tYes\nIs it red? Please answer yes or no.\tNo\n"
-    )
-    picture(tmp_path / "existence" / "1.jpg")
-    (tmp_path / "existence" / "1.txt").write_text(text)
-    picture(tmp_path / "posters" / "images" / "2.png")
-    (tmp_path / "posters" / "questions_answers_YN").mkdir()
-    (tmp_path / "posters" / "questions_answers_YN" / "2.txt").write_text(text)
-    items = read("mme", tmp_path, None)
-    assert [item.kind for item in items] == ["existence"] * 2 + ["posters"] * 2
-    assert [item.answers for item in items] == [("Yes",), ("No",)] * 2
-    assert items[3].image == tmp_path / "posters" / "images" / "2.png"
-    assert items[0].group == items[1].group != items[2].group
-    (tmp_path / "existence" / "1.jpg").unlink()
-    with pytest.raises(DataError, match=r"1\.txt has no image"):
-        read("mme", tmp_path, None)
-
-
-@pytest.mark.parametrize("data_format", ["jsonl", "pope", "scienceqa", "textvqa", "mme"])
-def test_other_files_are_refused(tmp_path: Path, data_format: str) -> None:
-    file = tmp_path / "file.json"
-    file.write_text('{"data": [{}]}')
-    with pytest.raises(DataError):
-        read(data_format, file, None)
-    with pytest.raises(DataError):
-        read(data_format, tmp_path / "none", None)
 
 
 def test_a_sample_has_whole_groups() -> None:
@@ -207,6 +113,29 @@ def test_a_sample_has_whole_groups() -> None:
     assert len({item.group for item in chosen}) == 3
     assert sample(items, 12) == chosen
     assert sample(items, None) == sample(items, 40) == items
+
+
+def test_conversations_about_an_image() -> None:
+    items = [Item("data:", str(i), ("x",), "all", "ABA"[i % 3]) for i in range(9)]
+    asked = in_conversations(items, 2)
+    # A has six questions; B has three, of which one is left over.
+    assert [item.question for item in asked] == ["0", "2", "3", "5", "6", "8", "1", "4"]
+    assert [item.turn for item in asked] == [0, 1] * 4
+    assert {item.kind for item in asked} == {"question 1", "question 2"}
+    assert conversations(asked) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert conversations(items) == [[i] for i in range(9)]
+    assert [item.turn for item in sample(asked, 7)].count(1) == 3
+    with pytest.raises(DataError, match="no image has 7 questions"):
+        in_conversations(items, 7)
+    with pytest.raises(DataError, match="conversations of its own"):
+        in_conversations(asked, 2)
+
+
+def test_questions_that_count_together() -> None:
+    items = [Item("data:", "?", ("A",), "all", "g", "choice", together=own) for own in "112"]
+    items.append(Item("data:", "?", ("A",), "all", "g", "choice"))
+    answers = [Answer(text) for text in ("A", "B", "A", "B")]
+    assert scores_of(items, answers) == [0, 0, 1, 0]
 
 
 def usage(left: float) -> dict[str, Any]:
