@@ -12,6 +12,7 @@ usage: himap serve [MODEL] [any vllm serve flag]   serve a model with an OpenAI 
                                                   without MODEL, the small bundled one
        himap demo                                 ask that model about pictures, pruned and not
        himap eval                                 measure a served model's accuracy, pruned and not
+       himap table llava-1.5-7b                   the same beside published rows of a model
        himap sweep [MODEL]                        find where to prune, and how much
        himap analyze [MODEL]                      see where it reads its images, and where to cut
        himap calibrate [MODEL]                    measure the positional prior of its attention
@@ -37,6 +38,12 @@ def _demo(argv: list[str]) -> int:
 
 def _eval(argv: list[str]) -> int:
     from himap_eval.evaluate import main
+
+    return int(main(argv))
+
+
+def _table(argv: list[str]) -> int:
+    from himap_eval.field_table import main
 
     return int(main(argv))
 
@@ -78,6 +85,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": _serve,
     "demo": _demo,
     "eval": _eval,
+    "table": _table,
     "sweep": _sweep,
     "analyze": _analyze,
     "calibrate": _calibrate,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`himap eval`, `himap sweep` and `himap demo` as a user runs them."""
+"""`himap eval`, `himap table`, `himap sweep` and `himap demo` as a user runs them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import sample_images
+from tests.data_files import WRITERS
 from tests.engines import IMAGE_TOKENS
 from tests.gateway.support import HIMAP, client
 from tests.servers import Server, picture_message
@@ -97,6 +98,70 @@ def test_eval(server: Server, questions: Path, tmp_path: Path) -> None:
     assert again["settings"][1]["savings"]["kept_deep"] == 5
 
 
+def test_published_formats_beside_published_rows(server: Server, tmp_path: Path) -> None:
+    """Every format once; the cuts of the server, and ratios that reach the budgets with them."""
+    sets: list[str] = []
+    several = ("mmbench-circular", "refcoco-pixels", "refcoco-unit", "refcoco-square")
+    writers = {name: write for name, write in WRITERS.items() if name not in several}
+    for data_format, write in writers.items():
+        (tmp_path / data_format).mkdir()
+        sets += ["--set", f"{data_format}={write(tmp_path / data_format)}"]
+    folder = tmp_path / "table"
+    arguments = (
+        "table", "llava-1.5-7b", *sets, "--url", f"{server.url}/v1", "--max-tokens", MAX_TOKENS,
+        "--no-plot", "--quiet", "--output", str(folder), "--budgets",
+    )  # fmt: skip
+    refused = himap(*arguments, "192,288", status=2)
+    assert "the server refuses the ratios" in refused.stderr
+    assert "--max-deep-ratio, would do: Error code: 400" in refused.stderr
+    ended = himap(*arguments, "288,64")
+    found = json.loads((folder / "table.json").read_text())
+    assert (found["cuts"], found["num_layers"]) == ([2, 8], 12)
+    assert found["ratios"]["64"] is None  # two of twelve layers are a sixth
+    names = [name.replace("jsonl", "jsonl-questions") for name in writers]
+    assert list(found["data_sets"]) == names
+    for unpruned, pruned in found["data_sets"].values():
+        assert unpruned["savings"]["image_token_layers"] == 1
+        assert pruned["savings"]["image_token_layers"] == pytest.approx(0.5, abs=0.02)
+    text = (folder / "table.md").read_text()
+    assert text.split("\n\n")[2] in ended.stdout
+    assert "| **this server** | decoder | " in text
+    assert "| PriorTR | decoder | - | 94.5 % | 12 | PriorTR (arXiv 2606.24156) |" in text
+    assert text.count("MSDG-Prune |") == 6  # LLaVA's rows only
+    for name in names:
+        assert f"| {name} | " in text
+    kinds = (folder / "jsonl-questions" / "results.md").read_text()
+    assert "| question 2 | 1 | " in kinds
+
+
+def test_conversations(server: Server, questions: Path, tmp_path: Path) -> None:
+    """The second question sees the first one, and the answer that the history has."""
+    seen = []
+    for history in ("own", "reference"):
+        himap(
+            "eval", "--url", f"{server.url}/v1", "--data", str(questions), "--turns", "2",
+            "--history", history, "--max-tokens", MAX_TOKENS, "--no-plot", "--quiet",
+            "--output", str(tmp_path),
+        )  # fmt: skip
+        found = json.loads((tmp_path / "results.json").read_text())
+        kinds = found["settings"][1]["kinds"]
+        assert [kinds[kind]["num_items"] for kind in ("question 1", "question 2")] == [4, 4]
+        lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+        answers = [[own["answer"] for own in json.loads(line)["answers"]] for line in lines]
+        seen.append(answers)
+    image = sample_images(1, seed=8)[0]
+    first, second = seen[0][:2]
+    asked = [picture_message(image, "What is this?"), {"role": "assistant", "content": first[1]},
+             {"role": "user", "content": "And what is it not?"}]  # fmt: skip
+    completion = client(server).chat.completions.create(
+        model="tiny", messages=asked, max_tokens=int(MAX_TOKENS), temperature=0
+    )
+    assert completion.choices[0].message.content == second[1]
+    # The accepted first answers are the unpruned ones, so histories differ where pruned.
+    assert [row[1] for row in seen[0][::2]] == [row[1] for row in seen[1][::2]]
+    assert [row[1] for row in seen[0][1::2]] != [row[1] for row in seen[1][1::2]]
+
+
 def test_failed_requests_are_counted(server: Server, questions: Path, tmp_path: Path) -> None:
     file = questions.with_name("failing.jsonl")
     lines = questions.read_text().splitlines()
@@ -117,6 +182,8 @@ def test_failed_requests_are_counted(server: Server, questions: Path, tmp_path: 
         (("eval", "--data", "none.jsonl"), "none.jsonl can't be read"),
         (("eval", "--ratios", "0.5"), "must be SHALLOW,DEEP such as 0.5,0.75, got '0.5'"),
         (("eval", "--ratios", "0.5,1"), "must be a ratio in [0, 1), got '1'"),
+        (("table", "llava-1.5-7b", "--set", "pope"), "must be FORMAT=FILE or FORMAT=FILE,IMAGES"),
+        (("table", "llava-1.5-7b", "--set", "pope=none"), "none can't be read"),
         (("sweep", "MODEL", "--layers", "8,2"), "such as 2,8, got '8,2'"),
         (("sweep", "MODEL", "--report", "--ratios", "0,0.5"), "--report chooses the ratios"),
         (("unheard-of",), "usage: himap serve"),
