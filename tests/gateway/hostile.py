@@ -224,3 +224,67 @@ FIELDS = [
     for path, several in ((CHAT, CHAT_FIELDS), (TEXT, TEXT_FIELDS), (RESPONSES, RESPONSES_FIELDS))
     for fields in several
 ]
+
+
+# What is out of range, and the field that `error.param` names.
+_SAMPLING: list[tuple[dict[str, Any], str]] = [
+    *(({"temperature": value}, "temperature") for value in (-1, 3)),
+    *(({"top_p": value}, "top_p") for value in (-1, 2)),
+    ({"top_k": -2}, "top_k"),
+    ({"presence_penalty": 3}, "presence_penalty"),
+    ({"frequency_penalty": -3}, "frequency_penalty"),
+    *(({"seed": value}, "seed") for value in (2**63, -(2**63) - 1)),
+    ({"logit_bias": {"999999": 1}}, "logit_bias"),
+    ({"logit_bias": {WORD: 1}}, "logit_bias"),
+]
+_OF_VLLM: list[tuple[dict[str, Any], str]] = [
+    *(({"n": value}, "n") for value in (0, -1, 10**6)),
+    ({"min_p": 2}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    *(({"min_tokens": value}, "min_tokens") for value in (-1, 10)),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"prompt_logprobs": -2}, "prompt_logprobs"),
+    ({"prompt_logprobs": 10**6}, "prompt_logprobs"),
+    ({"stop": [""]}, "stop"),
+    ({"bad_words": [""]}, "bad_words"),
+    ({"stop_token_ids": [10**6]}, "stop_token_ids"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ({"structured_outputs": {"grammar": "root ::= ("}}, "structured_outputs"),
+    ({"structured_outputs": {"json": {"type": WORD}}}, "structured_outputs"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"repetition_detection": {"max_pattern_size": -1}}, "repetition_detection"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"thinking_token_budget": -5}, "thinking_token_budget"),
+    ({"thinking_token_budget": 5}, "thinking_token_budget"),
+]
+OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
+    *((path, *case) for path in GOOD for case in _SAMPLING),
+    *((path, *case) for path in (CHAT, TEXT) for case in _OF_VLLM),
+    (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
+    (CHAT, {"max_completion_tokens": 10**6}, "max_completion_tokens"),
+    (CHAT, {"max_tokens": 10**6}, "max_tokens"),
+    (CHAT, {"logprobs": True, "top_logprobs": 10**6}, "top_logprobs"),
+    (CHAT, {"top_logprobs": 2}, "top_logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": -2}, "top_logprobs"),
+    (
+        CHAT,
+        {"continue_final_message": True, "add_generation_prompt": True},
+        "continue_final_message",
+    ),
+    (CHAT, {"messages": [{"role": "user", "content": "x " * 2000}]}, "messages"),
+    (TEXT, {"max_tokens": 10**6}, "max_tokens"),
+    (TEXT, {"logprobs": 10**6}, "logprobs"),
+    (TEXT, {"logprobs": -1}, "logprobs"),
+    (TEXT, {"prompt": "x " * 2000}, "prompt"),
+    (TEXT, {"prompt": [10**6]}, "prompt"),
+    (RESPONSES, {"max_output_tokens": 0}, "max_output_tokens"),
+    (RESPONSES, {"max_output_tokens": 10**6}, "max_output_tokens"),
+    (
+        RESPONSES,
+        {"top_logprobs": 10**6, "include": ["message.output_text.logprobs"]},
+        "top_logprobs",
+    ),
+    (RESPONSES, {"input": "x " * 2000}, "input"),
+]

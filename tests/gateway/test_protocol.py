@@ -20,7 +20,7 @@ import vllm
 
 import himap_vllm
 from tests.gateway.conftest import ORIGIN
-from tests.gateway.hostile import CHAT, GOOD, RESPONSES, TEXT
+from tests.gateway.hostile import CHAT, GOOD, OUT_OF_RANGE, RESPONSES, TEXT
 from tests.gateway.support import client, post
 from tests.servers import Server
 
@@ -119,7 +119,9 @@ def test_proxies_may_not_hold_streams_back(server: Server, path: str) -> None:
         ({"messages": [{"role": 5}]}, "messages[0]", ""),
         ({"seed": 2**63}, "seed", "9223372036854775807"),
         ({"seed": -(2**63) - 1}, "seed", "-9223372036854775808"),
-        ({"logit_bias": {"5": 10**30}}, "logit_bias.5", "9223372036854775807"),
+        ({"himap": {"shallow_ratio": 2**70}}, "himap.shallow_ratio", "less than 1"),
+        ({"vllm_xargs": {"himap_deep_ratio": 2**70}}, "himap_deep_ratio", "[0, 0.9]"),
+        ({"vllm_xargs": {"himap_deep_ratio": [-(2**70)]}}, "himap_deep_ratio", "[0, 0.9]"),
         ({"stop_token_ids": [1, 2**64]}, "stop_token_ids[1]", "9223372036854775807"),
         ({"temperature": -1}, "temperature", ""),
     ],
@@ -134,6 +136,16 @@ def test_errors_name_the_field_as_clients_write_it(
     found = error["param"] if param is None else error["param"][: len(param)]
     assert found == param
     assert word in error["message"]
+
+
+def test_whatever_is_out_of_range_is_named(server: Server) -> None:
+    wrong = []
+    for path, fields, param in OUT_OF_RANGE:
+        status, _, answer = post(server, path, {**GOOD[path], **fields})
+        error = answer.get("error", {})
+        if (status, error.get("param")) != (400, param):
+            wrong.append((path, fields, status, error))
+    assert not wrong
 
 
 @pytest.mark.parametrize("seed", [2**63 - 1, -(2**63), 0])

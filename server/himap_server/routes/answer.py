@@ -35,6 +35,7 @@ from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 
 from ..decoding import UNDECODABLE
 from ..errors import GatewayError, Reason, error_body, error_event
+from ..fields import GRAMMARS, field_of, grammar_field, prompt_field
 from ..gateway import ServedModel
 from ..record import RequestRecord
 from ..response_objects import complete_event, complete_response
@@ -43,7 +44,6 @@ from ..tracing.tracer import Tracer
 
 logger = init_logger("vllm.himap.server")
 
-_STRUCTURE = ("structured_outputs", "response_format", "tools", "text")
 _FIELDS = {SHALLOW_ARG: "himap.shallow_ratio", DEEP_ARG: "himap.deep_ratio"}
 # For proxies: nginx would hold a stream back.
 _UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -99,9 +99,10 @@ async def answer(
                 if form in ("TEXT", "JSON"):  # vLLM would log each of the others
                     response.headers.update(metrics_header(form) or {})
                 return response
-    if any(getattr(body, name, None) for name in _STRUCTURE):
+    if any(getattr(body, name, None) for name in GRAMMARS):
         text = "the engine can't generate what the grammar, schema or tools ask for"
-        raise GatewayError(400, text, reason=Reason.GRAMMAR)
+        param = grammar_field(type(body).model_fields, _given(body))
+        raise GatewayError(400, text, reason=Reason.GRAMMAR, param=param)
     raise GatewayError(500, "the engine failed at this request", reason=Reason.ERROR)
 
 
@@ -141,11 +142,10 @@ async def _try(
             raise
         logger.warning("no prompt could be made of a request: %s", type(error).__name__)
         text = "no prompt can be made of this request: check the form of its messages"
-        raise GatewayError(400, text, reason=Reason.INVALID) from None
+        param = prompt_field(type(body).model_fields)
+        raise GatewayError(400, text, reason=Reason.INVALID, param=param) from None
     except ValueError as error:
-        if UNDECODABLE in str(error):
-            return _error(create_error_response(error), body)
-        raise
+        return _error(create_error_response(error), body)
     if refusal is not None or record.failed_at_once:
         await result.aclose()  # nobody will read the rest
     if refusal is not None:
@@ -158,11 +158,17 @@ def _error(result: ErrorResponse, body: Any) -> Response:
     error = result.error
     if UNDECODABLE in error.message:
         raise GatewayError(400, UNDECODABLE, reason=Reason.IMAGE_BROKEN)
+    error.param = field_of(error.message, error.param, type(body), _given(body))
     if body.himap is not None:  # fields by the names that the client gave them
         for arg, field in _FIELDS.items():
             error.message = error.message.replace(arg, field)
         error.param = _FIELDS.get(error.param or "", error.param)
     return JSONResponse(error_body(error.code, error.message, error.param), error.code)
+
+
+def _given(body: Any) -> list[str]:
+    """The fields that a request has."""
+    return [name for name in body.model_fields_set if getattr(body, name, None) is not None]
 
 
 async def _open(events: AsyncIterator[Any]) -> tuple[list[Any], dict[str, Any] | None]:
