@@ -100,6 +100,7 @@ def _media_check(settings: GatewaySettings) -> MediaCheck:
         settings.max_request_pixels,
         settings.max_body_bytes,  # fetched or sent along
         fetcher,
+        settings.max_named_image_bytes,
     )
 
 

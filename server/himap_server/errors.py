@@ -54,6 +54,7 @@ class Reason(enum.StrEnum):
     MEDIA = "media"
     IMAGE_COUNT = "image_count"
     IMAGE_URL = "image_url"
+    IMAGE_UUID = "image_uuid"
     IMAGE_HOST = "image_host"
     IMAGE_FETCH = "image_fetch"
     IMAGE_TYPE = "image_type"
@@ -78,6 +79,7 @@ _CODES = {
     Reason.CONCURRENCY: "rate_limit_exceeded",
     Reason.PROMPT_TOKENS: "context_length_exceeded",
     Reason.IMAGE_URL: "invalid_image_url",
+    Reason.IMAGE_UUID: "image_file_not_found",
     Reason.IMAGE_HOST: "invalid_image_url",
     Reason.IMAGE_FETCH: "failed_to_download_image",
     Reason.IMAGE_TYPE: "unsupported_image_media_type",

@@ -20,12 +20,13 @@ from himap_vllm.vllm_versions import MM_PARSER_MAP, TEXT_PART_TYPES
 
 from .checked_images import ImageStore
 from .errors import GatewayError, Reason
+from .named_images import NamedImages, name_of
 from .offload import off_the_loop
 from .places import Place, path_of
 from .record import DETAILS, Detail, RequestRecord
 from .reduction import Reduction
 from .security.fetch import ImageFetcher
-from .security.images import ImageLimits, check_image, decode_data_url
+from .security.images import CheckedImage, ImageLimits, check_image, decode_data_url
 
 # Types of content parts, and keys by which vLLM knows a part without one; the Responses API's too.
 _IMAGE = frozenset({"image_url", "input_image"})
@@ -54,14 +55,19 @@ class MediaCheck:
         max_pixels: int,
         max_bytes: int,
         fetcher: ImageFetcher | None,
+        max_named_bytes: int = 0,
     ) -> None:
-        """`max_pixels` and `max_bytes` are for all images of a request together."""
+        """`max_pixels` and `max_bytes` are for all images of a request together.
+
+        `max_named_bytes` are for images that clients name, of all requests.
+        """
         self._store = store
         self._limits = limits
         self._max_images = max_images
         self._max_pixels = max_pixels
         self._max_bytes = max_bytes
         self._fetcher = fetcher
+        self._named = NamedImages(max_named_bytes)
         self.reduction = Reduction()
         """What the model's processor makes of large images; known when the model is loaded."""
         self.placeholders: Collection[str] = ()
@@ -93,30 +99,48 @@ class MediaCheck:
                 param=images[self._max_images][0],
             )
         record.details = [_detail(path, part) for path, part in images]
+        names = [name_of(part, path) for path, part in images]
         record.urls = [""] * len(images)
         self._check_text(body, {id(part) for _, part in images})
-        fetches = any(not _is_data_url(_url(part)) for _, part in images)
+        budget = _Budget(self._max_pixels, self._max_bytes)
+        urls = [_url(part) for _, part in images]
+        fetches = any(url and not _is_data_url(url) for url in urls)
+        sent: list[CheckedImage | None] = [None] * len(images)
         begun = record.elapsed
         try:
             async with asyncio.TaskGroup() as group:
-                budget = _Budget(self._max_pixels, self._max_bytes)
                 for index, (path, part) in enumerate(images):
-                    group.create_task(self._keep(path, part, budget, record.urls, index))
+                    if names[index] is None or urls[index]:
+                        group.create_task(self._get(path, part, budget, sent, index))
         except* GatewayError as errors:
             raise errors.exceptions[0] from None
         finally:
             if fetches:
                 record.fetching = record.elapsed - begun
+        # Of a conversation, later parts may name what earlier ones brought.
+        for index, (path, part) in enumerate(images):
+            name, image = names[index], sent[index]
+            if image is None:
+                image = self._named.find(record.key, str(name), path)
+                budget.take_bytes(len(image.data), path)
+            elif name is not None:
+                self._named.remember(record.key, name, image)
+            record.urls[index] = self._keep(path, part, image, budget)
 
     async def close(self) -> None:
         """Close the fetcher's connections."""
         if self._fetcher is not None:
             await self._fetcher.close()
 
-    async def _keep(
-        self, path: str, part: dict[str, Any], budget: _Budget, urls: list[str], index: int
+    async def _get(
+        self,
+        path: str,
+        part: dict[str, Any],
+        budget: _Budget,
+        sent: list[CheckedImage | None],
+        index: int,
     ) -> None:
-        """Get an image, check it, and put its URL in the store in the place of the client's."""
+        """Get the image of a part's URL, and check it."""
         url = _url(part)
         if not isinstance(url, str):
             raise GatewayError(400, "an image must have a URL", reason=Reason.IMAGE_URL, param=path)
@@ -133,20 +157,24 @@ class MediaCheck:
             )
         else:
             data = await self._fetcher.fetch(url, path, partial(budget.take_bytes, param=path))
-        checked = await off_the_loop(check_image, data, self._limits, path)
-        factor = self.reduction.factor(checked.width, checked.height)
-        budget.take_pixels(checked.width * checked.height // factor**2, path)
-        stored = self._store.add(checked.data, factor)
-        urls[index] = stored
+        sent[index] = await off_the_loop(check_image, data, self._limits, path)
+
+    def _keep(self, path: str, part: dict[str, Any], image: CheckedImage, budget: _Budget) -> str:
+        """Put an image into the store, and its URL there in the place of the client's."""
+        factor = self.reduction.factor(image.width, image.height)
+        budget.take_pixels(image.width * image.height // factor**2, path)
+        stored = self._store.add(image.data, factor)
         kind = part.get("type")
+        part.pop("uuid", None)  # vLLM would look for the image under it
         part.pop("detail", None)  # vLLM would warn that it makes nothing of it
         if kind == "input_image":
             part["detail"] = "auto"  # OpenAI's default; vLLM (0.32) has none
         # Clients send a string for an object, and an object for a string.
         as_object = kind == "image_url" or (
-            kind != "input_image" and isinstance(part["image_url"], dict)
+            kind != "input_image" and isinstance(part.get("image_url"), dict)
         )
         part["image_url"] = {"url": stored} if as_object else stored
+        return stored
 
     def _check_text(self, body: Any, images: Collection[int]) -> None:
         """Refuse typed image tokens: vLLM takes them for images (CVE-2026-44222)."""
@@ -244,9 +272,11 @@ def _parts(body: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _is_image(path: str, part: dict[str, Any]) -> bool:
     names = set(part)
-    if isinstance(part.get("type"), str) and part.get("uuid") is None:
-        # vLLM goes by the type alone, and clients send the other fields as null.
-        names = {name for name, value in part.items() if value is not None} | {part["type"]}
+    if isinstance(part.get("type"), str):
+        if part.get("uuid") is None or part["type"] in _IMAGE:
+            # vLLM goes by the type alone, and clients send the other fields as null.
+            names = {name for name, value in part.items() if value is not None}
+        names.add(part["type"])
     if not _OTHER_MEDIA.isdisjoint(names):
         raise GatewayError(
             400,
@@ -256,11 +286,6 @@ def _is_image(path: str, part: dict[str, Any]) -> bool:
         )
     if _IMAGE.isdisjoint(names):
         return False
-    if part.get("uuid") is not None:
-        # vLLM looks images up by their uuid, whoever sent them.
-        raise GatewayError(
-            400, "uuid is not supported for images", reason=Reason.MEDIA, param=f"{path}.uuid"
-        )
     kind = part.get("type", "message" if "role" in part else None)
     if isinstance(kind, str) and kind not in _IMAGE:
         # vLLM would leave the image out, and the details of the others would move up.

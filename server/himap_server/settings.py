@@ -74,6 +74,11 @@ class GatewaySettings(_Operators):
         description="pixels of all images of a request together, scaled down as far as the model's "
         "processor allows",
     )
+    max_named_image_bytes: int = Field(
+        256 << 20,
+        ge=0,
+        description="encoded images that are kept for API keys that name them by uuid; 0: none",
+    )
     min_image_side: int = Field(8, gt=0, description="smallest width and height")
     fetch_images: bool = Field(
         True, description="fetch images by http(s); otherwise only data URLs are taken"

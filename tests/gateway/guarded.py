@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tests.gateway.support import HIMAP, post
+from tests.gateway.support import HIMAP, metric, post
 from tests.servers import Server
 
 
@@ -48,6 +48,20 @@ class Guarded:
                     return found
             time.sleep(0.1)
         raise AssertionError(f"no log line of {request_id}")
+
+    def wait_until_idle(self) -> None:
+        """Nothing is left of aborted requests: not in the gateway, the engine, or the KV cache."""
+        names = (
+            "himap_requests_in_flight",
+            "vllm:num_requests_running",
+            "vllm:kv_cache_usage_perc",
+        )
+        deadline = time.monotonic() + 10
+        while any(metric(self.server, name) for name in names):
+            assert time.monotonic() < deadline, {n: metric(self.server, n) for n in names}
+            # Gauges of the engine follow its steps.
+            self.post({"model": "tiny", "prompt": "hi", "max_tokens": 1})
+            time.sleep(0.1)
 
 
 def make_key(name: str) -> tuple[str, dict[str, Any]]:

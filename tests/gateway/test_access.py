@@ -21,6 +21,7 @@ from tests.gateway.controls import CONTROLLED, CONTROLS
 from tests.gateway.guarded import Guarded, make_key
 from tests.gateway.support import HIMAP, client, gateway, metric, post
 from tests.gateway.test_api import MESSAGES
+from tests.gateway.uuids import check_forms, check_names
 from tests.servers import Server
 from tests.world import World
 
@@ -204,6 +205,11 @@ def test_keys_do_not_share_a_prefix_cache(guarded: Guarded) -> None:
     assert hits("single") == 0
 
 
+def test_images_by_uuid(guarded: Guarded) -> None:
+    check_names(guarded)
+    check_forms(guarded)
+
+
 def test_a_body_too_large(guarded: Guarded) -> None:
     # By flag: it goes before environment and file.
     status, _, answer = guarded.post({"model": "tiny", "prompt": "x" * 300_000})
@@ -246,7 +252,7 @@ def test_a_request_that_takes_too_long(guarded: Guarded) -> None:
     status, _, answer = guarded.post(body)
     assert (status, "1.5 s" in answer["error"]["message"]) == (408, True), answer
     assert time.monotonic() - begun < 10
-    wait_until_idle(guarded)
+    guarded.wait_until_idle()
 
 
 def test_a_stream_that_takes_too_long(guarded: Guarded) -> None:
@@ -255,7 +261,7 @@ def test_a_stream_that_takes_too_long(guarded: Guarded) -> None:
     with pytest.raises(openai.APIError, match=r"longer than 1\.5 s"):
         # A busy machine may not even begin in time: then it is the status, and no event.
         list(ask(model="tiny", prompt="hi", max_tokens=400, n=8, stream=True, extra_body=extra))
-    wait_until_idle(guarded)
+    guarded.wait_until_idle()
 
 
 def test_a_body_that_never_ends(guarded: Guarded) -> None:
@@ -281,7 +287,7 @@ def test_a_client_that_vanishes_in_mid_stream(guarded: Guarded) -> None:
     line = guarded.line("vanishing")
     assert (line["status"], line["reason"]) == (499, "client_went_away")
     assert 0 < line["completion_tokens"] < 400
-    wait_until_idle(guarded)
+    guarded.wait_until_idle()
 
 
 def test_a_client_that_vanishes_before_its_answer(guarded: Guarded) -> None:
@@ -295,7 +301,7 @@ def test_a_client_that_vanishes_before_its_answer(guarded: Guarded) -> None:
     time.sleep(0.5)
     connection.close()
     assert guarded.line("vanished")["status"] == 499
-    wait_until_idle(guarded)
+    guarded.wait_until_idle()
 
 
 def test_the_log_tells_everything_but_what_was_said(guarded: Guarded) -> None:
@@ -380,17 +386,6 @@ def test_failures_at_start_name_the_setting(world: World, tmp_path: Path) -> Non
         )
         assert (done.returncode, text in done.stderr) == (2, True), done.stderr[-500:]
         assert not re.search(r"\| +(torch|vllm)$", done.stderr, re.MULTILINE)
-
-
-def wait_until_idle(guarded: Guarded) -> None:
-    """Nothing is left of aborted requests: not in the gateway, the engine, or the KV cache."""
-    names = ("himap_requests_in_flight", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
-    deadline = time.monotonic() + 10
-    while any(metric(guarded.server, name) for name in names):
-        assert time.monotonic() < deadline, {n: metric(guarded.server, n) for n in names}
-        # Gauges of the engine follow its steps.
-        guarded.post({"model": "tiny", "prompt": "hi", "max_tokens": 1})
-        time.sleep(0.1)
 
 
 def socket_to(server: Server) -> socket.socket:
