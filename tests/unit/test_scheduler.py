@@ -216,6 +216,8 @@ def skipping(monkeypatch: pytest.MonkeyPatch) -> None:
     skips = "skip_request(request_queue)\n            continue\n"
     source = textwrap.dedent(inspect.getsource(vllm_scheduler.Scheduler.schedule))
     ends, skips = (text.replace("\n    ", "\n" + " " * 12) for text in (ends, skips))
+    if "Requeue it so it does" in source:  # this is 0.33 or later
+        return
     assert source.count(ends) == 1
     scope: dict[str, Any] = {}
     exec(source.replace(ends, skips), vars(vllm_scheduler), scope)
