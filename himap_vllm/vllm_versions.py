@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any
 
 SUPPORTED = ("0.32", "0.33")
-ONLY_READ = frozenset({"0.33"})
-"""Minors whose sources were compared with what is relied on, but that were never run."""
+ONLY_PYTHON = frozenset({"0.33"})
+"""Minors without a CPU build: tests ran on their Python files and an older minor's libraries."""
 
 _COMMON_CLI = "vllm.entrypoints.common.cli_args"
 _LAUNCHERS_CLI = "vllm.entrypoints.launchers.cli_args"
@@ -75,13 +75,15 @@ def is_supported() -> bool:
 
 def not_run() -> str | None:
     """What was checked of this minor and what was not; None if it is one that tests run on."""
-    if minor() not in ONLY_READ:
+    if minor() not in ONLY_PYTHON:
         return None
     return (
-        f"himap has not been run with vLLM {installed()}. Checked, by reading: the sources of "
-        f"vLLM {minor()} against all imports and seams (docs/seams.md). Not checked: engines, "
-        "answers, kernels, the gateway, speed. Compare answers at ratios of 0 with those of stock "
-        f"vLLM first. himap's tests run on vLLM {SUPPORTED[0]}"
+        f"himap has not been run with the kernels of vLLM {installed()}. Checked: the sources of "
+        f"vLLM {minor()} against all imports and seams (docs/seams.md); engines, answers and the "
+        f"gateway with its Python files on the libraries of {SUPPORTED[0]}, on CPUs "
+        "(docs/vllm-minors.md). Not checked: its own libraries, its torch, GPUs, speed. Compare "
+        "answers at ratios of 0 with those of stock vLLM first. himap's whole test suite runs on "
+        f"vLLM {SUPPORTED[0]}"
     )
 
 

@@ -222,7 +222,12 @@ def engine_with_graphs(
     """An engine that plays CUDA graphs; `build` makes it from options."""
     with _like_a_gpu():
         engine = build(
-            {**options, "compilation_config": {"cudagraph_capture_sizes": CAPTURE_SIZES}}
+            {
+                **options,
+                "compilation_config": {"cudagraph_capture_sizes": CAPTURE_SIZES},
+                # From 0.33 on, CPU workers warm up kernels, and the interpreter does not take one.
+                "kernel_config": {"enable_jit_warmup": False},
+            }
         )
         runner = runner_of(engine)
         runner.capture_model()

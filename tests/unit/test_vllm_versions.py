@@ -53,7 +53,7 @@ def test_minors(
     assert (caution is not None) == cautious
     if caution is not None:
         assert version in caution
-        assert "Not checked: engines" in caution
+        assert "Not checked: its own libraries" in caution
 
 
 def test_media_limit_where_vllm_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
