@@ -154,7 +154,9 @@ def test_flows_and_blocked_flows_equal_plain_transformers(world: World, name: st
     assert changed > 2  # blocking does something
 
 
-def test_the_command(world: World, tmp_path: Path) -> None:
+def test_the_command(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The analysis, and the servers by which `--check` measures its cuts and the default ones."""
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")  # these servers are not the tests' engines
     lines = []
     for number, question in enumerate(("What is this?", "Where is it?")):
         PICTURES[number].save(tmp_path / f"{number}.png")
@@ -162,10 +164,10 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     output = tmp_path / "analysis"
-    options = "--dtype float32 --max-model-len 512 --kv-cache-memory-bytes 64M"
+    options = "--enforce-eager --dtype float32 --max-model-len 512 --kv-cache-memory-bytes 64M"
     status = analyze.main([
         str(world.checkpoint("mha12")), "--data", str(data), "--output", str(output), "--quiet",
-        "--answer-tokens", "2", "--", *options.split(),
+        "--answer-tokens", "2", "--ratios", "0.25,0.75", "--check", "--", *options.split(),
     ])  # fmt: skip
     assert status == 0
     found = json.loads((output / "analysis.json").read_text())
@@ -180,6 +182,14 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     assert "<script" not in page
     assert "http" not in page
     assert "K1" in (output / "analysis.md").read_text()
+    check = json.loads((output / "check" / "sweep.json").read_text())
+    assert check["num_questions"] == len(lines)
+    assert {(cell["shallow_layer"], cell["deep_layer"]) for cell in check["cells"]} == {
+        (pair["shallow_layer"], pair["deep_layer"]) for pair in (cuts, found["default"])
+    }
+    for cell in check["cells"]:
+        assert cell["ratios"] == {"shallow": 0.25, "deep": 0.75}
+        assert cell["savings"]["kept_deep"] == 7  # of 36, as engines with these cuts counted
 
 
 def test_a_decoder_with_a_sliding_window_is_refused(
