@@ -93,7 +93,7 @@ def main() -> None:
     for num_dims in (1, 3):  # 3 with M-RoPE
         compile_kernel(
             gather._gather_kernel,
-            {"NUM_DIMS": num_dims, "WIDTH": 4096, "BLOCK": 1024},
+            {"NUM_DIMS": num_dims, "WIDTH": 4096, "ROWS": 1, "BLOCK": 1024},
             rows_ptr="*i64",
             hidden_ptr="*bf16",
             residual_ptr="*bf16",

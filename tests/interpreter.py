@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 WANTED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -27,3 +28,38 @@ def enable() -> None:
             return True
 
     backends["cpu"] = Backend(compiler=None, driver=Driver)
+    if WANTED:
+        _patch_once()
+
+
+def _patch_once() -> None:
+    """Let functions that kernels call find Triton's language patched.
+
+    The interpreter patches it for each call of such a function anew, which takes a tenth of a
+    test's time. What the kernel's start has patched stays until the kernel ends.
+    """
+    from triton.runtime import interpreter as triton_interpreter  # type: ignore[import-untyped]
+
+    patch, scope_type = triton_interpreter._patch_lang, triton_interpreter._LangPatchScope
+    restore = scope_type.restore
+    patched: set[int] = set()
+    languages: dict[int, frozenset[int]] = {}
+
+    def patch_language(function: Any) -> Any:
+        seen = languages.get(id(function.__globals__))
+        if seen is None:
+            modules = {id(triton_interpreter.tl), id(triton_interpreter.tl.core)}
+            seen = frozenset(modules.intersection(map(id, function.__globals__.values())))
+            languages[id(function.__globals__)] = seen
+        if seen <= patched:
+            return scope_type()
+        patched.update(seen)
+        return patch(function)
+
+    def restore_language(scope: Any) -> None:
+        if scope._changes:
+            patched.clear()
+        restore(scope)
+
+    triton_interpreter._patch_lang = patch_language
+    scope_type.restore = restore_language

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from vllm.triton_utils import HAS_TRITON, tl, triton
 
 _BLOCK = 1024
+# Triton's interpreter runs one program after the other, and each takes milliseconds.
+_ROWS = 64 if os.environ.get("TRITON_INTERPRET") == "1" else 1
 
 
-@triton.jit
+# A specialisation for the number of rows would be compiled while requests wait.
+@triton.jit(do_not_specialize=["num_rows"])
 def _gather_kernel(
     rows_ptr,  # [num_rows]
     hidden_ptr,
@@ -21,22 +26,32 @@ def _gather_kernel(
     hidden_stride,
     residual_stride,
     positions_stride,
+    num_rows,
     NUM_DIMS: tl.constexpr,  # of the positions
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    target = tl.program_id(0).to(tl.int64)
-    source = tl.load(rows_ptr + target)
+    target = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = target < num_rows
+    source = tl.load(rows_ptr + target, mask=exists, other=0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < WIDTH
-    hidden = tl.load(hidden_ptr + source * hidden_stride + channel, mask=inside)
-    tl.store(hidden_out_ptr + target * WIDTH + channel, hidden, mask=inside)
-    residual = tl.load(residual_ptr + source * residual_stride + channel, mask=inside)
-    tl.store(residual_out_ptr + target * WIDTH + channel, residual, mask=inside)
+    inside = exists[:, None] & (channel < WIDTH)[None, :]
+    places = target[:, None] * WIDTH + channel[None, :]
+    hidden = tl.load(
+        hidden_ptr + source[:, None] * hidden_stride + channel[None, :], mask=inside, other=0.0
+    )
+    tl.store(hidden_out_ptr + places, hidden, mask=inside)
+    residual = tl.load(
+        residual_ptr + source[:, None] * residual_stride + channel[None, :], mask=inside, other=0.0
+    )
+    tl.store(residual_out_ptr + places, residual, mask=inside)
     if tl.program_id(1) == 0:
         for dim in tl.static_range(NUM_DIMS):
-            position = tl.load(positions_ptr + dim * positions_stride + source)
-            tl.store(positions_out_ptr + dim * positions_stride + target, position)
+            position = tl.load(
+                positions_ptr + dim * positions_stride + source, mask=exists, other=0
+            )
+            tl.store(positions_out_ptr + dim * positions_stride + target, position, mask=exists)
 
 
 def gather_rows(
@@ -73,7 +88,7 @@ def gather_rows(
         return outputs
     assert hidden_states.stride(1) == residual.stride(1) == positions.stride(-1) == 1
     assert outputs[0].stride() == positions.stride()
-    _gather_kernel[(len(rows), triton.cdiv(width, _BLOCK))](
+    _gather_kernel[(triton.cdiv(len(rows), _ROWS), triton.cdiv(width, _BLOCK))](
         rows,
         hidden_states,
         residual,
@@ -84,8 +99,10 @@ def gather_rows(
         hidden_states.stride(0),
         residual.stride(0),
         positions.stride(0),
+        len(rows),
         NUM_DIMS=positions.numel() // positions.shape[-1],
         WIDTH=width,
+        ROWS=_ROWS,
         BLOCK=_BLOCK,
     )
     return outputs

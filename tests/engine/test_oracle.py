@@ -86,6 +86,12 @@ CASES = cases()
 def test_one_mixed_batch_equals_the_oracle(
     world: World, shape: str, compiled: bool, kv_grouping: str
 ) -> None:
+    batch_equals_oracle(world, shape, compiled, kv_grouping, CASES)
+
+
+def batch_equals_oracle(
+    world: World, shape: str, compiled: bool, kv_grouping: str, cases: list[Case]
+) -> None:
     """All ratios, unpruned and text-only requests; prefill and decode share steps."""
     himap = {} if kv_grouping == "balanced" else {"kv_grouping": kv_grouping}
     engine = world.engine(shape, himap=himap, compiled=compiled)
@@ -101,18 +107,18 @@ def test_one_mixed_batch_equals_the_oracle(
         mixed_steps += bool(prefills & planned and decodes & planned and decodes - planned)
 
     with watched(engine, look):
-        outputs = engine.generate(CASES)
-    assert mixed_steps >= 5
+        outputs = engine.generate(cases)
+    assert mixed_steps >= len(cases) // 20
     compared = compared_by_image = 0
-    for case, output in zip(CASES, outputs, strict=True):
+    for case, output in zip(cases, outputs, strict=True):
         expected = world.oracle(shape, case)
         if min(expected.margin, expected.score_margin) < 1e-5:
             continue  # a tie within rounding: either answer is right
         assert_equals_oracle(world, engine, shape, case, output)
         compared += 1
         compared_by_image += case.ratios is not None and isinstance(case.ratios[0], tuple)
-    assert compared >= 60
-    assert compared_by_image >= 4
+    assert compared >= 2 / 3 * len(cases)
+    assert compared_by_image >= 2
 
 
 def test_later_turns_do_not_change_what_was_kept(world: World) -> None:

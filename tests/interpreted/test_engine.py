@@ -41,7 +41,8 @@ def test_it_is_model_runner_v2(world: World) -> None:
 
 
 def test_one_mixed_batch_equals_the_oracle(world: World) -> None:
-    test_oracle.test_one_mixed_batch_equals_the_oracle(world, "gqa12", True, "balanced")
+    """Every other case, as each step takes seconds here."""
+    test_oracle.batch_equals_oracle(world, "gqa12", True, "balanced", test_oracle.CASES[::2])
 
 
 # mixed: fastv and diversity
