@@ -40,6 +40,11 @@ class Expected(NamedTuple):
     usage: dict[str, Any]
 
 
+def savings(usage: Any) -> dict[str, Any]:
+    """`usage.himap` without what depends on earlier requests."""
+    return {name: value for name, value in usage.items() if name != "cached_tokens"}
+
+
 def chat_messages(url: str) -> Any:
     return [
         {

@@ -17,6 +17,7 @@ from tests.gateway.clients import (
     Expected,
     chat_messages,
     responses_input,
+    savings,
 )
 from tests.gateway.hostile import CHAT, GOOD
 from tests.gateway.images import ImageHost, serving_images
@@ -83,7 +84,8 @@ def expected(server: Server) -> Expected:
     status, _, response = post(server, "/v1/responses", body)
     assert status == 200
     responses_text = response["output"][0]["content"][0]["text"]
-    return Expected(text, responses_text, chat["usage"])
+    usage = chat["usage"] | {"himap": savings(chat["usage"]["himap"])}
+    return Expected(text, responses_text, usage)
 
 
 @pytest.fixture(params=["data", "http"])

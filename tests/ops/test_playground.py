@@ -178,15 +178,24 @@ def test_the_story(opened: Open, theme: Any) -> None:
     check_accessibility(page)
     shot(page, f"story-{theme}")
 
-    # A follow-up in the same conversation, with other ratios.
+    # A follow-up in the same conversation finds the picture, and shows what was kept of it.
+    assert before["Prompt tokens found in the cache"][0] == "0"
+    ask(page, "Is there a cross?")
+    assert all(answers(page))  # the model was taught single questions
+    found = costs(page)["Prompt tokens found in the cache"]
+    assert int(found[0]) > 144  # the whole picture
+    assert int(found[1]) > 0
+    assert coverage(page) == pytest.approx([0, 50, 88, 100], abs=3)
+
+    # With other ratios it is computed anew.
     page.locator("#deep").fill("0")
     expect(page.locator("#deep-value")).to_have_text("0 %")
     ask(page, "What shape is the pink object?")
-    assert all(answers(page))  # the model was taught single questions
-    assert page.locator("#pruned-log p").count() == 4
+    assert all(answers(page))
+    assert page.locator("#pruned-log p").count() == 6
     assert costs(page)["Image tokens after the second cut"][0] == "72"
-    # A traced prompt is computed anew, so its time says nothing beside one from the cache.
-    assert "Time to first token (both at once)" not in costs(page)
+    assert costs(page)["Prompt tokens found in the cache"][0] == "0"
+    assert coverage(page) == pytest.approx([0, 50, 50, 100], abs=3)
     expect(page.get_by_text("A pruned prompt with a trace is computed in full.")).to_be_visible()
 
     page.get_by_text("Reproduce the pruned request").click()

@@ -95,6 +95,7 @@ def _facts(args: Namespace, settings: GatewaySettings) -> dict[str, Any]:
         "max_shallow_ratio": engine.max_shallow_ratio,
         "max_deep_ratio": engine.max_deep_ratio,
         "criteria": list(engine.criteria),
+        "choice_stays": engine.votes == "turn" or not engine.needs_text,
         "max_image_bytes": settings.max_image_bytes,
         "examples": [{"alt": alt, "questions": asked} for _, alt, asked in _examples()],
     }

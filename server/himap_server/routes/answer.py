@@ -241,8 +241,8 @@ async def _add_savings(body: dict[str, Any], tracer: Tracer, record: RequestReco
     if savings is None or not body.get("usage"):
         return
     body["usage"]["himap"] = savings
+    savings["cached_tokens"] = record.cached_tokens
     if record.trace is not None:
         await tracer.collect(record)
-        savings["cached_tokens"] = record.cached_tokens
         for image, trace in zip(savings["images"], record.trace.images or (), strict=False):
             image["trace"] = trace

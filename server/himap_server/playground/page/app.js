@@ -16,6 +16,7 @@ const state = {
   key: "", // in memory only
   url: null, // of the picture, as data
   trace: null,
+  tracedBy: null, // ratios of the answer that `trace` is of, as JSON
   kind: null,
   chosen: null, // {grid, cell}
   messages: { pruned: [], unpruned: [] },
@@ -214,7 +215,7 @@ function restart() {
     state.running = null;
     setBusy(false);
   }
-  state.trace = state.chosen = null;
+  state.trace = state.tracedBy = state.chosen = null;
   for (const side of SIDES) {
     state.messages[side] = [];
     find(`${side}-log`).replaceChildren();
@@ -226,12 +227,11 @@ function restart() {
 }
 
 function himapOf(side) {
-  if (side === "unpruned") return { enabled: false, trace: state.settings.traces };
-  return {
-    shallow_ratio: Number(find("shallow").value),
-    deep_ratio: Number(find("deep").value),
-    ...(state.settings.traces ? { trace: "scores" } : {}),
-  };
+  if (side === "unpruned") return { enabled: false };
+  const ratios = { shallow_ratio: Number(find("shallow").value), deep_ratio: Number(find("deep").value) };
+  // A traced prompt is computed in full. An untraced one finds the picture as it was pruned before.
+  const known = state.settings.choice_stays && state.tracedBy === JSON.stringify(ratios);
+  return { ...ratios, ...(state.settings.traces && !known ? { trace: "scores" } : {}) };
 }
 
 function bodyOf(side, question) {
@@ -271,7 +271,6 @@ async function ask() {
   if (!question) return showError("Type a question first.");
   const running = new AbortController();
   state.running = running;
-  const first = state.messages.pruned.length === 0;
   setBusy(true);
   find("answers").hidden = false;
   const done = await Promise.allSettled(SIDES.map((side) => askSide(side, question, running.signal)));
@@ -283,8 +282,12 @@ async function ask() {
   if (done[0].status !== "fulfilled") return;
   const [pruned, unpruned] = done.map(({ value }) => value);
   const trace = pruned.usage?.himap?.images?.[0]?.trace;
-  if (trace) showTrace(trace);
-  showCosts(pruned, unpruned, first);
+  if (trace) {
+    const { shallow_ratio, deep_ratio } = pruned.body.himap;
+    state.tracedBy = JSON.stringify({ shallow_ratio, deep_ratio });
+    showTrace(trace);
+  }
+  showCosts(pruned, unpruned);
   const { curl, python } = reproductions(pruned.body, state.settings.needs_key);
   find("curl").textContent = curl;
   find("python").textContent = python;
@@ -298,7 +301,7 @@ function setBusy(busy) {
   find("stop").hidden = !busy;
 }
 
-function showCosts(pruned, unpruned, first) {
+function showCosts(pruned, unpruned) {
   const number = (value) => (value === undefined ? "–" : value.toLocaleString("en"));
   const percent = (value) => `${Math.round(100 * value)} %`;
   const ours = pruned.usage?.himap ?? {};
@@ -311,10 +314,9 @@ function showCosts(pruned, unpruned, first) {
     ["Image tokens after the second cut", number(ours.kept_deep), number(plain.kept_deep), saved(ours.kept_deep, plain.kept_deep)],
     ["KV cache entries, all layers", number(ours.kv_tokens), number(ours.kv_tokens_unpruned), saved(ours.kv_tokens, ours.kv_tokens_unpruned)],
     ["Prefill FLOPs of the decoder", percent(ours.prefill_flops_ratio ?? 1), percent(1), percent(1 - (ours.prefill_flops_ratio ?? 1))],
+    ["Prompt tokens found in the cache", number(ours.cached_tokens), number(plain.cached_tokens), "–"],
     ["Time to first token (both at once)", ms(pruned.first), ms(unpruned?.first), saved(pruned.first ?? undefined, unpruned?.first)],
   ];
-  // Later, only the unpruned prompt is found in the cache: a traced one is computed anew.
-  if (!first) rows.pop();
   find("costs").replaceChildren(
     ...rows.map(([name, ...values]) => {
       const row = element("tr", "");
