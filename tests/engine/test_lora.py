@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import sample_images
-from tests.engines import Case, Engine
+from tests.engines import WARM, Case, Engine
 from tests.world import World, assert_equals_oracle
 
 RANK, ALPHA = 4, 8
@@ -101,6 +101,23 @@ def test_a_mixed_batch_equals_the_oracle_on_merged_weights(world: World) -> None
     # The adapters matter to what survives.
     ids = [output.request_id for output in outputs[:3]]
     assert len({repr(engine.trace(request_id)) for request_id in ids}) == 3
+
+
+def test_the_prefix_cache_keeps_adapters_apart(world: World) -> None:
+    """The same prompt with each adapter, then again."""
+    adapters = lora_requests(world)
+    engine = world.engine(**LORA)
+    engine.llm.reset_prefix_cache()
+    case = Case(
+        f"{'Few words before the picture. ' * 6}{QUESTION}", PICTURES[:1], (0.5, 0.75), params=WARM
+    )
+    found = []
+    for name in (*ADAPTERS, *ADAPTERS):
+        (output,) = generate(engine, [case], [adapters[name]])
+        assert_equals_oracle(world, engine, name or "mha12", case, output)
+        found.append(output.num_cached_tokens)
+    again = len(output.prompt_token_ids) - 1
+    assert found == [0, 0, 0, again, again, again]
 
 
 def test_ratio_zero_equals_stock(world: World) -> None:
