@@ -9,7 +9,7 @@ Every engine has prefix caching on and lives in a process of its own; they take 
 * `questions`: questions on one picture, each in a conversation of its own;
 * `resend`: the same request again and again;
 * `n`: one request with n = 1, 4 and 16;
-* `agent`: a picture in every one of six turns;
+* `agent`: a picture in every one of 20 turns;
 * `load`: conversations at once, 1 to 16;
 * `pressure`: conversations in turns, with a KV cache that holds about half of them.
 
@@ -114,11 +114,11 @@ TRAFFIC = [
     Traffic("questions", lambda first: [questions(first, 8)]),
     Traffic("resend", lambda first: [questions(first, 3, same=True)]),
     Traffic("n", lambda first: [samples(first)]),
-    Traffic("agent", lambda first: [conversation(first, 6, each_turn=True)]),
+    Traffic("agent", lambda first: [conversation(first, 20, each_turn=True)]),
     *(Traffic("load", partial(_load, at_once), at_once) for at_once in (1, 4, 16)),
     Traffic(
         "pressure", lambda first: [conversation(first + 10 * user, 4) for user in range(8)],
-        blocks=0.2,
+        blocks=0.035,
     ),
 ]  # fmt: skip
 
@@ -132,7 +132,7 @@ class Player:
         settings = json.loads(himap)
         self._llm = LLM(
             max_num_batched_tokens=STEP_TOKENS, max_num_seqs=32, disable_log_stats=False,
-            enable_prefix_caching=True, limit_mm_per_prompt={"image": 10}, seed=0,
+            enable_prefix_caching=True, limit_mm_per_prompt={"image": 20}, seed=0,
             additional_config={"himap": settings} if settings else {}, **options,
         )  # fmt: skip
         letters = self._llm.get_tokenizer().convert_tokens_to_ids([*string.ascii_lowercase])
