@@ -145,4 +145,6 @@ def assert_equals_oracle(
     assert logprobs == pytest.approx(expected.logprobs, abs=2e-3)
 
 
-compiled_or_not = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+# Compiled engines take a minute to start, so tests of several files share them, and a worker.
+_COMPILED = pytest.param(True, id="compiled", marks=pytest.mark.xdist_group("compiled"))
+compiled_or_not = pytest.mark.parametrize("compiled", [pytest.param(False, id="eager"), _COMPILED])

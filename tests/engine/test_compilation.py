@@ -7,6 +7,7 @@ import random
 from dataclasses import asdict
 from typing import Any
 
+import pytest
 import torch
 
 from tests.checkpoints import sample_images
@@ -24,6 +25,7 @@ def compilations() -> dict[str, Any]:
     return {**asdict(compilation_counter), "dynamo": dynamo}
 
 
+@pytest.mark.xdist_group("compiled")
 def test_fifty_ratios_and_lengths_without_a_recompilation(world: World) -> None:
     assert_nothing_is_compiled_again(world, 50)
 

@@ -80,7 +80,7 @@ CASES = cases()
         ("mha12", False, "balanced"),
         ("gqa12", False, "many"),
         ("mha32", False, "few"),
-        ("mha12", True, "balanced"),
+        pytest.param("mha12", True, "balanced", marks=pytest.mark.xdist_group("compiled")),
     ],
 )
 def test_one_mixed_batch_equals_the_oracle(
