@@ -12,7 +12,7 @@ Box = tuple[float, float, float, float]
 
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 # `[1, 2, 3, 4]`, `(1,2),(3,4)`, and not the 2 of `bbox_2d`.
-_BOX = re.compile(r"(?<![\w.])" + r"[\s,()]+".join([_NUMBER] * 4))
+_BOX = re.compile(r"[\s,()]+".join([_NUMBER] * 4))
 # Qwen2.5-VL's preprocessor_config.json; sides are multiples of a patch of 14 pixels times 2.
 _QWEN_PIXELS = {"factor": 28, "min_pixels": 56 * 56, "max_pixels": 12_845_056}
 
