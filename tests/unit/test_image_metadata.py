@@ -8,10 +8,12 @@ import time
 import zlib
 from collections.abc import Callable
 from io import BytesIO
+from random import Random
 
 import numpy as np
 import pytest
 from himap_server.decoding import decode_image
+from himap_server.security.containers import _BLOCK, num_scans
 from himap_server.security.images import ImageLimits, check_image
 from PIL import Image
 
@@ -160,3 +162,11 @@ def test_a_file_that_ends_early_is_read_as_far_as_it_goes() -> None:
     data = encode("PNG")
     assert decode_image(check_image(data[:-12], LIMITS, PARAM).data).size == (32, 24)
     assert decode_image(check_image(data + b"junk" * 99, LIMITS, PARAM).data).size == (32, 24)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, _BLOCK - 1, _BLOCK, _BLOCK + 1, _BLOCK + 2, 3 * _BLOCK])
+def test_scans_are_counted_across_blocks(size: int) -> None:
+    random = Random(size)
+    for start in (0, 1, size // 2):
+        data = bytes(random.choices(b"\xff\xda\0", k=size))
+        assert num_scans(data, start) == data.count(b"\xff\xda", start)
