@@ -111,8 +111,8 @@ def num_scans(data: bytes, start: int = 0) -> int:
     count = 0
     for place in range(start, len(octets), _BLOCK):
         block = octets[place : place + _BLOCK + 1]
-        count += np.count_nonzero((block[:-1] == 0xFF) & (block[1:] == 0xDA))
-    return int(count)
+        count += int(np.count_nonzero((block[:-1] == 0xFF) & (block[1:] == 0xDA)))
+    return count
 
 
 def _gif(data: bytes) -> _Pieces:
