@@ -122,17 +122,15 @@ def test_blocks_held_equal_the_arithmetic_at_every_step(world: World) -> None:
         scheduler = engine.scheduler
         manager = scheduler.kv_cache_manager
         for request in scheduler.running:
-            if request.request_id in scheduler.himap_plans:
-                # The whole prompt fits in one step, so none started with a part of it.
-                assert request.num_computed_tokens >= request.num_prompt_tokens
+            plan = scheduler.himap_plans.get(request.request_id)
+            # Every prompt fits in one step, so none started with a part of an image's unit.
+            assert plan is None or request.num_computed_tokens >= plan.units[-1].end
             ratios = read_stamp(request.sampling_params).ratios
             pairs = [(own.shallow, own.deep) for own in ratios] or [(0, 0)] * 3
             expected = []
             for group in manager.kv_cache_config.kv_cache_groups:
                 num_tokens = request.num_computed_tokens
-                past_the_image = num_tokens >= request.num_prompt_tokens
-                images = request.mm_features if past_the_image else ()
-                for image, (shallow, deep) in zip(images, pairs, strict=False):
+                for image, (shallow, deep) in zip(request.mm_features, pairs, strict=False):
                     alive = image.mm_position.length
                     first = min(int(name.split(".")[3]) for name in group.layer_names)
                     if first >= SHALLOW_LAYER:
