@@ -10,20 +10,34 @@ from dataclasses import dataclass
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 
-_NUMBER = r"(-?\d+(?:\.\d+)?)"
-# `[1, 2, 3, 4]`, `(1,2),(3,4)`, and not the 2 of `bbox_2d`.
-_BOX = re.compile(r"[\s,()]+".join([_NUMBER] * 4))
+
+def _four(between: str) -> str:
+    return between.join([r"(-?(?:\d+(?:\.\d+)?|\.\d+))"] * 4)
+
+
+def _bracketed(opening: str, closing: str) -> str:
+    four = _four(rf"\.?[\s,{opening}{closing}]+")
+    return rf"{opening}\s*{four}\.?[\s,]*{closing}"
+
+
+_SQUARE, _ROUND = _bracketed(r"\[", r"\]"), _bracketed(r"\(", r"\)")
+_BOXES = (
+    # `[1, 2, 3, 4]`, `[[1, 2], [3, 4]]`, `(1,2),(3,4)`, `[1. 2. 3. 4.]`, and no number before them.
+    re.compile(f"{_SQUARE}|{_ROUND}"),
+    # `1, 2, 3, 4`, and not the 2 of `bbox_2d`.
+    re.compile(_four(r"[\s,()]+")),
+)
 # Qwen2.5-VL's preprocessor_config.json; sides are multiples of a patch of 14 pixels times 2.
 _QWEN_PIXELS = {"factor": 28, "min_pixels": 56 * 56, "max_pixels": 12_845_056}
 
 
 def parse_box(text: str) -> Box | None:
-    """The first four numbers in a row of a text; None if there are none."""
-    found = _BOX.search(text)
-    if found is None:
-        return None
-    left, top, right, bottom = map(float, found.groups())
-    return left, top, right, bottom
+    """The first four numbers of a text in brackets, else in a row; None if there are none."""
+    for kind in _BOXES:
+        if found := kind.search(text):
+            left, top, right, bottom = map(float, filter(None, found.groups()))
+            return left, top, right, bottom
+    return None
 
 
 def overlap(one: Box, other: Box) -> float:

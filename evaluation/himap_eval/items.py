@@ -86,10 +86,13 @@ def in_conversations(items: Sequence[Item], turns: int) -> list[Item]:
     Questions that are left over are left out. A question's kind is then its number.
 
     Raises:
-        DataError: no image has as many questions, or the data has conversations of its own.
+        DataError: no image has as many questions, the data has conversations of its own, or
+            questions that count together.
     """
     if any(item.turn for item in items):
         raise DataError("the data has conversations of its own; --turns is for single questions")
+    if any(item.together for item in items):
+        raise DataError("the data has questions that count together; --turns would separate them")
     groups: dict[str, list[Item]] = {}
     for item in items:
         groups.setdefault(item.group, []).append(item)
@@ -115,14 +118,24 @@ def conversations(items: Sequence[Item]) -> list[list[int]]:
 
 
 def sample(items: Sequence[Item], limit: int | None, seed: int = 0) -> list[Item]:
-    """At most `limit` items in their order, drawn by whole groups; the last may be incomplete."""
+    """At most `limit` items in their order, drawn by whole groups; the last may be incomplete.
+
+    Items that count together are drawn together.
+
+    Raises:
+        DataError: those of the first group alone are more than `limit`.
+    """
     if limit is None or len(items) <= limit:
         return list(items)
     groups = list(dict.fromkeys(item.group for item in items))
     random.Random(seed).shuffle(groups)
     place = {group: index for index, group in enumerate(groups)}
-    first = sorted(range(len(items)), key=lambda index: place[items[index].group])[:limit]
-    return [items[index] for index in sorted(first)]
+    order = sorted(range(len(items)), key=lambda index: place[items[index].group])
+    cut = {items[index].together for index in order[limit:]} - {""}
+    drawn = [index for index in sorted(order[:limit]) if items[index].together not in cut]
+    if not drawn:
+        raise DataError(f"--limit {limit} is less than the questions that count together")
+    return [items[index] for index in drawn]
 
 
 def check_images(items: Sequence[Item]) -> None:

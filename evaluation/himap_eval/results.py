@@ -103,8 +103,10 @@ def scores_of(items: Sequence[Item], answers: Sequence[Answer]) -> list[float]:
 
 
 def answered(items: Sequence[Item], answers: dict[Ratios, list[Answer]]) -> list[int]:
-    """Indices of the items that have an answer at every setting."""
-    return [i for i in range(len(items)) if not any(row[i].error for row in answers.values())]
+    """Indices of the items that have an answer at every setting, as all that count with them do."""
+    failed = [any(row[i].error for row in answers.values()) for i in range(len(items))]
+    spoiled = {item.together for item, own in zip(items, failed, strict=True) if own} - {""}
+    return [i for i, item in enumerate(items) if not failed[i] and item.together not in spoiled]
 
 
 def summarize(

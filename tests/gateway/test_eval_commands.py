@@ -127,7 +127,7 @@ def test_published_formats_beside_published_rows(server: Server, tmp_path: Path)
     assert text.split("\n\n")[2] in ended.stdout
     assert "| **this server** | decoder | " in text
     assert "| PriorTR | decoder | - | 94.5 % | 12 | PriorTR (arXiv 2606.24156) |" in text
-    assert text.count("MSDG-Prune |") == 6  # LLaVA's rows only
+    assert text.count("MSDG-Prune |") == 6
     for name in names:
         assert f"| {name} | " in text
     kinds = (folder / "jsonl-questions" / "results.md").read_text()

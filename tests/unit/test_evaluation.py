@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from himap_eval.client import UNPRUNED, Answer
+from himap_eval.field_table import published
 from himap_eval.items import DataError, Item, conversations, in_conversations, sample
 from himap_eval.pareto import (
     Cell,
@@ -20,7 +23,7 @@ from himap_eval.pareto import (
     recommended,
     reduction,
 )
-from himap_eval.results import Result, scores_of, summarize
+from himap_eval.results import Result, answered, scores_of, summarize
 from himap_eval.scoring import METRICS
 from himap_eval.stats import retention
 from himap_eval.sweep_report import Findings, write_grid, write_report
@@ -100,6 +103,14 @@ def test_nothing_right_unpruned() -> None:
         ("iou", "[0.1, 0.2, 0.3, 0.61]", ["0.1, 0.2, 0.3, 0.4"], 0),
         ("iou", "[5, 5, 1, 1]", ["1, 1, 5, 5"], 0),
         ("iou", "nowhere", ["1, 1, 5, 5"], 0),
+        ("iou", "[[10, 20], [30, 40]]", ["10, 20, 30, 40"], 1),
+        ("iou", "[.1, .2, .3, .4]", ["0.1, 0.2, 0.3, 0.4"], 1),
+        ("iou", "[10. 20. 30. 40.]", ["10, 20, 30, 40"], 1),
+        ("iou", "2 (10, 20, 30, 40)", ["10, 20, 30, 40"], 1),
+        ("iou", "Image 1 of [2]: (10,20), (30,40)", ["10, 20, 30, 40"], 1),
+        ("iou", "1. [10, 20, 30, 40, 0.9]", ["10, 20, 30, 40"], 1),
+        ("iou", "1. x1: 10, 20, 30, 40", ["10, 20, 30, 40"], 1),
+        ("iou", "[[10, 20, 30, 40], [1, 1, 5, 5]]", ["10, 20, 30, 40"], 1),
     ],
 )
 def test_scores(metric: str, answer: str, accepted: list[str], score: float) -> None:
@@ -129,6 +140,8 @@ def test_conversations_about_an_image() -> None:
         in_conversations(items, 7)
     with pytest.raises(DataError, match="conversations of its own"):
         in_conversations(asked, 2)
+    with pytest.raises(DataError, match="count together"):
+        in_conversations([replace(item, together=item.group) for item in items], 2)
 
 
 def test_questions_that_count_together() -> None:
@@ -136,6 +149,27 @@ def test_questions_that_count_together() -> None:
     items.append(Item("data:", "?", ("A",), "all", "g", "choice"))
     answers = [Answer(text) for text in ("A", "B", "A", "B")]
     assert scores_of(items, answers) == [0, 0, 1, 0]
+    # The others of a set do not decide alone.
+    answers[1] = Answer("", error="timed out")
+    assert answered(items, {UNPRUNED: answers}) == [2, 3]
+    answers[3] = answers[1]
+    assert answered(items, {UNPRUNED: answers}) == [2]
+
+
+def test_a_sample_has_all_that_count_together() -> None:
+    items = [
+        Item("data:", str(i), ("x",), "all", str(i % 10), together=str(i % 10)) for i in range(40)
+    ]
+    chosen = sample(items, 11)
+    assert sorted(Counter(item.together for item in chosen).values()) == [4, 4]
+    assert len(sample(items, 12)) == 12
+    with pytest.raises(DataError, match="--limit 3 is less than"):
+        sample(items, 3)
+
+
+def test_published_rows_are_at_known_budgets() -> None:
+    """Of LLaVA-1.5's 576 image tokens: rows of other models do not say which shares they are at."""
+    assert {row["model"] for row in published()} == {"llava-1.5-7b"}
 
 
 def usage(left: float) -> dict[str, Any]:
