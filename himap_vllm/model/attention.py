@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from typing_extensions import override
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -201,6 +202,7 @@ def _stage_backend(base: type[AttentionBackend], packed: bool) -> type[Attention
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             self._himap_context: PruningContext = layer.himap_context
 
+        @override
         def build(
             self,
             common_prefix_len: int,
@@ -213,6 +215,7 @@ def _stage_backend(base: type[AttentionBackend], packed: bool) -> type[Attention
                 common_attn_metadata = own.apply(common_attn_metadata)
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
+        @override
         def update_block_table(
             self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
         ) -> Any:

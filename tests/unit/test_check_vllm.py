@@ -94,6 +94,9 @@ def test_a_seam_broken_on_purpose_is_found(
         ("plan(self, step)", "is not there"),
         ("run(self)", "ours does not take the keyword 'twice'"),
         ("run(self, **kwargs)", None),
+        ("anything(self, *args, **kwargs)", None),
+        ("anything(self, **kwargs)", "ours does not take *more"),
+        ("anything(self, *args)", "ours does not take **most"),
     ],
 )
 def test_an_override_that_vllm_cannot_call_is_found(
@@ -103,9 +106,27 @@ def test_an_override_that_vllm_cannot_call_is_found(
         "if TYPE_CHECKING:\n    from vllm.v1 import Scheduler as Base\n"
         f"class Mine(Base):\n    @override\n    def {ours}: ...\n"
     )
-    sources = release(tmp_path / "next", SCHEDULER.replace("run(self)", "run(self, *, twice)"))
-    lines = check(sources, {}, product)
+    scheduler = SCHEDULER.replace("run(self)", "run(self, *, twice)")
+    scheduler += "    def anything(self, *more, **most): ...\n"
+    lines = check(release(tmp_path / "next", scheduler), {}, product)
     assert [line.split("\n    ")[1] for line in lines] == ([] if said is None else [said])
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [("schedule(self)", ["does not take 'step' as argument 1"]), ("schedule(self, step)", []),
+     ("other(self)", [])],
+)  # fmt: skip
+def test_an_override_of_a_base_chosen_at_run_time_is_checked(
+    product: Path, tmp_path: Path, ours: str, said: list[str]
+) -> None:
+    (product / "himap_vllm" / "core.py").write_text(
+        f"{PRODUCT}def make(base):\n    class Mine(base):\n        @override\n"
+        f"        def {ours}: ...\n"
+    )
+    sources = release(tmp_path / "next")
+    found = [line for line in check(sources, {}, product) if line.startswith("OVERRIDE")]
+    assert [line.split("ours ")[1] for line in found] == said
 
 
 def test_a_symbol_that_nobody_has_read_is_found(product: Path, tmp_path: Path) -> None:
