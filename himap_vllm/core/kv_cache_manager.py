@@ -59,9 +59,9 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
-from himap_vllm.core.kv_cache import StageKVCacheManager
 from himap_vllm.core.prefix_cache import StagePrefixCache
 from himap_vllm.core.stage_hashes import HashFunction
+from himap_vllm.core.stage_kv_cache_manager import StageKVCacheManager
 from himap_vllm.plan.prompt import PromptPlan
 from himap_vllm.plan.waiting import PassedOver
 

@@ -45,9 +45,9 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.request import Request
 
-from himap_vllm.core.kv_cache import StageKVCacheManager
 from himap_vllm.core.point_index import PointIndex
 from himap_vllm.core.stage_hashes import MARK, HashFunction, StageHashes
+from himap_vllm.core.stage_kv_cache_manager import StageKVCacheManager
 from himap_vllm.plan.prompt import PromptPlan
 
 Row = list[list[KVCacheBlock]]

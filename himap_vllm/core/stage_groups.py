@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, iter_layer_specs
 
-from himap_vllm.core.kv_cache import StageAttentionSpec
+from himap_vllm.core.stage_kv_cache_manager import StageAttentionSpec
 from himap_vllm.plan.prompt import NUM_STAGES
 
 

@@ -44,7 +44,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from himap_vllm.core.kv_cache import StageAttentionSpec
+from himap_vllm.core.stage_kv_cache_manager import StageAttentionSpec
 from himap_vllm.kernels.importance import KeyPages
 from himap_vllm.model.cached_keys import key_reader
 from himap_vllm.pruning.kv_groups import KVGroups, packed_layouts

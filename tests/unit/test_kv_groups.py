@@ -21,8 +21,8 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from himap_vllm.config import EngineSettings
-from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.core.stage_groups import StageGroups
+from himap_vllm.core.stage_kv_cache_manager import StageAttentionSpec
 from himap_vllm.plan.cuts import KVGrouping
 from himap_vllm.pruning.kv_groups import KVGroups, packed_layouts
 

@@ -17,8 +17,8 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.core.kv_cache_manager import make_pruning_manager
+from himap_vllm.core.stage_kv_cache_manager import StageAttentionSpec
 from himap_vllm.plan.cuts import KVGrouping
 from himap_vllm.plan.grouping import Grouping, choose_grouping
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios

@@ -24,8 +24,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.core.scheduler import PruningScheduler
+from himap_vllm.core.stage_kv_cache_manager import StageAttentionSpec
 from himap_vllm.plan.prompt import PromptPlan, Ratios
 from himap_vllm.plan.requests import Decision, stamp
 from himap_vllm.plan.waiting import PATIENCE, PassedOver

@@ -22,8 +22,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.core.scheduler import PruningAsyncScheduler, PruningScheduler
+from himap_vllm.core.stage_kv_cache_manager import StageAttentionSpec
 from himap_vllm.plan.prompt import Ratios
 from tests.checkpoints import build_llava
 from tests.shadow_cache import MARKER, UNIT, Prompt, Shadow, ShadowWorker

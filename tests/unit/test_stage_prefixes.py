@@ -19,8 +19,8 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from himap_vllm.core.kv_cache import StageAttentionSpec
 from himap_vllm.core.kv_cache_manager import make_pruning_manager
+from himap_vllm.core.stage_kv_cache_manager import StageAttentionSpec
 from himap_vllm.plan.cuts import KVGrouping
 from himap_vllm.plan.grouping import choose_grouping
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios

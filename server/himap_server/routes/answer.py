@@ -34,8 +34,8 @@ from vllm.logger import init_logger
 from himap_vllm.config import DEEP_ARG, SHALLOW_ARG
 
 from ..decoding import UNDECODABLE
+from ..error_fields import GRAMMARS, field_of, grammar_field, prompt_field
 from ..errors import GatewayError, Reason, error_body, error_event
-from ..fields import GRAMMARS, field_of, grammar_field, prompt_field
 from ..gateway import ServedModel
 from ..record import RequestRecord
 from ..response_objects import complete_event, complete_response

@@ -11,9 +11,9 @@ from openai.types.chat import ChatCompletionMessageToolCallUnionParam
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from vllm.exceptions import VLLMValidationError
 
+from ..error_fields import field_of
 from ..errors import GatewayError, Reason
 from ..fail_fast import fail_fast, validator_of
-from ..fields import field_of
 from ..gateway import GatewayDep, RecordDep
 from ..offload import off_the_loop
 from ..schemas import ChatRequest, ResponsesBody, TextRequest

@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 import pytest
+from himap_server.error_fields import field_of
 from himap_server.errors import GatewayError
-from himap_server.fields import field_of
 from himap_server.routes.body import _load, _validate
 from himap_server.schemas import ChatRequest, ResponsesBody, TextRequest
 from pydantic import BaseModel
