@@ -28,7 +28,7 @@ _CLIENTS = {
 GRAMMARS = ("structured_outputs", "response_format", "text", "tools")
 """Fields that ask for a form of the answer."""
 _OF_PROMPTS = re.compile(r"\bprompt\b|^Token id\b")
-_OF_GRAMMARS = re.compile("grammar|schema|regex|choice|structur", re.IGNORECASE)
+_OF_GRAMMARS = re.compile(r"grammar|schema|regex|(?<!tool_)choice|structur", re.IGNORECASE)
 
 
 def field_of(
@@ -48,12 +48,13 @@ def field_of(
     first = re.match(r"`?(\w+)", message)
     if first and (found := _clients(first[1], fields, given)):
         return found
+    # Messages about grammars quote what clients wrote in them.
+    if _OF_GRAMMARS.search(message) and (grammar := grammar_field(fields, given)):
+        return grammar
     # Names of two words are no English; shorter ones stand in backticks.
     for word in re.findall(r"`(\w+)`|\b([a-z]+_[a-z_]+)\b", message):
         if found := _clients(word[0] or word[1], fields, given):
             return found
-    if _OF_GRAMMARS.search(message):
-        return grammar_field(fields, given)
     return prompt_field(fields) if _OF_PROMPTS.search(message) else None
 
 

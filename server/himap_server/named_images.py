@@ -16,13 +16,14 @@ from .security.images import CheckedImage
 from .security.keys import Key
 
 _MAX_CHARS = 256
+_OF_AN_ENTRY = 1024  # bytes, beside an image's
 
 
 class NamedImages:
     """The last image that each API key sent under each name, as far as the memory goes."""
 
     def __init__(self, max_bytes: int) -> None:
-        """`max_bytes` is of all images together, encoded; those used last stay."""
+        """`max_bytes` is of all images together, encoded, with names; those used last stay."""
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._images: OrderedDict[tuple[str, str], CheckedImage] = OrderedDict()
@@ -31,11 +32,12 @@ class NamedImages:
         """Keep an image; without an API key nobody could tell whose it is."""
         if key is None:
             return
-        self._forget((key.name, name))  # the name is not the older image's any more
-        if len(image.data) > self._max_bytes:
+        entry = key.sha256, name  # another key may get this one's name
+        self._forget(entry)  # the name is not the older image's any more
+        if _num_bytes(entry, image) > self._max_bytes:
             return
-        self._images[key.name, name] = image
-        self._num_bytes += len(image.data)
+        self._images[entry] = image
+        self._num_bytes += _num_bytes(entry, image)
         while self._num_bytes > self._max_bytes:
             self._forget(next(iter(self._images)))
 
@@ -53,15 +55,21 @@ class NamedImages:
         if key is None or not self._max_bytes:
             why = "has no API keys" if key is None else "keeps no images (--max-named-image-bytes)"
             raise _refusal(f"this server {why}: send the image with its uuid", path)
-        if (key.name, name) not in self._images:
+        entry = key.sha256, name
+        if entry not in self._images:
             text = "no image with this uuid is kept for this API key: send the image again"
             raise _refusal(text, path)
-        self._images.move_to_end((key.name, name))
-        return self._images[key.name, name]
+        self._images.move_to_end(entry)
+        return self._images[entry]
 
     def _forget(self, entry: tuple[str, str]) -> None:
         if entry in self._images:
-            self._num_bytes -= len(self._images.pop(entry).data)
+            self._num_bytes -= _num_bytes(entry, self._images.pop(entry))
+
+
+def _num_bytes(entry: tuple[str, str], image: CheckedImage) -> int:
+    """Memory of an entry: a name's characters take up to four bytes."""
+    return len(image.data) + 4 * len(entry[1]) + _OF_AN_ENTRY
 
 
 def name_of(part: dict[str, object], path: str) -> str | None:

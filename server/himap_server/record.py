@@ -166,8 +166,10 @@ class RequestRecord:
                 yield output
         finally:  # also if the client goes away
             if last is not None:
+                # Later steps of a beam search find the prompt in the cache, once for each beam.
+                if not (self.beam_search and self.completion_tokens):
+                    self.cached_tokens += last.num_cached_tokens or 0
                 self.completion_tokens += tokens
-                self.cached_tokens += last.num_cached_tokens or 0
                 stats: Any = last.metrics
                 if stats is not None:  # None: --disable-log-stats
                     self._generating += stats.last_token_ts - stats.first_token_ts

@@ -200,16 +200,21 @@ def test_beam_search_does_not_prune(server: Server) -> None:
     body = {"model": "tiny", "messages": MESSAGES, "use_beam_search": True, "n": 2, "max_tokens": 3}
     status, _, answer = post(server, "/v1/chat/completions", body)
     assert (status, answer["error"]["param"]) == (400, "use_beam_search")
+    image, _ = MESSAGES[0]["content"]
+    long = [{"role": "user", "content": [image, {"type": "text", "text": QUESTION * 9}]}]
     unpruned = (
-        {"himap": {"enabled": False}},
+        {"himap": {"enabled": False}, "messages": long},
         {"vllm_xargs": {"himap_shallow_ratio": 0, "himap_deep_ratio": 0}},
         {"messages": [{"role": "user", "content": QUESTION}]},
     )
     for fields in unpruned:
         status, _, answer = post(server, "/v1/chat/completions", {**body, **fields})
         assert (status, len(answer["choices"])) == (200, 2)
-        if "messages" not in fields:
+        if "himap" in answer["usage"]:
             assert answer["usage"]["himap"]["kept_deep"] == IMAGE_TOKENS
+            # Each step of each beam finds the prompt again.
+            cached = answer["usage"]["himap"]["cached_tokens"]
+            assert cached < answer["usage"]["prompt_tokens"]
     assert metric(server, pruned) == before
 
 

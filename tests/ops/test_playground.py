@@ -183,6 +183,7 @@ def test_the_story(opened: Open, theme: Any) -> None:
     ask(page, "Is there a cross?")
     assert all(answers(page))  # the model was taught single questions
     found = costs(page)["Prompt tokens found in the cache"]
+    assert "Time to first token (both at once)" in costs(page)
     assert int(found[0]) > 144  # the whole picture
     assert int(found[1]) > 0
     assert coverage(page) == pytest.approx([0, 50, 88, 100], abs=3)
@@ -195,6 +196,7 @@ def test_the_story(opened: Open, theme: Any) -> None:
     assert page.locator("#pruned-log p").count() == 6
     assert costs(page)["Image tokens after the second cut"][0] == "72"
     assert costs(page)["Prompt tokens found in the cache"][0] == "0"
+    assert "Time to first token (both at once)" not in costs(page)  # unlike things
     assert coverage(page) == pytest.approx([0, 50, 50, 100], abs=3)
     expect(page.get_by_text("A pruned prompt with a trace is computed in full.")).to_be_visible()
 

@@ -24,6 +24,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 LARGE = {
     "above": str(2**63), "below": str(-(2**63) - 1), "far": str(2**70), "far-below": str(-(2**70)),
     "double": "1e400", "double-below": "-1e400", "digits": "9" * 5000,
+    "some digits": "9" * 1000,
 }  # fmt: skip
 INTEGER = "an integer in [-9223372036854775808, 9223372036854775807]"
 
@@ -79,7 +80,7 @@ def test_a_ratio_of_any_size_is_told_its_range(digits: str) -> None:
 def test_integers_beyond_64_bits(path: str, field: str, digits: str) -> None:
     found, message = refused(path, body_with(path, field, digits))
     assert found == field
-    assert INTEGER in message or "must be" in message
+    assert "must be" in message
     assert "number with a fraction" not in message
 
 
@@ -89,6 +90,7 @@ def test_integers_beyond_64_bits(path: str, field: str, digits: str) -> None:
         (CHAT, "temperature", str(2**70), "temperature", "temperature must be in [0, 2]"),
         (CHAT, "temperature", "1e400", "temperature", "temperature must be in [0, 2]"),
         (CHAT, "top_p", str(2**70), "top_p", "top_p must be in (0, 1]"),
+        (CHAT, "temperature", "9" * 1000, "temperature", "temperature must be in [0, 2]"),
         (CHAT, "presence_penalty", "9" * 5000, "presence_penalty", "presence_penalty must be in"),
         (CHAT, "model", str(2**70), "model", "model must be a string"),
         (CHAT, "stream", str(2**70), "stream", "stream must be"),

@@ -145,6 +145,10 @@ async def _try(
         param = prompt_field(type(body).model_fields)
         raise GatewayError(400, text, reason=Reason.INVALID, param=param) from None
     except ValueError as error:
+        if record.completion_tokens:  # the request was in order
+            logger.exception("an answer failed")
+            text = "the answer could not be made into a response"
+            raise GatewayError(500, text, reason=Reason.ERROR) from None
         return _error(create_error_response(error), body)
     if refusal is not None or record.failed_at_once:
         await result.aclose()  # nobody will read the rest

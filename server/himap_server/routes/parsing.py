@@ -21,6 +21,7 @@ INTEGERS = range(-(2**63), 2**63)
 _MAX_VALUES = 300_000
 _MAX_DIGITS = 300  # a double has no more
 _LARGEST = sys.float_info.max
+_LARGEST_INTEGER = 10**_MAX_DIGITS
 # Fields whose integers are a schema's, which may have larger ones.
 _SCHEMAS = frozenset({"structured_outputs", "response_format", "tools", "text"})
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -112,7 +113,9 @@ def _settle_large(body: Any) -> None:
                 rest.append((value, False, in_schema or (is_top and key in _SCHEMAS)))
             elif kind is int and value not in INTEGERS:
                 is_schemas = in_schema or (is_top and key in _SCHEMAS)
-                if not (0 < value < 2**64 if is_schemas else is_top):
+                if is_top and not is_schemas:
+                    node[key] = max(-_LARGEST_INTEGER, min(value, _LARGEST_INTEGER))
+                elif not (is_schemas and 0 < value < 2**64):
                     node[key] = _double(value)
             elif kind is float and isinf(value):
                 node[key] = copysign(_LARGEST, value)

@@ -284,7 +284,8 @@ async function ask() {
   const trace = pruned.usage?.himap?.images?.[0]?.trace;
   if (trace) {
     const { shallow_ratio, deep_ratio } = pruned.body.himap;
-    state.tracedBy = JSON.stringify({ shallow_ratio, deep_ratio });
+    const told = trace.grids.every(({ kept_deep }) => kept_deep !== null);
+    state.tracedBy = told ? JSON.stringify({ shallow_ratio, deep_ratio }) : null;
     showTrace(trace);
   }
   showCosts(pruned, unpruned);
@@ -317,6 +318,8 @@ function showCosts(pruned, unpruned) {
     ["Prompt tokens found in the cache", number(ours.cached_tokens), number(plain.cached_tokens), "–"],
     ["Time to first token (both at once)", ms(pruned.first), ms(unpruned?.first), saved(pruned.first ?? undefined, unpruned?.first)],
   ];
+  // A traced prompt is computed in full: its time says nothing beside one from the cache.
+  if (pruned.body.himap.trace && plain.cached_tokens) rows.pop();
   find("costs").replaceChildren(
     ...rows.map(([name, ...values]) => {
       const row = element("tr", "");
@@ -339,6 +342,10 @@ function setUpQuestions() {
   const [first, second] = state.settings.criteria;
   const names = first === second ? first : `${first}, then ${second}`;
   find("traced").hidden = !state.settings.traces;
+  if (!state.settings.choice_stays) {
+    find("traced").textContent =
+      "To show what was kept, each question asks for a trace. A pruned prompt with a trace is computed in full.";
+  }
   find("criterion").textContent = `This server chooses by the criterion “${names}”.`;
   find("ask").addEventListener("submit", (event) => {
     event.preventDefault();
