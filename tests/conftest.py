@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,7 +27,8 @@ if not interpreter.WANTED:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     from tests.world import World
 
-    return World(tmp_path_factory.mktemp("checkpoints"))
+    yield World(tmp_path_factory.mktemp("checkpoints"))
+    gc.freeze()  # engines collect garbage as they end
