@@ -4,7 +4,8 @@
 vLLM has names of its own: it takes an image by its `uuid` from the cache of processed images,
 whoever sent it, and fails if the cache has dropped it (`BaseMultiModalProcessor.
 _get_cache_missing_items`). So no name reaches vLLM. The gateway keeps the checked bytes, apart for
-each API key, and vLLM gets them as if they had been sent.
+each API key, and vLLM gets them as if they had been sent. vLLM's names can take over when it keeps
+them apart by client and tells a client what it has dropped.
 """
 
 from __future__ import annotations

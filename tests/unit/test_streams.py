@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams of vLLM's handlers that nobody reads to their end are closed at once."""
+"""Answers of vLLM's handlers: streams that nobody reads are closed, failures are told apart."""
 
 from __future__ import annotations
 
@@ -72,3 +72,31 @@ def test_a_refusal() -> None:
         assert handler.open == 0
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("generated", "error", "status"),
+    [
+        (0, ValueError("top_p must be in (0, 1]"), 400),
+        (0, AttributeError("no prompt"), 400),
+        (3, ValueError("Out of range float values are not JSON compliant"), 500),
+        (3, AttributeError("no tool"), 500),
+    ],
+)
+def test_what_fails_behind_the_engine_is_no_fault_of_the_request(
+    generated: int, error: Exception, status: int
+) -> None:
+    record = RequestRecord("id", "POST")
+    body = ChatRequest(messages=[{"role": "user", "content": "a"}])
+
+    async def handler(*_: Any) -> Any:
+        record.prompt_tokens = record.completion_tokens = generated
+        raise error
+
+    async def scenario() -> int:
+        try:
+            return (await answer(handler, body, REQUEST, MODEL, record)).status_code
+        except GatewayError as refusal:
+            return refusal.status_code
+
+    assert asyncio.run(scenario()) == status

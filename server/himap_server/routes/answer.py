@@ -139,16 +139,14 @@ async def _try(
     except (AssertionError, AttributeError, LookupError, ValidationError) as error:
         # vLLM's parsers and templates raise these for request shapes they do not handle.
         if record.prompt_tokens:
-            raise
+            raise _failed() from None
         logger.warning("no prompt could be made of a request: %s", type(error).__name__)
         text = "no prompt can be made of this request: check the form of its messages"
         param = prompt_field(type(body).model_fields)
         raise GatewayError(400, text, reason=Reason.INVALID, param=param) from None
     except ValueError as error:
-        if record.completion_tokens:  # the request was in order
-            logger.exception("an answer failed")
-            text = "the answer could not be made into a response"
-            raise GatewayError(500, text, reason=Reason.ERROR) from None
+        if record.completion_tokens:
+            raise _failed() from None
         return _error(create_error_response(error), body)
     if refusal is not None or record.failed_at_once:
         await result.aclose()  # nobody will read the rest
@@ -156,6 +154,13 @@ async def _try(
         return _error(ErrorResponse.model_validate(refusal), body)
     events = _stream(opening, result, body, tracer, record)
     return StreamingResponse(events, headers=_UNBUFFERED, media_type="text/event-stream")
+
+
+def _failed() -> GatewayError:
+    """The error of a request that was in order; logs what failed."""
+    logger.exception("an answer failed")
+    text = "the answer could not be made into a response"
+    return GatewayError(500, text, reason=Reason.ERROR)
 
 
 def _error(result: ErrorResponse, body: Any) -> Response:
