@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the checkpoint of `himap_demo.model` from scenes and questions of `himap_demo`."""
+"""Makes the next checkpoint of `himap_demo.model`, from the scenes and questions of `world`."""

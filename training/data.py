@@ -9,30 +9,32 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from himap_demo.heldout import training_seed
-from himap_demo.questions import LETTERS, NUMBERS, Question, ask, choose
-from himap_demo.scenes import CARD, CELL, COLORS, SHAPES, Scene, draw, make_scene
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
-from .model import IMAGE_TOKENS, LABELS, PATCH, SIDE
+from .model import CHARACTERS, IMAGE_TOKENS, LABELS, PATCH, SIDE
 from .tokenizer import AFTER_QUESTION, BEFORE_IMAGE, BOS, IMAGE
+from .world.heldout import training_seed
+from .world.questions import LETTERS, NUMBERS, Question, ask, choose
+from .world.scenes import CARD, CELL, COLORS, SHAPES, WORDS, Scene, draw, make_scene
 
-LENGTH = 384
-"""Tokens of an example: the image and some 12 questions."""
+LENGTH = 576
+"""Tokens of an example: the image and some 13 questions."""
 WEIGHTS = {
-    **{"color": 1.0, "shape": 1.0, "count": 2.5, "exists": 1.0, "where": 2.5, "digit": 1.0},
-    **{"choice": 5.0, "caption": 1.0, "open": 6.0},
+    **{"color": 1.0, "shape": 1.0, "count": 3.0, "exists": 1.5, "where": 2.0, "number": 3.0},
+    **{"word": 2.0, "relation": 3.0, "choice": 4.0, "caption": 2.0, "open": 4.0},
 }
 """How often each kind is asked: more of what is learnt late."""
+FOLLOW_UP = 0.4
+"""Share of the questions that are asked in the conversation of the one before."""
 
 OPTION = 0.2
 """Loss weight of the letters B, C and D before their options. To predict them, each option must
 encode its own letter, which multiple choice needs first."""
 
-_WORDS = (tuple(COLORS), (*SHAPES, CARD), NUMBERS)
+_WORDS = (tuple(COLORS), (*SHAPES, CARD), NUMBERS, WORDS)
 _HUES = list(COLORS)
 _FORMS = [*SHAPES, CARD]
 
@@ -43,17 +45,17 @@ def pixel_values(image: Image.Image) -> Tensor:
 
 
 def patch_labels(scene: Scene) -> Tensor:
-    """[len(LABELS), patches]: the object whose box the patch touches, and the patch's cell."""
+    """[len(LABELS), patches]: the object whose box a patch touches, its text, the patch's cell."""
     labels = np.zeros((len(LABELS), SIDE, SIDE), np.int64)
     per_cell = CELL // PATCH
     rows, columns = np.mgrid[0:SIDE, 0:SIDE] // per_cell
-    labels[3] = rows * (SIDE // per_cell) + columns
+    labels[-1] = rows * (SIDE // per_cell) + columns
     for thing in scene.things:
         left, top, right, bottom = (int(edge // PATCH) for edge in thing.box)
         box = (slice(max(top, 0), bottom + 1), slice(max(left, 0), right + 1))
-        labels[0][box] = 1 + _HUES.index(thing.color)
-        labels[1][box] = 1 + _FORMS.index(thing.shape)
-        labels[2][box] = 0 if thing.digit is None else 1 + thing.digit
+        text = [1 + CHARACTERS.index(character) for character in thing.text]
+        shown = (1 + _HUES.index(thing.color), 1 + _FORMS.index(thing.shape), *text)
+        labels[(slice(len(shown)), *box)] = np.array(shown)[:, None, None]
     return torch.from_numpy(labels.reshape(len(LABELS), -1))
 
 
@@ -95,7 +97,8 @@ class Examples(Dataset[dict[str, Tensor]]):
     """Example `index` of training, as tensors.
 
     pixels [3, SIZE, SIZE], labels [len(LABELS), patches]; with questions also tokens, positions,
-    segments and weights [LENGTH]. Weights are those of the loss: 0 but at the tokens of answers.
+    segments, weights and voters [LENGTH]. Weights are those of the loss: 0 but at the tokens of
+    answers. Voters are the tokens of questions.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class Examples(Dataset[dict[str, Tensor]]):
         image = BOS + BEFORE_IMAGE + IMAGE * IMAGE_TOKENS
         self.letters = [tokenizer(f" {letter}")["input_ids"][0] for letter in LETTERS]
         self.prefix: list[int] = tokenizer(image)["input_ids"]
+        self.newline: list[int] = tokenizer("\n")["input_ids"]
+        self.again: list[int] = tokenizer(BEFORE_IMAGE)["input_ids"]
 
     def __len__(self) -> int:
         return self.count
@@ -132,17 +137,25 @@ class Examples(Dataset[dict[str, Tensor]]):
         positions = list(range(len(tokens)))
         segments = [0] * len(tokens)
         weights = [0.0] * len(tokens)
-        for segment, question in enumerate(questions, 1):
-            asked = self.tokenizer("\n" + question.text + AFTER_QUESTION)["input_ids"]
+        voters = [False] * len(tokens)
+        segment = 0
+        for question in questions:
+            asked = self.tokenizer(question.text + AFTER_QUESTION)["input_ids"]
             answer = self.tokenizer(" " + question.answers[0])["input_ids"]
             answer = [*answer, self.tokenizer.eos_token_id]
-            both = asked + answer
-            if len(tokens) + len(both) > LENGTH:
+            follows = segment > 0 and rng.random() < FOLLOW_UP
+            before = self.again if follows else self.newline
+            added = before + asked + answer
+            if len(tokens) + len(added) > LENGTH:
                 continue
-            tokens += both
-            positions += range(len(self.prefix), len(self.prefix) + len(both))
-            segments += [segment] * len(both)
+            segment += not follows
+            begin = positions[-1] + 1 if follows else len(self.prefix)
+            tokens += added
+            positions += range(begin, begin + len(added))
+            segments += [segment] * len(added)
+            voters += [True] * (len(added) - len(answer)) + [False] * len(answer)
             # A caption has ten times the tokens of a short answer and shall not weigh ten times it.
+            weights += [0.0] * len(before)
             weights += [OPTION if token in self.letters[1:] else 0.0 for token in asked]
             if question.kind == "drill":
                 weights += [1.0 if token in self.letters else 0.0 for token in answer]
@@ -154,6 +167,7 @@ class Examples(Dataset[dict[str, Tensor]]):
             "positions": torch.tensor(positions + [0] * padding),
             "segments": torch.tensor(segments + [-1] * padding),
             "weights": torch.tensor(weights + [0.0] * padding),
+            "voters": torch.tensor(voters + [False] * padding),
         }
 
 

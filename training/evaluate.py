@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out accuracy per kind with plain transformers: `python -m training.evaluate [MODEL]`.
+"""Held-out accuracy per kind with plain transformers: `python -m training.evaluate MODEL`.
 
 A quick look at a checkpoint, without vLLM and without pruning. What is published is measured
 through the HTTP API by `himap eval`.
@@ -10,17 +10,34 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
-from himap_demo import MODEL_PATH
-from himap_demo.heldout import Item, items
-from himap_demo.questions import KINDS
+from PIL.Image import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from .world.heldout import items
+from .world.questions import KINDS
 
 MAX_TOKENS = 64
 
 
-def predict(path: Path, questions: Iterable[Item], batch: int = 32) -> Iterator[tuple[Item, str]]:
+class Asked(Protocol):
+    """A question about an image."""
+
+    @property
+    def image(self) -> Image: ...
+
+    @property
+    def question(self) -> str: ...
+
+
+AnyAsked = TypeVar("AnyAsked", bound=Asked)
+
+
+def predict(
+    path: Path, questions: Iterable[AnyAsked], batch: int = 32
+) -> Iterator[tuple[AnyAsked, str]]:
     """Each question with the model's answer (greedy), in order. Pads the prompts on the left."""
     processor = AutoProcessor.from_pretrained(path)
     processor.tokenizer.padding_side = "left"
@@ -54,7 +71,7 @@ def predict(path: Path, questions: Iterable[Item], batch: int = 32) -> Iterator[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", type=Path, default=MODEL_PATH)
+    parser.add_argument("model", type=Path)
     parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--questions", type=int, default=2, help="per scene")
     parser.add_argument("--wrong", type=int, default=0, help="wrong answers to print")

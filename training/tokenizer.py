@@ -8,11 +8,12 @@ can be asked; only these words mean something to the model.
 import random
 
 from himap_demo import MODEL_PATH
-from himap_demo.heldout import training_seed
-from himap_demo.questions import ask
-from himap_demo.scenes import make_scene
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from .world.heldout import training_seed
+from .world.questions import ask
+from .world.scenes import make_scene
 
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 VOCABULARY = 512
@@ -32,7 +33,9 @@ def build_tokenizer(scenes: int = 2000) -> PreTrainedTokenizerFast:
         for question in ask(random.Random(seed), make_scene(seed), 8):
             corpus.append(f"{BEFORE_IMAGE}\n{question.text}{AFTER_QUESTION} {question.answers[0]}")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,

@@ -12,6 +12,7 @@ continues from an exported checkpoint instead.
 """
 
 import argparse
+import math
 import signal
 import time
 from dataclasses import dataclass, field
@@ -20,17 +21,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from .data import batches
 from .export import export
-from .model import MATMUL, PatchHeads, answer_logits, build_config, image_features
-from .tokenizer import build_tokenizer
+from .model import (
+    IMAGE_TOKENS,
+    MATMUL,
+    SIDE,
+    Cut,
+    PatchHeads,
+    answer_logits,
+    build_config,
+    image_features,
+)
+from .tokenizer import VOCABULARY, build_tokenizer
 
 TOWER_BATCH = 64
 BATCH = 16
 WARM_UP = 100
+CUT_LAYERS = (1, 5)
+CUTS = ((0.5, 0.75), (0.25, 0.5), (0.65, 0.88), (0.5, 0.75))
+"""Ratios of both cuts of the steps that prune, in turn."""
+NOISE = 0.5
+"""Of the votes in training."""
 TOWER_DECAY = 0.5
 """Share of the tower's own stage over which its learning rate falls."""
 MUON_RATE = 2.0
@@ -128,21 +143,54 @@ class Interrupt:
         signal.signal(number, signal.SIG_DFL)
 
 
-def losses(state: State, stage: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def draw_cuts(step: int, share: float, batch: int) -> list[Cut]:
+    """What a step keeps. In 1 - `share` of the steps nothing is cut.
+
+    At the first cut evenly spaced tokens from a random one on, or random ones. At the second one
+    those that the question attends to, in every third step random ones. The tokens are drawn from
+    the step's number, apart for each example.
+    """
+    rng = torch.Generator().manual_seed(step)
+    if float(torch.rand((), generator=rng)) >= share:
+        return []
+    shallow, deep = CUTS[step % len(CUTS)]
+    kept = round(IMAGE_TOKENS * (1 - shallow))
+    if step % 2:
+        begins = torch.rand((batch, 1), generator=rng)
+        first = ((torch.arange(kept) + begins) * IMAGE_TOKENS / kept).long()
+    else:
+        first = _random(rng, batch, IMAGE_TOKENS, kept)
+    last = round(kept * (1 - deep))
+    if step % 3 == 0:
+        second = Cut(CUT_LAYERS[1], kept=_random(rng, batch, kept, last))
+    else:
+        second = Cut(CUT_LAYERS[1], votes=last, noise=NOISE)
+    return [Cut(CUT_LAYERS[0], kept=first), second]
+
+
+def _random(rng: torch.Generator, batch: int, total: int, kept: int) -> Tensor:
+    return torch.rand((batch, total), generator=rng).argsort(1)[:, :kept].sort(1).values
+
+
+def losses(
+    state: State, stage: str, batch: dict[str, Tensor], cuts: list[Cut]
+) -> dict[str, Tensor]:
     """The loss to minimise ("loss") and what else is worth printing."""
     with torch.autocast(batch["pixels"].device.type, torch.bfloat16):
         features = image_features(state.model, batch["pixels"])
         patches = state.heads(features, batch["labels"])
         if stage == "tower":
             return {"loss": patches}
-        logits = answer_logits(
-            state.model, features, batch["tokens"], batch["positions"], batch["segments"]
+        tokens, positions, segments, voters = (
+            batch[key] for key in ("tokens", "positions", "segments", "voters")
         )
+        logits = answer_logits(state.model, features, tokens, positions, segments, voters, cuts)
     target, weight = (batch[key][:, -logits.shape[1] :] for key in ("tokens", "weights"))
     wrong = cross_entropy(logits.float().transpose(1, 2), target, reduction="none")
     answers = (weight * wrong).sum() / weight.sum()
     right = (logits.argmax(-1) == target)[weight > 0].float().mean()
-    return {"loss": answers + PATCH_LOSS * patches, "patches": patches, "tokens right": right}
+    shown = {"patches": patches, "right, pruned" if cuts else "right": right}
+    return {"loss": answers + PATCH_LOSS * patches} | shown
 
 
 def run_stage(
@@ -154,6 +202,7 @@ def run_stage(
     checkpoint: Path,
     save_every: int,
     interrupt: Interrupt,
+    cut: float,
 ) -> bool:
     """Trains from where the state is up to `steps`. False if interrupted.
 
@@ -170,7 +219,8 @@ def run_stage(
             muon = isinstance(optimizer, torch.optim.Muon)
             for group in optimizer.param_groups:
                 group["lr"] = MUON_RATE * rate if muon else rate
-        values = losses(state, stage, {key: value.to(device) for key, value in batch.items()})
+        cuts = draw_cuts(step, cut, size) if stage == "answers" else []
+        values = losses(state, stage, {key: value.to(device) for key, value in batch.items()}, cuts)
         for optimizer in state.optimizers:
             optimizer.zero_grad()
         values["loss"].backward()
@@ -188,6 +238,37 @@ def run_stage(
     return True
 
 
+def start_from(
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, path: Path
+) -> None:
+    """Gives the model an exported checkpoint's weights, also one's for smaller pictures.
+
+    Positions of patches are then interpolated, and words go by their spelling.
+    """
+    base = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    weights = base.state_dict()
+    for name, value in weights.items():
+        if name.endswith("position_embedding.weight"):
+            weights[name] = torch.cat([value[:1], _interpolated(value[1:], SIDE)])
+    known = PreTrainedTokenizerFast.from_pretrained(path).get_vocab()
+    words = base.get_input_embeddings().weight.detach()
+    rows = torch.randn(VOCABULARY, words.shape[1]) * words.std()
+    for token, number in tokenizer.get_vocab().items():
+        if token in known:
+            rows[number] = words[known[token]]
+    for name, value in weights.items():
+        if value.data_ptr() == words.data_ptr():  # the embedding, and the head that is tied to it
+            weights[name] = rows
+    model.load_state_dict(weights)
+
+
+def _interpolated(positions: Tensor, side: int) -> Tensor:
+    """[n * n, width] for a grid of n x n as [side * side, width] for another."""
+    before = math.isqrt(len(positions))
+    grid = positions.T.reshape(1, -1, before, before)
+    return interpolate(grid, (side, side), mode="bicubic").flatten(2)[0].T
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -199,6 +280,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--save-every", type=int, default=200, help="steps")
     parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument(
+        "--cut", type=float, default=0.0, help="share of the steps that drop image tokens"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--from", dest="base", type=Path, help="an exported checkpoint to start at")
     parser.add_argument(
@@ -215,17 +299,14 @@ def main() -> None:
     checkpoint = args.out / "state.pt"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = build_tokenizer()
+    model = LlavaForConditionalGeneration._from_config(build_config(tokenizer))
     if args.base:
-        model = LlavaForConditionalGeneration.from_pretrained(args.base, dtype=torch.float32)
-    else:
-        model = LlavaForConditionalGeneration._from_config(build_config(tokenizer))
+        start_from(model, tokenizer, args.base)
     model.set_attn_implementation(MATMUL)
     heads = PatchHeads()
     model.to(device).train()
     heads.to(device)
     state = State(model, heads, build_optimizers([model, heads], args.rate), args.rate)
-    if args.base:
-        args.tower_steps = 0
     if args.resume:
         state.load(checkpoint)
     interrupt = Interrupt()
@@ -233,7 +314,7 @@ def main() -> None:
     answers = (tokenizer, args.first + args.tower_steps * TOWER_BATCH, BATCH)
     tower_decay = max(1, round(args.tower_steps * TOWER_DECAY))
     decay = args.decay or max(1, args.steps // 5)
-    rest = (checkpoint, args.save_every, interrupt)
+    rest = (checkpoint, args.save_every, interrupt, args.cut)
     if run_stage(state, "tower", tower, args.tower_steps, tower_decay, *rest) and run_stage(
         state, "answers", answers, args.steps, decay, *rest
     ):
