@@ -195,7 +195,7 @@ def answer_logits(
     first = int(at_image[0, :, 0].nonzero()[0])
     left = image.shape[1]
     questions = tokens.shape[1] - int((segments[0] == 0).sum())
-    mask, rotary = _mask(segments), decoder.rotary_emb(rows[0], positions)
+    mask, rotary = sees(segments), decoder.rotary_emb(rows[0], positions)
     planned = {cut.layer: cut for cut in cuts}
     for number, layer in enumerate(decoder.layers, 1):
         came = rows[0]
@@ -210,7 +210,7 @@ def answer_logits(
         if cut is None:
             continue
         if cut.kept is None:
-            votes = _text_attention(layer, came, rotary, mask, questions)
+            votes = attention_of(layer, came, rotary, mask, questions)
             segment, votes_too = (x[:, -questions:] for x in rows[2:])
             hides = _hidden_by_votes(votes[..., first : first + left], segment, votes_too, cut)
             mask = mask.clone()
@@ -218,7 +218,7 @@ def answer_logits(
         else:
             rows = _without(rows, cut.kept, first, left)
             left = cut.kept.shape[1]
-            mask, rotary = _mask(rows[2]), decoder.rotary_emb(rows[0], rows[1])
+            mask, rotary = sees(rows[2]), decoder.rotary_emb(rows[0], rows[1])
     # Also where no answer is: rows whose number changed from step to step would have oneDNN build
     # and keep kernels for each.
     logits: Tensor = model.lm_head(decoder.norm(rows[0])[:, -questions - 1 : -1])
@@ -238,10 +238,10 @@ def _without(rows: Sequence[Tensor], kept: Tensor, first: int, left: int) -> lis
 
 
 @torch.no_grad()
-def _text_attention(
-    layer: LlamaDecoderLayer, hidden: Tensor, rotary: Any, mask: Tensor, rows: int
+def attention_of(
+    layer: LlamaDecoderLayer, hidden: Tensor, rotary: Any, mask: Tensor, rows: int = 0
 ) -> Tensor:
-    """[batch, rows, length]: what the last rows attend to in a layer, mean over the heads."""
+    """[batch, rows, length]: what the last rows (0: all) attend to, the mean over the heads."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     shape = (*normed.shape[:2], -1, attention.head_dim)
@@ -267,7 +267,7 @@ def _hidden_by_votes(attention: Tensor, segments: Tensor, voters: Tensor, cut: C
     return hides.gather(1, segments.clamp(min=0)[..., None].expand(-1, -1, hides.shape[-1]))
 
 
-def _mask(segments: Tensor) -> Tensor:
+def sees(segments: Tensor) -> Tensor:
     """[batch, 1, length, length]: 0 where a row sees a column, else -inf."""
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()

@@ -205,13 +205,13 @@ def test_held_out_scenes_are_never_trained_on() -> None:
     for index in (-1, FIRST_SEED, FIRST_SEED + 5):
         with pytest.raises(ValueError, match="training scenes"):
             training_seed(index)
-    pictures = {draw(make_scene(training_seed(index))).tobytes() for index in range(200)}
-    assert not pictures & {item.image.tobytes() for item in items(200, 1)}
+    pictures = {draw(make_scene(training_seed(index))).tobytes() for index in range(100)}
+    assert not pictures & {item.image.tobytes() for item in items(100, 1)}
 
 
 def test_the_answers_are_right() -> None:
     """Every question is answered from the objects' pixels by code of its own."""
-    for item in items(400, 3):
+    for item in items(250, 4):
         assert answer(make_scene(item.scene), item.question) == item.answers[0], item.question
 
 
