@@ -65,6 +65,7 @@ class Model:
 
     def __init__(self, path: Path) -> None:
         self.llava = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+        self.llava.set_attn_implementation("eager")
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         self.decoder = self.llava.model.language_model
         self.prefix = self.ids(BOS + BEFORE_IMAGE + IMAGE * IMAGE_TOKENS)
