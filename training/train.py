@@ -50,8 +50,10 @@ TOWER_DECAY = 0.5
 """Share of the tower's own stage over which its learning rate falls."""
 MUON_RATE = 2.0
 """Muon's learning rate over AdamW's."""
-PATCH_LOSS = 0.2
+PATCH_LOSS = 0.4
 """Weight of the patches' loss in the second stage."""
+TOWER_RATE = 0.2
+"""Share of the rate that the tower has in the second stage: at the whole one it forgets text."""
 
 
 @dataclass
@@ -90,15 +92,21 @@ def build_optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.
     Muon (https://kellerjordan.github.io/posts/muon/) needs fewer steps; its own time is a twentieth
     of a step's. Scaled as in https://arxiv.org/abs/2502.16982, it takes about AdamW's rate.
     """
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    matrices: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    rest: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for module in modules:
         for name, parameter in module.named_parameters():
             hidden = parameter.ndim == 2 and "embed" not in name and "heads" not in name
-            (matrices if hidden else rest).append(parameter)
+            (matrices if hidden else rest)["vision_tower" in name].append(parameter)
+
+    def groups(parameters: dict[bool, list[nn.Parameter]]) -> list[dict[str, Any]]:
+        return [{"params": own, "tower": tower} for tower, own in parameters.items()]
+
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=rate, weight_decay=0.02, betas=(0.9, 0.98)),
+        torch.optim.Muon(
+            groups(matrices), lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(groups(rest), lr=rate, weight_decay=0.02, betas=(0.9, 0.98)),
     ]
 
 
@@ -218,7 +226,8 @@ def run_stage(
         for optimizer in state.optimizers:
             muon = isinstance(optimizer, torch.optim.Muon)
             for group in optimizer.param_groups:
-                group["lr"] = MUON_RATE * rate if muon else rate
+                share = TOWER_RATE if group["tower"] and stage == "answers" else 1.0
+                group["lr"] = share * (MUON_RATE * rate if muon else rate)
         cuts = draw_cuts(step, cut, size) if stage == "answers" else []
         values = losses(state, stage, {key: value.to(device) for key, value in batch.items()}, cuts)
         for optimizer in state.optimizers:
