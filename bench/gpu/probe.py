@@ -75,8 +75,8 @@ class Probe:
         from himap_vllm.kernels.gather import gather_rows
         from himap_vllm.kernels.importance import KeyPages
         from himap_vllm.plan.prompt import ImageTokens, make_plan
-        from himap_vllm.plan.step import plan_step
-        from himap_vllm.pruning.step import PruningStep
+        from himap_vllm.plan.step_layout import plan_step
+        from himap_vllm.pruning.pruning_step import PruningStep
 
         length, size = shape.image_tokens + text_tokens, shape.hidden_size // shape.num_heads
         images = [ImageTokens(((1, 1 + shape.image_tokens),))]

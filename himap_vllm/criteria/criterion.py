@@ -11,7 +11,7 @@ import torch
 
 if TYPE_CHECKING:
     from himap_vllm.config import CriterionName
-    from himap_vllm.plan.step import Cut
+    from himap_vllm.plan.step_layout import Cut
 
     Cuts = tuple[Cut, Cut]
 

@@ -17,7 +17,7 @@ from himap_vllm.plan.voters import ImageVote, IntArray
 
 if TYPE_CHECKING:
     from himap_vllm.criteria.criterion import Cuts
-    from himap_vllm.plan.step import PrunedUnit
+    from himap_vllm.plan.step_layout import PrunedUnit
 
 
 def text_rows(cuts: Cuts, only_last: bool = False) -> Cuts:

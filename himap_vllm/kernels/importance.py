@@ -21,7 +21,7 @@ import torch
 from vllm.triton_utils import tl, triton
 
 if TYPE_CHECKING:
-    from himap_vllm.plan.step import Cut
+    from himap_vllm.plan.step_layout import Cut
     from himap_vllm.plan.voters import IntArray
 
 BLOCK_ROWS = 32

@@ -22,7 +22,7 @@ class Family:
         architecture: name in the checkpoint's `architectures`.
         models: names that people know.
         decoders: `model_type` of the text configs whose decoder has the form that
-            `himap_vllm.model.decoder` needs.
+            `himap_vllm.model.segmented_decoder` needs.
         decoder: the decoder inside a loaded vLLM model of this architecture.
         first_cut: least K1, from the checkpoint's configuration.
     """

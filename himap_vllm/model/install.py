@@ -12,8 +12,8 @@ from vllm.model_executor.layers.attention import Attention
 from himap_vllm.config import engine_settings
 from himap_vllm.criteria import CRITERIA
 from himap_vllm.model.attention import StagePlace, install_stage, install_votes
-from himap_vllm.model.decoder import install_segments
 from himap_vllm.model.families import FAMILIES
+from himap_vllm.model.segmented_decoder import install_segments
 from himap_vllm.pruning.context import Heads, PruningContext
 from himap_vllm.pruning.kv_groups import KVGroups
 from himap_vllm.pruning.prior import PriorTable

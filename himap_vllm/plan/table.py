@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from himap_vllm.plan.prompt import PromptPlan
-from himap_vllm.plan.step import PlanArrays, StepPlan, plan_batch
+from himap_vllm.plan.step_layout import PlanArrays, StepPlan, plan_batch
 
 
 class ActivePlans:

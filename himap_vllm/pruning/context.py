@@ -15,13 +15,13 @@ import torch
 from himap_vllm.config import EngineSettings
 from himap_vllm.criteria.criterion import Criteria
 from himap_vllm.plan.prompt import NUM_STAGES
-from himap_vllm.plan.step import StageBatch, StepPlan
+from himap_vllm.plan.step_layout import StageBatch, StepPlan
 from himap_vllm.pruning.live_requests import LiveRequests
 from himap_vllm.pruning.prior import PriorTable
+from himap_vllm.pruning.pruning_step import PruningStep
 from himap_vllm.pruning.request_traces import RequestTraces
 from himap_vllm.pruning.stage_metadata import StageAttentionMetadata
 from himap_vllm.pruning.stats import PruningStats
-from himap_vllm.pruning.step import PruningStep
 from himap_vllm.pruning.trace_log import TraceLog
 
 

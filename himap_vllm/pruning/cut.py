@@ -20,7 +20,7 @@ from vllm.triton_utils import HAS_TRITON
 from himap_vllm.criteria.criterion import Candidates, Criterion
 from himap_vllm.kernels.importance import VoteTiles
 from himap_vllm.kernels.importance import importance as importance_on_gpu
-from himap_vllm.plan.step import Cut
+from himap_vllm.plan.step_layout import Cut
 from himap_vllm.plan.voters import IntArray
 from himap_vllm.pruning.importance import CachedKeys, importance
 from himap_vllm.pruning.selection import compact, surviving_rows

@@ -19,7 +19,7 @@ import torch
 from himap_vllm.kernels.importance import KeyPages
 
 if TYPE_CHECKING:
-    from himap_vllm.plan.step import Cut, PrunedUnit
+    from himap_vllm.plan.step_layout import Cut, PrunedUnit
 
 CachedKeys = Callable[[slice, int], KeyPages]
 """(rows in the batch, most keys that one of these requests has in the cache) -> their keys."""

@@ -24,7 +24,7 @@ from himap_vllm.plan.requests import read_stamp
 
 if TYPE_CHECKING:
     from himap_vllm.plan.prompt import PromptPlan
-    from himap_vllm.pruning.step import PruningStep
+    from himap_vllm.pruning.pruning_step import PruningStep
 
 _MAX_TRACES = 256
 """That wait to be taken. Each holds a few bytes for each token of the steps that pruned it."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from himap_vllm.plan.step import StageBatch
+from himap_vllm.plan.step_layout import StageBatch
 
 T = TypeVar("T")
 

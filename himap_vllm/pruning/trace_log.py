@@ -10,7 +10,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 if TYPE_CHECKING:
     from himap_vllm.plan.prompt import PromptPlan
-    from himap_vllm.pruning.step import PruningStep
+    from himap_vllm.pruning.pruning_step import PruningStep
 
 Trace = dict[str, list[list[int]]]
 """Surviving prompt positions per image: {"shallow": [[...], ...], "deep": [[...], ...]}."""

@@ -21,7 +21,7 @@ import numpy as np
 from typing_extensions import override
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 
-from himap_vllm.plan.step import StageBatch
+from himap_vllm.plan.step_layout import StageBatch
 from himap_vllm.pruning.context import PruningContext
 
 if TYPE_CHECKING:

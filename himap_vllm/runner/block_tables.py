@@ -24,7 +24,7 @@ from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
 from himap_vllm.plan.prompt import NUM_STAGES
-from himap_vllm.plan.step import StepPlan
+from himap_vllm.plan.step_layout import StepPlan
 
 
 @dataclass(frozen=True, slots=True)

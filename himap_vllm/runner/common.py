@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from himap_vllm.plan.step import StepPlan
+from himap_vllm.plan.step_layout import StepPlan
 from himap_vllm.pruning.context import PruningContext
+from himap_vllm.pruning.pruning_step import PruningStep
 from himap_vllm.pruning.stage_groups import StageGroups
-from himap_vllm.pruning.step import PruningStep
 
 
 def make_pruning_runner(runner: Any, mixin: type) -> None:

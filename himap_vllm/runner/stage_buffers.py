@@ -12,7 +12,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from himap_vllm.plan.prompt import NUM_STAGES
-from himap_vllm.plan.step import StepPlan
+from himap_vllm.plan.step_layout import StepPlan
 from himap_vllm.pruning.stage_metadata import StageAttentionMetadata
 
 _ALIGNMENT = 64  # elements

@@ -40,7 +40,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from himap_vllm.kernels.stage_slots import write_stage_slots
 from himap_vllm.model.install import install
 from himap_vllm.plan.prompt import NUM_STAGES
-from himap_vllm.plan.step import StepPlan
+from himap_vllm.plan.step_layout import StepPlan
 from himap_vllm.pruning.context import PruningContext
 from himap_vllm.pruning.stage_groups import stage_groups
 from himap_vllm.runner.adapters import AdapterMixin

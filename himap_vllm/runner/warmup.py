@@ -8,9 +8,9 @@ import torch
 from himap_vllm.kernels.gather import gather_rows
 from himap_vllm.kernels.importance import KeyPages
 from himap_vllm.plan.prompt import ImageTokens, Ratios, make_plan
-from himap_vllm.plan.step import plan_step
+from himap_vllm.plan.step_layout import plan_step
 from himap_vllm.pruning.context import PruningContext
-from himap_vllm.pruning.step import PruningStep
+from himap_vllm.pruning.pruning_step import PruningStep
 
 NUM_TOKENS = 64  # of the made-up prompt
 

@@ -17,7 +17,7 @@ from himap_vllm.kernels.importance import BLOCK_KEYS, BLOCK_ROWS, KeyPages, Vote
 from himap_vllm.kernels.stage_slots import PAD_SLOT, write_stage_slots
 from himap_vllm.kernels.upload import upload
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios, make_plan
-from himap_vllm.plan.step import Cut, plan_step
+from himap_vllm.plan.step_layout import Cut, plan_step
 from himap_vllm.pruning.importance import importance as reference
 from tests import isolated
 

@@ -40,7 +40,7 @@ WITHOUT_VLLM = (
     "plan.cuts",
     "plan.grouping",
     "plan.prompt",
-    "plan.step",
+    "plan.step_layout",
     "plan.table",
     "plan.savings",
     "plan.voters",

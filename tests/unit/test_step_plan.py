@@ -9,7 +9,7 @@ import torch
 
 from himap_vllm.criteria.text_rows import text_rows
 from himap_vllm.plan.prompt import ImageTokens, PromptPlan, Ratios, make_plan
-from himap_vllm.plan.step import Cut, PrunedUnit, plan_step
+from himap_vllm.plan.step_layout import Cut, PrunedUnit, plan_step
 from himap_vllm.plan.table import ActivePlans
 from himap_vllm.pruning.selection import compact, surviving_rows
 from tests.unit.test_prompt_plan import random_plan

@@ -13,7 +13,7 @@ from himap_vllm.criteria.himap import HIMAP
 from himap_vllm.kernels.importance import VoteTiles
 from himap_vllm.kernels.upload import upload
 from himap_vllm.plan.prompt import NUM_STAGES
-from himap_vllm.plan.step import StepPlan
+from himap_vllm.plan.step_layout import StepPlan
 from himap_vllm.pruning.cut import CutTensors, PruningCut
 from himap_vllm.pruning.prior import PriorTable
 

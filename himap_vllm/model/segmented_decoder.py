@@ -53,7 +53,7 @@ from himap_vllm.model.graph_inputs import GraphInputs, Rows
 
 if TYPE_CHECKING:
     from himap_vllm.pruning.context import PruningContext
-    from himap_vllm.pruning.step import PruningStep
+    from himap_vllm.pruning.pruning_step import PruningStep
 
 _DYNAMIC = {"positions": -1, "hidden_states": 0}
 
