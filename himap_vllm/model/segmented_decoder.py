@@ -151,8 +151,17 @@ class _SegmentedDecoder(nn.Module):
             inputs_embeds = embed_input_ids(input_ids)
             assert inputs_embeds is not None
         step = self.himap_context.step
-        if step is not None:
-            return self._forward_pruning(step, positions, inputs_embeds, deepstack_input_embeds)
+        if step is None:
+            return self._forward_unpruned(positions, inputs_embeds, deepstack_input_embeds)
+        return self._forward_pruning(step, positions, inputs_embeds, deepstack_input_embeds)
+
+    def _forward_unpruned(
+        self,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        deepstack_input_embeds: IntermediateTensors | None,
+    ) -> torch.Tensor:
+        """A step that prunes nothing: the three segments, with every row."""
         first, middle, last = self.himap_segments
         hidden_states, residual = first(positions, inputs_embeds, deepstack_input_embeds)
         hidden_states, residual = middle(*self._hand_over(1, positions, hidden_states, residual))

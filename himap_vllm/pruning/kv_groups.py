@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which KV cache groups the loaded model asks vLLM for.
+"""Which KV cache groups the loaded model asks vLLM for, and those that vLLM made.
 
 vLLM makes a group of each part of a stage by itself, if the specs have block sizes that differ and
 the layout puts all layers of a block one behind another. It asks for specs after the model is
@@ -26,8 +26,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from himap_vllm.config import EngineSettings
+from himap_vllm.core.stage_groups import StageGroups
+from himap_vllm.plan import requests
 from himap_vllm.plan.cuts import TOLERATED_WASTE, stage_layers
 from himap_vllm.plan.grouping import Grouping, choose_grouping
+
+__all__ = ["KVGroups", "StageGroups", "made_groups", "packed_layouts"]
 
 logger = init_logger("vllm.himap")
 
@@ -90,6 +94,15 @@ class KVGroups:
                 'himap: kv_grouping is "many" instead of "%s", because %s', wanted, obstacle
             )
         return choose_grouping("many", layers, size, size)
+
+
+def made_groups(kv_cache_config: Any, settings: EngineSettings, model_config: Any) -> StageGroups:
+    """The KV cache groups that vLLM made.
+
+    Raises:
+        RuntimeError: they differ from the planned groups.
+    """
+    return StageGroups.of(kv_cache_config, requests.stage_layers(settings, model_config))
 
 
 def packed_layouts(backend: type[AttentionBackend]) -> tuple[KVCacheLayout, ...]:

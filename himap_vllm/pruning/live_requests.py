@@ -15,7 +15,7 @@ from himap_vllm.plan.requests import PROMPT_EMBEDS, image_tokens, plan_of, read_
 from himap_vllm.plan.table import ActivePlans
 
 if TYPE_CHECKING:
-    from himap_vllm.pruning.stage_groups import StageGroups
+    from himap_vllm.pruning.kv_groups import StageGroups
     from himap_vllm.pruning.stats import PruningStats
 
 

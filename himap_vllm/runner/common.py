@@ -15,8 +15,8 @@ import torch
 
 from himap_vllm.plan.step_layout import StepPlan
 from himap_vllm.pruning.context import PruningContext
+from himap_vllm.pruning.kv_groups import StageGroups
 from himap_vllm.pruning.pruning_step import PruningStep
-from himap_vllm.pruning.stage_groups import StageGroups
 
 
 def make_pruning_runner(runner: Any, mixin: type) -> None:

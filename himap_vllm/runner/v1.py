@@ -30,7 +30,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from himap_vllm.model.install import install
 from himap_vllm.pruning.context import PruningContext
-from himap_vllm.pruning.stage_groups import StageGroups, stage_groups
+from himap_vllm.pruning.kv_groups import StageGroups, made_groups
 from himap_vllm.pruning.stage_metadata import StageAttentionMetadata
 from himap_vllm.runner.adapters import AdapterMixin
 from himap_vllm.runner.block_tables import StageBlockTables, make_stage_block_tables
@@ -58,7 +58,7 @@ class PruningRunnerMixin(AdapterMixin, _Base):
 
     @override
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        groups = stage_groups(kv_cache_config, self.himap.settings, self.model_config)
+        groups = made_groups(kv_cache_config, self.himap.settings, self.model_config)
         self.himap_groups = groups
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         make_stage_block_tables(self.input_batch.block_table, groups.stages)

@@ -42,7 +42,7 @@ from himap_vllm.model.install import install
 from himap_vllm.plan.prompt import NUM_STAGES
 from himap_vllm.plan.step_layout import StepPlan
 from himap_vllm.pruning.context import PruningContext
-from himap_vllm.pruning.stage_groups import stage_groups
+from himap_vllm.pruning.kv_groups import made_groups
 from himap_vllm.runner.adapters import AdapterMixin
 from himap_vllm.runner.common import count_pruned, count_step, share_metadata
 from himap_vllm.runner.stage_buffers import StageBuffers
@@ -97,7 +97,7 @@ class PruningModelState(DefaultModelState):
                 f"himap can't be combined with cudagraph_mode {mode.name}: steps that prune can't "
                 "replay a full graph; use FULL_AND_PIECEWISE or FULL_DECODE_ONLY"
             )
-        groups = stage_groups(kv_cache_config, self.himap.settings, self.model_config)
+        groups = made_groups(kv_cache_config, self.himap.settings, self.model_config)
         self._groups = groups
         later = [(group, stage - 1) for group, stage in enumerate(groups.stages) if stage]
         self._later_groups = torch.tensor(later, device=self.device)
