@@ -15,7 +15,7 @@ from himap_vllm.plan.cuts import KVGrouping, default_cuts
 from himap_vllm.plan.prompt import Ratios
 
 CriterionName = Literal[
-    "himap", "fastv", "random", "uniform", "diversity", "mixed", "stratified", "debiased"
+    "himap", "fastv", "random", "uniform", "diversity", "mixed", "stratified", "debiased", "text"
 ]
 """What survivors may be chosen by; `himap_vllm.criteria` has them, and torch."""
 

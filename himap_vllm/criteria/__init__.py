@@ -17,6 +17,7 @@ from himap_vllm.criteria.himap import HIMAP
 from himap_vllm.criteria.mixed import MIXED
 from himap_vllm.criteria.random import RANDOM
 from himap_vllm.criteria.stratified import STRATIFIED
+from himap_vllm.criteria.text import TEXT
 from himap_vllm.criteria.uniform import UNIFORM
 
 if TYPE_CHECKING:
@@ -24,5 +25,8 @@ if TYPE_CHECKING:
 
 CRITERIA: dict[CriterionName, Criterion] = {
     criterion.name: criterion
-    for criterion in (HIMAP, FASTV, RANDOM, UNIFORM, DIVERSITY, MIXED, STRATIFIED, DEBIASED)
+    for criterion in (
+        *(HIMAP, FASTV, RANDOM, UNIFORM, DIVERSITY, MIXED, STRATIFIED, DEBIASED),
+        TEXT,
+    )
 }
