@@ -33,8 +33,8 @@ from himap_vllm.pruning.context import PruningContext
 from himap_vllm.pruning.kv_groups import StageGroups, made_groups
 from himap_vllm.pruning.stage_metadata import StageAttentionMetadata
 from himap_vllm.runner.adapters import AdapterMixin
-from himap_vllm.runner.block_tables import StageBlockTables, make_stage_block_tables
 from himap_vllm.runner.common import count_pruned, count_step, share_metadata
+from himap_vllm.runner.v1_block_tables import StageBlockTables, make_stage_block_tables
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base

@@ -45,7 +45,7 @@ from himap_vllm.pruning.context import PruningContext
 from himap_vllm.pruning.kv_groups import made_groups
 from himap_vllm.runner.adapters import AdapterMixin
 from himap_vllm.runner.common import count_pruned, count_step, share_metadata
-from himap_vllm.runner.stage_buffers import StageBuffers
+from himap_vllm.runner.v2_stage_buffers import StageBuffers
 from himap_vllm.runner.warmup import NUM_TOKENS, warm_up
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class PruningModelState(DefaultModelState):
     @property
     def _block_tables(self) -> Any:
         # Not kept: vLLM makes new ones after its trial run, and must be able to free these.
-        return self._runner.block_tables
+        return self._runner.v1_block_tables
 
     @override
     def prepare_attn(
