@@ -53,13 +53,11 @@ class LiveRequests:
                 self._arrived.add(request.req_id)
                 if self._stats.count_images(plan, request.num_computed_tokens):
                     self._counted.add(request.req_id)
-                    self._stats.requests["reused"] += 1
         elif request.req_id not in self._counted:
             self._counted.add(request.req_id)
-            self._stats.requests[read_stamp(request.sampling_params).outcome] += 1
-            self._stats.image_tokens_unpruned += sum(
-                image.count for image in image_tokens(request.mm_features)
-            )
+            outcome = read_stamp(request.sampling_params).outcome
+            images = image_tokens(request.mm_features)
+            self._stats.count_unpruned(outcome, sum(image.count for image in images))
 
     def on_pruned(
         self, request_id: str, num_tokens: int, blocks: Sequence[int], groups: StageGroups
@@ -73,7 +71,7 @@ class LiveRequests:
             groups: these groups.
         """
         if request_id in self._counted:
-            self._stats.recomputed += 1
+            self._stats.count_recomputed()
             return
         self._counted.add(request_id)
         self._stats.count_prompt(self.plans[request_id])

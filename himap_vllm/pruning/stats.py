@@ -74,7 +74,14 @@ class PruningStats:
         self.image_tokens_reused += reused
         self.image_tokens_pruned += pruned
         self.image_tokens_unpruned += sum(image.count for image in plan.images) - reused - pruned
+        if not to_prune:
+            self.requests["reused"] += 1
         return not to_prune
+
+    def count_unpruned(self, outcome: str, num_image_tokens: int) -> None:
+        """Account for a prompt with images that has arrived and is not pruned."""
+        self.requests[outcome] += 1
+        self.image_tokens_unpruned += num_image_tokens
 
     def count_prompt(self, plan: PromptPlan) -> None:
         """Account for one pruned prompt."""
@@ -83,6 +90,10 @@ class PruningStats:
         self.image_tokens += seen
         self.image_tokens_kept_shallow += shallow
         self.image_tokens_kept_deep += deep
+
+    def count_recomputed(self) -> None:
+        """Account for a pruned prompt that is computed again."""
+        self.recomputed += 1
 
     def count_step(self, seconds: float) -> None:
         """Account for the time of one pruning step."""
