@@ -15,7 +15,16 @@ from himap_vllm.plan.cuts import KVGrouping, default_cuts
 from himap_vllm.plan.prompt import Ratios
 
 CriterionName = Literal[
-    "himap", "fastv", "random", "uniform", "diversity", "mixed", "stratified", "debiased", "text"
+    "himap",
+    "fastv",
+    "random",
+    "uniform",
+    "diversity",
+    "mixed",
+    "stratified",
+    "debiased",
+    "text",
+    "half",
 ]
 """What survivors may be chosen by; `himap_vllm.criteria` has them, and torch."""
 

@@ -338,7 +338,7 @@ class Oracle:
             if n < len(image):
                 # Uniform places are not scored; equal scores are no close call.
                 gap = float(scores[order[n - 1]] - scores[order[n]])
-                placed = criterion in ("uniform", "stratified")
+                placed = criterion in ("uniform", "stratified", "half")
                 margins.append(close if placed else min(gap, close))
         return kept, margins
 

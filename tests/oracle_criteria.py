@@ -22,6 +22,8 @@ def rank(
         scores = torch.zeros(n)
         scores[[int((i + 0.5) * n / count) for i in range(count)]] = 1.0
         return scores, close
+    if criterion == "half":
+        return _half_even(votes, count)
     if criterion not in ("diversity", "mixed"):
         return votes, close
     order = votes.argsort(descending=True, stable=True).tolist()
@@ -55,6 +57,23 @@ def _best_of_stretches(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, 
         if len(ranked) > 1:
             closest = min(closest, float(scores[ranked[0]] - scores[ranked[1]]))
     return best, closest
+
+
+def _half_even(votes: torch.Tensor, count: int) -> tuple[torch.Tensor, float]:
+    """Half of `count` tokens evenly spaced, and the most attended of the others behind them.
+
+    Return scores, 0 for those that go, and the gap between the last that stays and the next.
+    """
+    half = count // 2
+    even = {int((i + 0.5) * len(votes) / half) for i in range(half)}
+    others = [i for i in range(len(votes)) if i not in even]
+    others.sort(key=lambda i: (-float(votes[i]), i))
+    chosen, rest = others[: count - half], others[count - half :]
+    scores = torch.zeros(len(votes))
+    for place, i in enumerate([*sorted(even), *chosen]):
+        scores[i] = count - place  # the last of them makes room for a protected row
+    gap = float(votes[chosen[-1]] - votes[rest[0]]) if rest else math.inf
+    return scores, gap
 
 
 def _spread(states: torch.Tensor, count: int, first: list[int]) -> tuple[list[int], float]:

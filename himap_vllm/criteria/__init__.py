@@ -13,6 +13,7 @@ from himap_vllm.criteria.criterion import Criterion
 from himap_vllm.criteria.debiased import DEBIASED
 from himap_vllm.criteria.diversity import DIVERSITY
 from himap_vllm.criteria.fastv import FASTV
+from himap_vllm.criteria.half import HALF
 from himap_vllm.criteria.himap import HIMAP
 from himap_vllm.criteria.mixed import MIXED
 from himap_vllm.criteria.random import RANDOM
@@ -27,6 +28,6 @@ CRITERIA: dict[CriterionName, Criterion] = {
     criterion.name: criterion
     for criterion in (
         *(HIMAP, FASTV, RANDOM, UNIFORM, DIVERSITY, MIXED, STRATIFIED, DEBIASED),
-        TEXT,
+        *(TEXT, HALF),
     )
 }

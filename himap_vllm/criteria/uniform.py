@@ -8,13 +8,18 @@ import torch
 
 from himap_vllm.criteria.criterion import Candidates, Criterion
 from himap_vllm.kernels.upload import upload
+from himap_vllm.plan.voters import IntArray
+
+
+def evenly_spaced(num_tokens: int, count: int) -> IntArray:
+    """[count] the middles of `count` equal parts of `num_tokens`, ascending."""
+    return (2 * np.arange(count, dtype=np.int64) + 1) * num_tokens // (2 * max(1, count))
 
 
 def _score(candidates: Candidates) -> torch.Tensor:
     chosen = np.zeros(candidates.cut.num_image_tokens, dtype=np.int64)
     for tokens, keep in candidates.images:
-        num_tokens = tokens.stop - tokens.start
-        chosen[tokens.start + (2 * np.arange(keep) + 1) * num_tokens // (2 * keep)] = 1
+        chosen[tokens.start + evenly_spaced(tokens.stop - tokens.start, keep)] = 1
     (scores,) = upload([chosen], candidates.device)
     return scores.float()
 

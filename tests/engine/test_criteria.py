@@ -54,7 +54,7 @@ def equals_oracle(
 
 
 @pytest.mark.parametrize("kv_grouping", ["balanced"])
-@pytest.mark.parametrize("criterion", [*OTHERS, "uniform+text", "uniform+debiased"])
+@pytest.mark.parametrize("criterion", [*OTHERS, "uniform+half", "uniform+debiased"])
 def test_one_mixed_batch_equals_the_oracle(world: World, criterion: str, kv_grouping: str) -> None:
     himap = {"criterion": criterion}
     if kv_grouping != "balanced":  # the default, with which other tests share the engine

@@ -51,7 +51,7 @@ def test_one_mixed_batch_equals_the_oracle(world: World) -> None:
 # mixed: fastv and diversity
 @pytest.mark.parametrize(
     ("criterion", "kv_grouping"),
-    [("uniform+text", "balanced"), ("mixed", "balanced"), ("stratified+debiased", "many")],
+    [("uniform+half", "balanced"), ("mixed", "balanced"), ("stratified+debiased", "many")],
 )
 def test_other_criteria_equal_the_oracle(world: World, criterion: str, kv_grouping: str) -> None:
     test_criteria.test_one_mixed_batch_equals_the_oracle(world, criterion, kv_grouping)
