@@ -41,7 +41,10 @@ from bench.tables import environment, progress, run_parser, table, versions
 from bench.worker import Worker
 from tests.checkpoints import build_llava, sample_images
 
-CUTS = {"shallow_layer": 2, "deep_layer": 8, "shallow_ratio": 0.5, "deep_ratio": 0.75}
+CUTS = {
+    **{"shallow_layer": 2, "deep_layer": 8, "shallow_ratio": 0.5, "deep_ratio": 0.75},
+    "criterion": "himap",
+}
 SYSTEMS: dict[str, dict[str, Any] | None] = {
     STOCK: None,
     UNPRUNED: CUTS | {"shallow_ratio": 0, "deep_ratio": 0},

@@ -28,7 +28,7 @@ from tests.checkpoints import build_llava, sample_images
 
 CUTS = Cuts(2, 8, Ratios(0.5, 0.75))
 QUESTION = "What is in the picture? Answer with one word."
-CRITERIA = ("uniform", "uniform+text", "himap", "diversity")
+CRITERIA = ("uniform", "uniform+half", "himap", "diversity")
 SIDES = (24, 64)
 """Patches along an image's side: 576 tokens as LLaVA-1.5 has them, and 4,096."""
 
@@ -79,7 +79,7 @@ class Measured:
 def arithmetic(model: Model, criterion: str, text: int) -> float:
     """FLOPs of query times key for the rows that vote, over those of the pruned prefill."""
     stages = CUTS.stage_tokens(model.image_tokens + text, model.image_tokens)
-    rows = {"himap": (text, stages[1] - text), "uniform+text": (0, text), "text": (text, text)}
+    rows = {"himap": (text, stages[1] - text), "uniform+half": (0, text), "text": (text, text)}
     voting = sum(
         2 * number * tokens * model.hidden_size
         for number, tokens in zip(rows.get(criterion, (0, 0)), stages[:2], strict=True)

@@ -31,9 +31,9 @@ class Cuts:
     ratios: Ratios
 
     def engine_settings(self) -> dict[str, Any]:
-        """Of an engine that prunes only what asks for it."""
+        """Of an engine that prunes only what asks for it, by the paper's criterion."""
         layers = {"shallow_layer": self.shallow_layer, "deep_layer": self.deep_layer}
-        return {**layers, "shallow_ratio": 0, "deep_ratio": 0}
+        return {**layers, "shallow_ratio": 0, "deep_ratio": 0, "criterion": "himap"}
 
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         """[NUM_STAGES] decoder layers of each stage."""

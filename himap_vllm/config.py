@@ -123,7 +123,7 @@ def parse_criterion(value: Any) -> tuple[CriterionName, CriterionName]:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Engine-wide settings; the values below are the paper's for a 32-layer decoder.
+    """Engine-wide settings; cuts and ratios below are the paper's for 32 layers.
 
     Attributes:
         shallow_layer: K1, full layers run before the first cut; see `default_cuts`.
@@ -137,7 +137,7 @@ class EngineSettings:
         trace_requests: keep the surviving positions of this many latest pruned prompts for
             inspection (`himap_trace`); costs a copy to the host per pruned prompt.
         criterion: how survivors are chosen, a name in `himap_vllm.criteria`; "A+B" means A at the
-            first cut and B at the second. All but "himap" are for research.
+            first cut and B at the second. "himap" is the paper's.
         position_prior: the file of `himap calibrate` that criteria with a positional prior read.
             None: `himap_prior.json` in the model's folder.
         kv_grouping: how the stages share KV cache groups; see `himap_vllm.plan.grouping`.
@@ -153,7 +153,7 @@ class EngineSettings:
     max_shallow_ratio: float | None = None
     max_deep_ratio: float | None = None
     trace_requests: int = 0
-    criterion: str = "himap"
+    criterion: str = "uniform+half"
     position_prior: str | None = None
     kv_grouping: KVGrouping = "balanced"
     votes: Votes = "turn"

@@ -50,7 +50,7 @@ class World:
     def engine(
         self, shape: str = "mha12", *, himap: dict[str, Any] | None = None, **options: Any
     ) -> Engine:
-        """An engine with pruning; `himap` adds to the settings.
+        """An engine with pruning by HiMAP's criterion; `himap` adds to the settings.
 
         `compiled=True` leaves vLLM's default compilation on, a minute for each set of options;
         beside Triton's interpreter that is compilation and CUDA graphs as on a GPU.
@@ -59,6 +59,7 @@ class World:
             "shallow_layer": SHALLOW_LAYER,
             "deep_layer": DEEP_LAYER,
             "trace_requests": 64,
+            "criterion": "himap",  # the oracle's default, too
             **(himap or {}),
         }
         if "debiased" in str(settings.get("criterion")):

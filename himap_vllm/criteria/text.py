@@ -3,7 +3,7 @@
 
 This is HiMAP's first cut (https://arxiv.org/abs/2503.13108, Eq. 8) at the second one, too, where
 the paper has image tokens vote. A question knows where to look some layers later than the first
-cut, so "uniform+text", even spacing and then this, keeps more than either alone.
+cut, so it is worth more at the second one.
 """
 
 from __future__ import annotations

@@ -30,12 +30,12 @@ def gateway(
     log: Path | None = None,
     himap: Sequence[str] = (HIMAP,),
 ) -> Iterator[Server]:
-    """Run `himap serve`."""
+    """Run `himap serve`, with the criterion that is the oracle's default."""
     command = [
         *himap, "serve", str(checkpoint),
         "--served-model-name", "tiny", "--enforce-eager",
         "--shallow-layer", str(SHALLOW_LAYER), "--deep-layer", str(DEEP_LAYER),
-        "--max-deep-ratio", "0.9",
+        "--max-deep-ratio", "0.9", "--criterion", "himap",
         "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8",
         "--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20), *flags,
     ]  # fmt: skip
