@@ -28,9 +28,9 @@ from openai import OpenAI
 HERE = Path(__file__).parent
 QUESTIONS = (
     "What color is the star?",
-    "What shape is the purple object?",
-    "What number is on the red card?",
-    "Where is the green heart?",
+    "What number is on the cyan card?",
+    "What word is on the card?",
+    "Where is the red diamond?",
 )
 RATIOS = {"off": (0.0, 0.0), "(0.5, 0.75)": (0.5, 0.75)}
 HIMAP = json.loads((MODEL_PATH / "himap.json").read_text())

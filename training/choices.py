@@ -117,12 +117,12 @@ def prior_tr(seen: Seen) -> Tensor:
     return highest(asked * (asked / null.clamp(min=1e-9)).log(), seen.keep)
 
 
-def half_even(seen: Seen) -> Tensor:
-    """Half of the tokens evenly spaced, the others by debiased attention."""
-    batch, n = seen.text.shape
-    half = max(1, seen.keep // 2)
-    middles = ((2 * torch.arange(half) + 1) * n // (2 * half)).expand(batch, -1)
-    return highest(seen.relevance.scatter(1, middles, float("inf")), seen.keep)
+def half_even(scores: Tensor, keep: int) -> Tensor:
+    """[batch, keep] half of the tokens evenly spaced (rounded down), the others by `scores`."""
+    batch, n = scores.shape
+    half = keep // 2
+    middles = ((2 * torch.arange(half) + 1) * n // (2 * max(1, half))).expand(batch, -1)
+    return highest(scores.scatter(1, middles, float("inf")), keep)
 
 
 CHOICES: dict[str, Callable[[Seen], Tensor]] = {
@@ -134,10 +134,11 @@ CHOICES: dict[str, Callable[[Seen], Tensor]] = {
     "diversity": lambda seen: farthest(seen.states, seen.keep),
     "stratified": lambda seen: best_of_stretches(seen.text, seen.keep),
     "debiased": lambda seen: highest(seen.relevance, seen.keep),
+    "half": lambda seen: half_even(seen.text, seen.keep),
     # Not in the engine.
     "prior": prior_tr,
     "change": lambda seen: highest((seen.states - seen.before).norm(dim=-1), seen.keep),
-    "half": half_even,
+    "half-debiased": lambda seen: half_even(seen.relevance, seen.keep),
     "stratified-debiased": lambda seen: best_of_stretches(seen.relevance, seen.keep),
     "spread": lambda seen: farthest(seen.states, seen.keep, seen.relevance.sqrt()),
     "dpp": lambda seen: most_volume(seen.states, seen.keep, seen.relevance),

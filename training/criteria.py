@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from himap_demo.heldout import FIRST_SEED
+from himap_demo.questions import KINDS, Question, ask
+from himap_demo.scenes import draw, make_scene
 from himap_eval.pareto import ratios_for
 from himap_eval.stats import Retention, retention
 from himap_eval.tables import interval, markdown_table, percent
@@ -29,9 +32,6 @@ from .choices import CHOICES, Seen
 from .data import pixel_values
 from .model import IMAGE_TOKENS, attention_of, image_features, sees
 from .tokenizer import AFTER_QUESTION, BEFORE_IMAGE, BOS, IMAGE
-from .world.heldout import FIRST_SEED
-from .world.questions import KINDS, Question, ask
-from .world.scenes import draw, make_scene
 
 Pair = tuple[str, str]
 ONE_OBJECT = dict.fromkeys(("color", "shape", "where", "number", "word"), 1.0)

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from himap_demo.heldout import training_seed
+from himap_demo.questions import LETTERS, NUMBERS, Question, ask, choose
+from himap_demo.scenes import CARD, CELL, COLORS, SHAPES, WORDS, Scene, draw, make_scene
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,15 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 from .model import CHARACTERS, IMAGE_TOKENS, LABELS, PATCH, SIDE
 from .tokenizer import AFTER_QUESTION, BEFORE_IMAGE, BOS, IMAGE
-from .world.heldout import training_seed
-from .world.questions import LETTERS, NUMBERS, Question, ask, choose
-from .world.scenes import CARD, CELL, COLORS, SHAPES, WORDS, Scene, draw, make_scene
 
 LENGTH = 576
 """Tokens of an example: the image and some 13 questions."""
 WEIGHTS = {
-    **{"color": 1.0, "shape": 1.0, "count": 3.0, "exists": 1.5, "where": 2.0, "number": 3.0},
-    **{"word": 2.0, "relation": 3.0, "choice": 4.0, "caption": 2.0, "open": 4.0},
+    **{"color": 0.5, "shape": 0.5, "count": 5.0, "exists": 1.0, "where": 1.0, "number": 3.0},
+    **{"word": 1.0, "relation": 2.0, "choice": 4.0, "caption": 6.0, "open": 5.0},
 }
 """How often each kind is asked: more of what is learnt late."""
 FOLLOW_UP = 0.4
@@ -33,6 +33,9 @@ FOLLOW_UP = 0.4
 OPTION = 0.2
 """Loss weight of the letters B, C and D before their options. To predict them, each option must
 encode its own letter, which multiple choice needs first."""
+
+TOWER_CARDS = 0.8
+"""Share of cards among the objects of pictures without questions: text is learnt late."""
 
 _WORDS = (tuple(COLORS), (*SHAPES, CARD), NUMBERS, WORDS)
 _HUES = list(COLORS)
@@ -119,7 +122,7 @@ class Examples(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         seed = training_seed(self.first + index)
-        scene = make_scene(seed)
+        scene = make_scene(seed, *([] if self.questions else [TOWER_CARDS]))
         example = {"pixels": pixel_values(draw(scene)), "labels": patch_labels(scene)}
         return example | self._text(scene) if self.questions else example
 

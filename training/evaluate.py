@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
+from himap_demo.heldout import items
+from himap_demo.questions import KINDS
 from PIL.Image import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-from .world.heldout import items
-from .world.questions import KINDS
 
 MAX_TOKENS = 64
 

@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import torch
+from himap_demo.scenes import SIZE
 from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessor,
@@ -13,7 +14,6 @@ from transformers import (
 )
 
 from .model import PATCH
-from .world.scenes import SIZE
 
 HUB_NAMES = {
     "model.vision_tower.": "vision_tower.vision_model.",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from himap_demo.scenes import COLORS, GRID, SHAPES, SIZE
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from transformers import (
@@ -25,7 +26,6 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 from .tokenizer import BOS, EOS, IMAGE, PAD, VOCABULARY
-from .world.scenes import COLORS, GRID, SHAPES, SIZE
 
 PATCH = 14
 SIDE = SIZE // PATCH

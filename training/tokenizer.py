@@ -8,12 +8,11 @@ can be asked; only these words mean something to the model.
 import random
 
 from himap_demo import MODEL_PATH
+from himap_demo.heldout import training_seed
+from himap_demo.questions import ask
+from himap_demo.scenes import make_scene
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-from .world.heldout import training_seed
-from .world.questions import ask
-from .world.scenes import make_scene
 
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 VOCABULARY = 512

@@ -292,6 +292,9 @@ def main() -> None:
     parser.add_argument(
         "--cut", type=float, default=0.0, help="share of the steps that drop image tokens"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the layers: on two cores a quarter faster"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--from", dest="base", type=Path, help="an exported checkpoint to start at")
     parser.add_argument(
@@ -312,6 +315,12 @@ def main() -> None:
     if args.base:
         start_from(model, tokenizer, args.base)
     model.set_attn_implementation(MATMUL)
+    if args.compile:
+        # Each number of tokens is compiled by itself; steps that prune have some ten.
+        torch._dynamo.config.recompile_limit = 32
+        decoder, tower = model.model.language_model, model.model.vision_tower.encoder
+        for layer in (*decoder.layers, *tower.layers):
+            layer.compile(dynamic=False)
     heads = PatchHeads()
     model.to(device).train()
     heads.to(device)

@@ -2,7 +2,7 @@
 """The small bundled model, and the pictures and questions that it is made for.
 
 `scenes` draws pictures, `questions` asks about them and knows the answers, and `heldout` has those
-that training never sees. `training/` trains its successor.
+that training never sees. `training/` trains the model.
 """
 
 from pathlib import Path

@@ -19,13 +19,17 @@ FIRST_SEED = 1 << 40
 
 @dataclass(frozen=True)
 class Item:
-    """One question. Those with one `scene` share a picture; a bootstrap draws them together."""
+    """One question. Those with one `scene` share a picture; a bootstrap draws them together.
+
+    `tag` says how large the object is that the question is about, "" if it is about several.
+    """
 
     image: Image.Image
     question: str
     answers: tuple[str, ...]
     kind: str
     scene: int
+    tag: str
 
 
 def training_seed(index: int) -> int:
@@ -55,4 +59,7 @@ def items(num_scenes: int, questions_per_scene: int = 2, first: int = 0) -> Iter
             turn += 1
             for question in found:
                 asked.add(question.text)
-                yield Item(image, question.text, question.answers, question.kind, seed)
+                tag = ""
+                if question.thing is not None:
+                    tag = "small objects" if question.thing.small else "large objects"
+                yield Item(image, question.text, question.answers, question.kind, seed, tag)

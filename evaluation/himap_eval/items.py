@@ -31,6 +31,7 @@ class Item:
         metric: a name in `scoring.METRICS`.
         turn: 0, or the number of questions before it in a conversation about the image. They are
             the items right before this one.
+        tag: what else accuracy is reported by, across kinds: the size of the object asked for.
         together: items with the same value, other than "", are right only if all of them are.
     """
 
@@ -41,6 +42,7 @@ class Item:
     group: str
     metric: str = "exact"
     turn: int = 0
+    tag: str = ""
     together: str = ""
 
     def image_url(self) -> str:
@@ -76,7 +78,7 @@ def held_out(num_scenes: int, first: int = 0) -> tuple[list[Item], dict[str, Ima
             buffer = io.BytesIO()
             item.image.save(buffer, "PNG")
             url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        items.append(Item(url, item.question, tuple(item.answers), item.kind, scene))
+        items.append(Item(url, item.question, tuple(item.answers), item.kind, scene, tag=item.tag))
     return items, pictures
 
 

@@ -18,7 +18,7 @@ from .stats import Retention, retention
 
 @dataclass(frozen=True, slots=True)
 class KindResult:
-    """One kind of question at one setting."""
+    """One kind of question, or those with one tag, at one setting."""
 
     num_items: int
     accuracy: float
@@ -67,7 +67,7 @@ class Result:
         accuracy: mean score, in [0, 1].
         retention: accuracy as a share of the unpruned accuracy.
         agreement: share of answers that equal the unpruned ones, right or wrong.
-        kinds: accuracy and retention per kind of question.
+        kinds: accuracy and retention per kind of question, and behind them per tag.
         savings: None if the server reports none.
         ttft: median seconds to the first token, under the load of this run.
         latency: median seconds of a request, under the load of this run.
@@ -119,8 +119,9 @@ def summarize(
     scores, reference = scores_of(items, answers), scores_of(items, unpruned)
     groups = [item.group for item in items]
     kinds = {}
-    for kind in sorted({item.kind for item in items}):
-        own = [i for i, item in enumerate(items) if item.kind == kind]
+    tags = {item.tag for item in items} - {""}
+    for kind in (*sorted({item.kind for item in items}), *sorted(tags)):
+        own = [i for i, item in enumerate(items) if kind in (item.kind, item.tag)]
         kinds[kind] = KindResult(
             num_items=len(own),
             accuracy=statistics.fmean(scores[i] for i in own),

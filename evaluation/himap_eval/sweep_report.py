@@ -15,7 +15,7 @@ from .results import Result
 from .stats import retention
 from .tables import interval, markdown_table, percent, to_json
 
-_BASELINE = "random"
+_BASELINES = ("random", "uniform")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +70,19 @@ def write_report(folder: Path, findings: Findings, draw: bool) -> str:
         "# Criteria at equal budgets",
         _intro(findings),
         "Retention of accuracy at an average reduction of image token-layers (image tokens summed "
-        "over the layers), with a 95 % interval (paired bootstrap over groups). A row has one pair "
-        "of ratios, R2 = 1 - (1 - R1)^2, of which the paper's (0.5, 0.75) is one.",
+        "over the layers), with a 95 % interval (paired bootstrap over groups). A column has one "
+        "pair of ratios, R2 = 1 - (1 - R1)^2, of which the paper's (0.5, 0.75) is one.",
     ]
     panels: dict[str, dict[str, list[Point]]] = {}
     pairs = list(dict.fromkeys(cell.engine.layers for cell in cells))
     for layers in pairs:
         own = [cell for cell in cells if cell.engine.layers == layers]
-        lines += [f"## {layers}", _criteria_table(own), _against_chance(own, findings.groups)]
+        lines += [
+            f"## {layers}",
+            _criteria_table(own),
+            *(_against(name, own, findings.groups) for name in _BASELINES),
+            _kinds_tables(own, findings.reference),
+        ]
         panels[layers] = {}
         for cell in own:
             assert cell.result.savings is not None
@@ -172,45 +177,61 @@ def _rows(cells: Sequence[Cell]) -> dict[float, dict[str, Cell]]:
     return rows
 
 
-def _criteria_table(cells: Sequence[Cell]) -> str:
-    criteria = list(dict.fromkeys(cell.engine.criterion for cell in cells))
-    rows = []
+def _heads(cells: Sequence[Cell]) -> list[str]:
+    """Each reduction, as reached."""
+    heads = []
     for own in _rows(cells).values():
         some = next(iter(own.values())).result
         assert some.savings is not None
-        rows.append([
-            percent(1 - some.savings.image_token_layers),
-            str(some.ratios),
-            *(interval(own[name].result.retention) if name in own else "-" for name in criteria),
-        ])  # fmt: skip
-    return markdown_table(["reduction", "R1, R2", *criteria], rows)
+        heads.append(f"{percent(1 - some.savings.image_token_layers)}, R = {some.ratios}")
+    return heads
 
 
-def _against_chance(cells: Sequence[Cell], groups: Sequence[str]) -> str:
-    """A table of each criterion's accuracy as a share of `random`'s."""
+def _criteria_table(cells: Sequence[Cell]) -> str:
     criteria = list(dict.fromkeys(cell.engine.criterion for cell in cells))
-    if _BASELINE not in criteria:
+    rows = [
+        [name, *(interval(own[name].result.retention) for own in _rows(cells).values())]
+        for name in criteria
+    ]
+    return markdown_table(["criterion", *_heads(cells)], rows)
+
+
+def _against(baseline: str, cells: Sequence[Cell], groups: Sequence[str]) -> str:
+    """A table of each criterion's accuracy as a share of the baseline's."""
+    criteria = list(dict.fromkeys(cell.engine.criterion for cell in cells))
+    if baseline not in criteria:
         return ""
-    others = [name for name in criteria if name != _BASELINE]
-    rows, verdicts = [], {name: [0, 0, 0] for name in others}
-    for own in _rows(cells).values():
-        some = next(iter(own.values()))
-        assert some.result.savings is not None
-        row = [percent(1 - some.result.savings.image_token_layers)]
-        for name in others:
-            ratio = retention(own[name].scores, own[_BASELINE].scores, groups)
-            verdicts[name][0 if ratio.low > 1 else 2 if ratio.high < 1 else 1] += 1
-            row.append(interval(ratio))
-        rows.append(row)
-    words = "; ".join(
-        f"{name}: better in {better}, no different in {same}, worse in {worse}"
-        for name, (better, same, worse) in verdicts.items()
-    )
-    table = markdown_table(["reduction", *others], rows)
+    rows, verdicts = [], []
+    for name in criteria:
+        if name == baseline:
+            continue
+        ratios = [
+            retention(own[name].scores, own[baseline].scores, groups)
+            for own in _rows(cells).values()
+        ]
+        rows.append([name, *map(interval, ratios)])
+        better, worse = sum(r.low > 1 for r in ratios), sum(r.high < 1 for r in ratios)
+        same = len(ratios) - better - worse
+        verdicts.append(f"{name}: better in {better}, no different in {same}, worse in {worse}")
+    table = markdown_table(["criterion", *_heads(cells)], rows)
     return (
-        f"Accuracy as a share of that of `{_BASELINE}` (an interval that has 100 in it: no "
-        f"different from chance):\n\n{table}\n\nOf {len(rows)} reductions, {words}."
+        f"Accuracy as a share of that of `{baseline}` (an interval that has 100 in it: no "
+        f"different):\n\n{table}\n\nOf {len(_heads(cells))} reductions, {'; '.join(verdicts)}."
     )
+
+
+def _kinds_tables(cells: Sequence[Cell], reference: Result) -> str:
+    """Of each reduction, what share of each kind of question is answered right."""
+    parts = []
+    for head, own in zip(_heads(cells), _rows(cells).values(), strict=True):
+        results = {"unpruned": reference} | {name: cell.result for name, cell in own.items()}
+        rows = [
+            [name, *(percent(kind.accuracy, 0) for kind in result.kinds.values())]
+            for name, result in results.items()
+        ]
+        table = markdown_table(["criterion", *reference.kinds], rows)
+        parts.append(f"Right answers by kind, {head}:\n\n{table}")
+    return "\n\n".join(parts)
 
 
 def _write(folder: Path, name: str, findings: Findings, lines: Sequence[str]) -> None:

@@ -203,6 +203,17 @@ def cell(
     return Cell(engine, result(scores, left, Ratios(0.5, 0.75)), numbers, target)
 
 
+def test_kinds_and_tags() -> None:
+    """A question counts for its kind, and for its tag across kinds."""
+    kinds = (("color", "small"), ("color", ""), ("shape", "small"), ("shape", "large"))
+    items = [Item("data:", "?", ("yes",), kind, "a", tag=tag) for kind, tag in kinds]
+    said = [Answer(text) for text in ("yes", "no", "no", "yes")]
+    found = summarize(items, UNPRUNED, said, [Answer("yes")] * 4).kinds
+    assert {name: (own.num_items, own.accuracy) for name, own in found.items()} == {
+        "color": (2, 0.5), "shape": (2, 0.5), "large": (1, 1.0), "small": (2, 0.5),
+    }  # fmt: skip
+
+
 def test_pareto_front_and_recommendation() -> None:
     cheap = cell("himap", (1, 2), [1] * 60 + [0] * 40, 0.2)
     beaten = cell("himap", (1, 4), [1] * 50 + [0] * 50, 0.3)
@@ -245,10 +256,10 @@ def test_report(tmp_path: Path, retain: float) -> None:
     draw = retain == 0.5
     write_report(tmp_path, findings, draw=draw)
     text = (tmp_path / "report.md").read_text()
-    row = (
-        r"\| 50.0 % \| \(0.5, 0.75\) \| 50.0 % \(43.\d to 5\d.\d\) \| 75.0 % \(69.\d to 8\d.\d\) \|"
-    )
-    assert re.search(row, text)
+    assert "| criterion | 50.0 %, R = (0.5, 0.75) |" in text
+    assert re.search(r"\| random \| 50.0 % \(43.\d to 5\d.\d\) \|", text)
+    assert re.search(r"\| himap \| 75.0 % \(69.\d to 8\d.\d\) \|", text)
+    assert "| unpruned | 100 % |\n| random | 50 % |\n| himap | 75 % |" in text
     assert "himap: better in 1, no different in 0, worse in 0" in text
     assert "fastv: better in 0, no different in 1, worse in 0" in text
     assert (tmp_path / "report.png").exists() == draw
