@@ -102,7 +102,8 @@ def ask_stock(checkpoint: Path, dtype: str) -> list[Said]:
 def serve(checkpoint: Path, dtype: str) -> Served:
     """All that is asked of engines."""
     stock = ask_stock(checkpoint, dtype)
-    himap = {"shallow_layer": SHALLOW_LAYER, "deep_layer": DEEP_LAYER, "trace_requests": 64}
+    cuts = {"shallow_layer": SHALLOW_LAYER, "deep_layer": DEEP_LAYER}
+    himap = {**cuts, "trace_requests": 64, "criterion": "himap"}
     engine = Engine(checkpoint, himap, {"dtype": dtype})
     whole = engine.generate(WHOLE)  # in stock's batches: how kernels round depends on their shape
     pruned = engine.generate([*PRUNED, *WHOLE])[: len(PRUNED)]

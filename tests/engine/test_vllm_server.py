@@ -54,6 +54,7 @@ def serving(checkpoint: Path, *flags: str, tensor_parallel: bool = False) -> Ite
 def url(world: World) -> Iterator[str]:
     settings = {
         "himap": {
+            "criterion": "himap",
             "shallow_layer": SHALLOW_LAYER,
             "deep_layer": DEEP_LAYER,
             "shallow_ratio": 0,

@@ -313,7 +313,7 @@ def question(server: Server) -> str:
     body = {"model": "himap-demo", "messages": [message], "max_tokens": 8, "temperature": 0}
     status, _, answer = post(server, "/v1/chat/completions", body)
     assert status == 200
-    assert answer["usage"]["himap"]["kept_deep"] == 18
+    assert answer["usage"]["himap"]["kept_deep"] == 41
     return str(answer["choices"][0]["message"]["content"]).strip()
 
 
