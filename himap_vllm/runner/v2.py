@@ -111,7 +111,7 @@ class PruningModelState(DefaultModelState):
     @property
     def _block_tables(self) -> Any:
         # Not kept: vLLM makes new ones after its trial run, and must be able to free these.
-        return self._runner.v1_block_tables
+        return self._runner.block_tables
 
     @override
     def prepare_attn(
