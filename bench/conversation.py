@@ -41,15 +41,14 @@ from bench.tables import environment, progress, run_parser, table, versions
 from bench.worker import Worker
 from tests.checkpoints import build_llava, sample_images
 
-CUTS = {
-    **{"shallow_layer": 2, "deep_layer": 8, "shallow_ratio": 0.5, "deep_ratio": 0.75},
-    "criterion": "himap",
-}
+CUTS = {"shallow_layer": 2, "deep_layer": 8, "shallow_ratio": 0.5, "deep_ratio": 0.75}
+HIMAP = CUTS | {"criterion": "himap"}
 SYSTEMS: dict[str, dict[str, Any] | None] = {
     STOCK: None,
     UNPRUNED: CUTS | {"shallow_ratio": 0, "deep_ratio": 0},
-    "votes: turn": CUTS | {"votes": "turn"},
-    "votes: all": CUTS | {"votes": "all"},
+    "votes: turn": HIMAP | {"votes": "turn"},
+    "votes: all": HIMAP | {"votes": "all"},
+    "default": CUTS,
     "uniform": CUTS | {"criterion": "uniform"},
 }
 ANSWER_TOKENS = 8

@@ -28,7 +28,14 @@ from tests.checkpoints import build_llava, sample_images
 
 CUTS = Cuts(2, 8, Ratios(0.5, 0.75))
 QUESTION = "What is in the picture? Answer with one word."
-CRITERIA = ("uniform", "uniform+half", "himap", "diversity")
+TEXT, IMAGE = "text", "image"
+CRITERIA = {
+    "uniform": (None, None),
+    "uniform+half": (None, TEXT),
+    "himap": (TEXT, IMAGE),
+    "diversity": (None, None),
+}
+"""Criteria, with the rows that vote at each cut."""
 SIDES = (24, 64)
 """Patches along an image's side: 576 tokens as LLaVA-1.5 has them, and 4,096."""
 
@@ -79,10 +86,9 @@ class Measured:
 def arithmetic(model: Model, criterion: str, text: int) -> float:
     """FLOPs of query times key for the rows that vote, over those of the pruned prefill."""
     stages = CUTS.stage_tokens(model.image_tokens + text, model.image_tokens)
-    rows = {"himap": (text, stages[1] - text), "uniform+half": (0, text), "text": (text, text)}
     voting = sum(
-        2 * number * tokens * model.hidden_size
-        for number, tokens in zip(rows.get(criterion, (0, 0)), stages[:2], strict=True)
+        2 * {None: 0, TEXT: text, IMAGE: tokens - text}[voters] * tokens * model.hidden_size
+        for voters, tokens in zip(CRITERIA[criterion], stages[:2], strict=True)
     )
     return voting / sum(piece.flops for piece in model.prefill(text, CUTS))
 
@@ -117,14 +123,13 @@ def measure(criterion: str, side: int, rounds: int, folder: Path) -> Cell:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.criterion_cost", description=__doc__)
-    parser.add_argument("--criteria", nargs="+", default=CRITERIA)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--output", type=Path, default=Path("criterion-cost"))
     args = parser.parse_args()
     cells: list[Cell] = []
     with tempfile.TemporaryDirectory() as folder:
         for side in SIDES:
-            for criterion in args.criteria:
+            for criterion in CRITERIA:
                 cells.append(measure(criterion, side, args.rounds, Path(folder)))
                 progress(str(cells[-1]))
     machine = environment()

@@ -59,8 +59,8 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--criteria", type=lambda text: text.split(","), metavar="NAME,...",
-        help="A+B: A at the first cut, B at the second (default: himap; with --report all "
-        "that need no file of himap calibrate)",
+        help="A+B: A at the first cut, B at the second (default: the engine's; with "
+        "--report also all that need no file of himap calibrate)",
     )  # fmt: skip
     parser.add_argument(
         "--layers", type=layer_pair, action="append", metavar="K1,K2",
@@ -122,7 +122,7 @@ def _run(args: Namespace) -> int:
 
 def _plan(args: Namespace) -> tuple[dict[EngineChoice, list[Planned]], list[str]]:
     """The settings to measure, by engine, and messages about reductions out of reach."""
-    from himap_vllm.config import READS_PRIOR, HiMAPError, parse_criterion
+    from himap_vllm.config import READS_PRIOR, EngineSettings, HiMAPError, parse_criterion
     from himap_vllm.criteria import CRITERIA
 
     num_layers = _num_layers(args.model)
@@ -130,8 +130,9 @@ def _plan(args: Namespace) -> tuple[dict[EngineChoice, list[Planned]], list[str]
     late = [pair for pair in layers if pair[1] >= num_layers]
     if late or not layers:
         raise CommandError(f"the decoder has {num_layers} layers: no cut at {late}")
-    free = [name for name in CRITERIA if name not in READS_PRIOR]
-    criteria = args.criteria or (free if args.report else ["himap"])
+    default = EngineSettings().criterion
+    free = [default, *(name for name in CRITERIA if name not in READS_PRIOR)]
+    criteria = args.criteria or (free if args.report else [default])
     for criterion in criteria:
         try:
             parse_criterion(criterion)

@@ -2,7 +2,7 @@
 """How the survivors of a cut are chosen: HiMAP, and methods to compare it with at equal budgets.
 
 Each method has its own file. `additional_config["himap"]["criterion"]` names one for both cuts of
-an engine, or one for each. All but HiMAP are for research.
+an engine, or one for each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 CRITERIA: dict[CriterionName, Criterion] = {
     criterion.name: criterion
     for criterion in (
-        *(HIMAP, FASTV, RANDOM, UNIFORM, DIVERSITY, MIXED, STRATIFIED, DEBIASED),
-        *(TEXT, HALF),
+        HIMAP,
+        FASTV,
+        RANDOM,
+        UNIFORM,
+        DIVERSITY,
+        MIXED,
+        STRATIFIED,
+        DEBIASED,
+        TEXT,
+        HALF,
     )
 }

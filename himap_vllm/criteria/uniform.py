@@ -8,20 +8,20 @@ import torch
 
 from himap_vllm.criteria.criterion import Candidates, Criterion
 from himap_vllm.kernels.upload import upload
-from himap_vllm.plan.voters import IntArray
 
 
-def evenly_spaced(num_tokens: int, count: int) -> IntArray:
-    """[count] the middles of `count` equal parts of `num_tokens`, ascending."""
-    return (2 * np.arange(count, dtype=np.int64) + 1) * num_tokens // (2 * max(1, count))
+def evenly_spaced(candidates: Candidates, divisor: int = 1) -> torch.Tensor:
+    """[num flat images] float32: 1 for evenly spaced tokens of each image, 0 for the others.
 
-
-def _score(candidates: Candidates) -> torch.Tensor:
+    Of an image that keeps k tokens these are the middles of floor(k / divisor) equal parts.
+    """
     chosen = np.zeros(candidates.cut.num_image_tokens, dtype=np.int64)
     for tokens, keep in candidates.images:
-        chosen[tokens.start + evenly_spaced(tokens.stop - tokens.start, keep)] = 1
-    (scores,) = upload([chosen], candidates.device)
-    return scores.float()
+        parts = keep // divisor
+        middles = (2 * np.arange(parts) + 1) * (tokens.stop - tokens.start) // max(1, 2 * parts)
+        chosen[tokens.start + middles] = 1
+    (spaced,) = upload([chosen], candidates.device)
+    return spaced.float()
 
 
-UNIFORM = Criterion(name="uniform", score=_score)
+UNIFORM = Criterion(name="uniform", score=evenly_spaced)

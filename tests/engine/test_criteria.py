@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from himap_vllm.config import EngineSettings
 from himap_vllm.criteria import CRITERIA
 from tests.engine import test_families
 from tests.engine.test_oracle import PICTURES, PROMPTS
 from tests.engines import IMAGE_TOKENS, Case, Engine
-from tests.families import TINY
+from tests.families import TINY, every_family
 from tests.world import World, assert_equals_oracle
 
+DEFAULT = EngineSettings().criterion
+PROMPT_BEFORE_IMAGE = len("USER: ") + 1
 # HiMAP itself: tests/engine/test_oracle.py.
 OTHERS = [name for name in CRITERIA if name != "himap"]
 RATIOS = ((0.5, 0.75), (0.25, 0.5), (0.9, 0.0), (0.0, 0.0))
@@ -54,7 +57,7 @@ def equals_oracle(
 
 
 @pytest.mark.parametrize("kv_grouping", ["balanced"])
-@pytest.mark.parametrize("criterion", [*OTHERS, "uniform+half", "uniform+debiased"])
+@pytest.mark.parametrize("criterion", [*OTHERS, DEFAULT, "uniform+debiased"])
 def test_one_mixed_batch_equals_the_oracle(world: World, criterion: str, kv_grouping: str) -> None:
     himap = {"criterion": criterion}
     if kv_grouping != "balanced":  # the default, with which other tests share the engine
@@ -123,6 +126,52 @@ def test_other_families(world: World, name: str) -> None:
     """Deepstack and M-RoPE; structure tokens inside an image."""
     mixed = test_families.cases(TINY[name].image)[::3]
     equals_oracle(world, world.engine(name, himap={"criterion": "mixed"}), name, mixed, "mixed")
+
+
+@every_family
+def test_the_default_of_every_family(world: World, name: str) -> None:
+    mixed = test_families.cases(TINY[name].image)[::2]
+    equals_oracle(world, world.engine(name, himap={"criterion": DEFAULT}), name, mixed, DEFAULT)
+
+
+def test_the_default_where_one_token_is_left(world: World) -> None:
+    """Half of one is none: attention chooses it, or the protected row is it."""
+    cases = [
+        Case(prompt, PICTURES[:count], (0.5, 0.99), max_tokens=2)
+        for prompt, count in PROMPTS.values()
+    ]
+    engine = world.engine(
+        "gqa12", himap={"criterion": DEFAULT}, max_num_batched_tokens=160, max_model_len=512
+    )
+    equals_oracle(world, engine, "gqa12", cases, DEFAULT)
+
+
+def test_turns_of_the_default(world: World) -> None:
+    """Three turns, each found by the next; the same prompt again; four answers to one; two ways
+    of pruning that find nothing of each other.
+    """
+    engine = world.engine("gqa12", himap={"criterion": DEFAULT})
+    turns = "USER: <image> What? ASSISTANT: It.</s>USER: And <image>? ASSISTANT: No.</s>USER: So? "
+    ends = [turns.index("What? ASSISTANT:") + 16, turns.index("And <image>? ASSISTANT:") + 23]
+    texts = [turns[: ends[0]], turns[: ends[1]], turns]
+    warm = {"skip_reading_prefix_cache": False}
+    cases = [
+        Case(text, PICTURES[: text.count("<image>")], (0.5, 0.75), params=warm) for text in texts
+    ]
+    other = Case(texts[0], PICTURES[:1], (0.75, 0.5), params=warm)
+    engine.llm.reset_prefix_cache()
+    found = []
+    for batch in ([cases[0]], [cases[1]], [cases[2]], [cases[1]], [other], [cases[0]] * 4):
+        for case, output in zip(batch, engine.generate(batch), strict=True):
+            assert_equals_oracle(world, engine, "gqa12", case, output, DEFAULT)
+            found.append((output.num_cached_tokens, len(output.prompt_token_ids)))
+    whole = [length for _, length in found[:3]]
+    assert found[0][0] == 0
+    assert found[1][0] >= whole[0]
+    assert found[2][0] >= whole[1]
+    assert found[3][0] == whole[1] - 1
+    assert found[4][0] < PROMPT_BEFORE_IMAGE
+    assert [cached for cached, _ in found[5:]] == [whole[0] - 1] * 4
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

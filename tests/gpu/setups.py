@@ -15,6 +15,7 @@ from tests.families import TINY
 PICTURES = tuple(sample_images(8))
 QUESTION = "USER: <image>\nWhat is this? ASSISTANT:"
 SYSTEM = "Many words come before the picture, and they say little of it. " * 4
+PAIRS = ("stratified+debiased", "uniform+half")
 LIMIT = 192  # tokens of a step, less than a conversation
 
 
@@ -101,7 +102,7 @@ def setups() -> list[Setup]:
         Setup("small steps", "mha12", {}, [long_turns], options=limited),
         *(
             Setup(name, "mha12", {"criterion": name}, [test_criteria.CASES])
-            for name in ("random", "uniform", "diversity", "mixed", "fastv", "stratified+debiased")
+            for name in (*("random", "uniform", "diversity", "mixed", "fastv"), *PAIRS)
         ),
         *families(),
     ]

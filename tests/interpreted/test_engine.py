@@ -80,6 +80,7 @@ def test_as_on_v1_with_graphs(world: World, test: Any) -> None:
         test_prefix_cache.test_turns_go_on_where_the_last_one_ended,
         test_serving.test_a_request_that_was_not_admitted_runs_unpruned,
         test_lora.test_a_mixed_batch_equals_the_oracle_on_merged_weights,
+        test_criteria.test_turns_of_the_default,
     ],
 )
 def test_as_on_v1(world: World, test: Any) -> None:

@@ -179,13 +179,21 @@ def test_steps_wait_nowhere_but_where_stock_does(
     assert len(reads) == 8  # kept tokens and attention, at both cuts of two prompts
 
 
-@pytest.mark.parametrize("criterion", ["random", "uniform", "mixed", "stratified", "debiased"])
-def test_no_criterion_waits(world: World, monkeypatch: pytest.MonkeyPatch, criterion: str) -> None:
+@pytest.mark.parametrize(
+    ("criterion", "voting_cuts"),
+    [
+        *(("uniform+half", 1), ("random", 0), ("uniform", 0)),
+        *(("mixed", 2), ("stratified", 2), ("debiased", 2)),
+    ],
+)
+def test_no_criterion_waits(
+    world: World, monkeypatch: pytest.MonkeyPatch, criterion: str, voting_cuts: int
+) -> None:
     engine = world.engine(himap={"criterion": criterion})
     case = Case("USER: <image>\nWhat? ASSISTANT:", PICTURES[:1], (0.5, 0.75), max_tokens=1)
     seen, launches, _ = pruning_step(engine, monkeypatch, [case])
     assert not WAITING & set(seen)
-    assert launches["_vote_kernel"] == (0 if criterion in ("random", "uniform") else 2)
+    assert launches["_vote_kernel"] == voting_cuts
 
 
 def test_operations_do_not_depend_on_cached_prompts(
