@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from himap_demo.heldout import training_seed
 from himap_demo.questions import LETTERS, NUMBERS, Question, ask, choose
-from himap_demo.scenes import CARD, CELL, COLORS, SHAPES, WORDS, Scene, draw, make_scene
+from himap_demo.scenes import CARD, CARDS, CELL, COLORS, SHAPES, WORDS, Scene, draw, make_scene
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,10 +23,14 @@ from .tokenizer import AFTER_QUESTION, BEFORE_IMAGE, BOS, IMAGE
 LENGTH = 576
 """Tokens of an example: the image and some 13 questions."""
 WEIGHTS = {
-    **{"color": 0.5, "shape": 0.5, "count": 5.0, "exists": 1.0, "where": 1.0, "number": 3.0},
-    **{"word": 1.0, "relation": 2.0, "choice": 4.0, "caption": 6.0, "open": 5.0},
+    **{"color": 0.5, "shape": 0.5, "count": 8.0, "exists": 1.0, "where": 1.0, "number": 3.0},
+    **{"word": 1.0, "relation": 2.0, "choice": 4.0, "caption": 10.0, "open": 5.0},
 }
 """How often each kind is asked: more of what is learnt late."""
+LAYOUTS = {"large": 0.5, "small": 0.35, "mixed": 0.15}
+"""Of pictures with questions: more of those that can be described."""
+LOSS = {"caption": 2.0, "count": 1.5}
+"""Loss weight of the answers of a kind, if not 1."""
 FOLLOW_UP = 0.4
 """Share of the questions that are asked in the conversation of the one before."""
 
@@ -122,7 +126,8 @@ class Examples(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         seed = training_seed(self.first + index)
-        scene = make_scene(seed, *([] if self.questions else [TOWER_CARDS]))
+        shares = (CARDS, LAYOUTS) if self.questions else (TOWER_CARDS, None)
+        scene = make_scene(seed, *shares)
         example = {"pixels": pixel_values(draw(scene)), "labels": patch_labels(scene)}
         return example | self._text(scene) if self.questions else example
 
@@ -163,7 +168,7 @@ class Examples(Dataset[dict[str, Tensor]]):
             if question.kind == "drill":
                 weights += [1.0 if token in self.letters else 0.0 for token in answer]
             else:
-                weights += [len(answer) ** -0.5] * len(answer)
+                weights += [LOSS.get(question.kind, 1.0) * len(answer) ** -0.5] * len(answer)
         padding = LENGTH - len(tokens)
         return {
             "tokens": torch.tensor(tokens + [self.tokenizer.pad_token_id] * padding),

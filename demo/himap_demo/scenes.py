@@ -115,10 +115,14 @@ class Scene:
         return tuple(t for t in self.things if (t.row, t.column) == (row, column))
 
 
-def make_scene(seed: int, cards: float = CARDS) -> Scene:
-    """The scene of a seed (any non-negative integer). `cards`: share of cards among its objects."""
+def make_scene(seed: int, cards: float = CARDS, layouts: dict[str, float] | None = None) -> Scene:
+    """The scene of a seed (any non-negative integer).
+
+    `cards`: share of cards among its objects; `layouts`: shares other than LAYOUTS.
+    """
     rng = random.Random(seed)
-    layout = rng.choices(list(LAYOUTS), list(LAYOUTS.values()))[0]
+    shares = layouts or LAYOUTS
+    layout = rng.choices(list(shares), list(shares.values()))[0]
     things: list[Thing] = []
     if layout == "large":
         for cell in rng.sample(range(GRID * GRID), rng.randint(1, 6)):
