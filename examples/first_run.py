@@ -28,9 +28,9 @@ from openai import OpenAI
 HERE = Path(__file__).parent
 QUESTIONS = (
     "What color is the star?",
-    "What number is on the cyan card?",
-    "What word is on the card?",
-    "Where is the red diamond?",
+    "What number is on the pink card?",
+    "What shape is the object at the top right?",
+    "Where is the blue diamond?",
 )
 RATIOS = {"off": (0.0, 0.0), "(0.5, 0.75)": (0.5, 0.75)}
 HIMAP = json.loads((MODEL_PATH / "himap.json").read_text())

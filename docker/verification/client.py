@@ -59,7 +59,7 @@ def ask(url: str, picture: Path, key: str | None = None) -> str:
     """What the bundled model says of the star in README.md's picture.
 
     Raises:
-        VerificationError: it is not pink, or no image token was dropped.
+        VerificationError: it is not cyan, or no image token was dropped.
     """
     code, answer = status(
         f"{url}/v1/chat/completions",
@@ -71,7 +71,7 @@ def ask(url: str, picture: Path, key: str | None = None) -> str:
     text = found["choices"][0]["message"]["content"].strip()
     kept = found["usage"]["himap"]["kept_deep"]
     total = found["usage"]["himap"]["image_tokens"]
-    expect(text == "pink", f"the star is {text!r}, not 'pink'")
+    expect(text == "cyan", f"the star is {text!r}, not 'cyan'")
     expect(kept < total, f"{kept} of {total} image tokens were kept")
     return f"'{text}', {kept} of {total} image tokens kept"
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parents[2]
 SCENE, OUT = ROOT / "examples" / "scene.png", ROOT / "examples" / "kept.png"
-QUESTION = "What number is on the cyan card?"
+QUESTION = "What number is on the pink card?"
 CRITERIA = {"uniform": "even spacing", "uniform+half": "spacing and the question"}
 RATIOS = {"shallow_ratio": 0.5, "deep_ratio": 0.75}
 SCALE, LINE, GAP = 2, 22, 12

@@ -260,7 +260,7 @@ def test_the_entry_point_runs_unprivileged_on_a_read_only_system(short_path: Pat
         assert health_check(port) == 1, "not ready while it loads"
         server.wait_for("/health/ready")
         assert health_check(port) == 0
-        assert question(server) == "pink"
+        assert question(server) == "cyan"
         status = Path(f"/proc/{process.pid}/status").read_text()
         assert re.search(r"^Uid:\s+10001\s+10001", status, re.M)
         mounts = Path(f"/proc/{process.pid}/mounts").read_text()
