@@ -182,8 +182,12 @@ def test_steps_wait_nowhere_but_where_stock_does(
 @pytest.mark.parametrize(
     ("criterion", "voting_cuts"),
     [
-        *(("uniform+half", 1), ("random", 0), ("uniform", 0)),
-        *(("mixed", 2), ("stratified", 2), ("debiased", 2)),
+        ("uniform+half", 1),
+        ("random", 0),
+        ("uniform", 0),
+        ("mixed", 2),
+        ("stratified", 2),
+        ("debiased", 2),
     ],
 )
 def test_no_criterion_waits(
